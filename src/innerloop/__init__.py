@@ -1,0 +1,33 @@
+"""innerloop: meta-learning by optimisation, with the meta-gradient of your choice at the memory of one inner step."""
+
+from innerloop import models, tasks
+from innerloop.adapts import Blocks, Body, Everything, Head, Named
+from innerloop.inner import SGD, Adam, LearnedRates, Momentum
+from innerloop.learner import Evaluation, MetaLearner, Metrics
+from innerloop.meta_gradient import FirstOrder, Reptile, Result, Truncated, Unrolled, hypergradient
+from innerloop.problem import Problem, Task
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "Blocks",
+    "Body",
+    "Evaluation",
+    "Everything",
+    "FirstOrder",
+    "Head",
+    "LearnedRates",
+    "MetaLearner",
+    "Metrics",
+    "Momentum",
+    "Named",
+    "Problem",
+    "Reptile",
+    "Result",
+    "Task",
+    "Truncated",
+    "Unrolled",
+    "hypergradient",
+    "models",
+    "tasks",
+]

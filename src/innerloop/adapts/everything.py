@@ -1,0 +1,16 @@
+"""All parameters adapt, as in MAML (arXiv 1703.03400)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Every parameter of the model moves in the inner loop."""
+
+    def select(self, model: nn.Module) -> list[str]:
+        """The names of all parameters."""
+        return [name for name, _ in model.named_parameters()]

@@ -1,0 +1,150 @@
+"""What batch norm means inside a task, in three named modes.
+
+========  ======================================  ==========================================
+mode      support images are normalised by        query images are normalised by
+========  ======================================  ==========================================
+batch     the support set's statistics            the query set's own (transductive)
+task      the support set's statistics            the support set's (inductive)
+frozen    the model's stored running statistics   the same
+========  ======================================  ==========================================
+
+"batch" is the default and what the papers do. Running statistics are never updated in any mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNormMode = Literal["batch", "frozen", "task"]
+
+
+class TaskBatchNorm(nn.Module):
+    """Batch norm without running statistics, which can take its statistics from the first rows of the batch only.
+
+    It shares the weight and bias of the layer it stands in for.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.kind = type(norm)
+        self.rows: int | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise ``[batch, channels, ...]`` over the batch, or by its first ``rows``."""
+        if self.rows is None:
+            return F.batch_norm(inputs, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        over = [axis for axis in range(inputs.ndim) if axis != 1]
+        variance, mean = torch.var_mean(inputs[: self.rows], over, correction=0, keepdim=True)
+        if self.seen is not None:
+            self.seen = (mean.flatten(), variance.flatten())
+        normal = (inputs - mean) * torch.rsqrt(variance + self.eps)
+        if self.weight is None:
+            return normal
+        shape = (1, -1) + (1,) * (inputs.ndim - 2)
+        return normal * self.weight.view(shape) + self.bias.view(shape)
+
+
+def convert(model: nn.Module, mode: BatchNormMode) -> None:
+    """Prepare a model, in place, for one of the modes.
+
+    Args:
+        model: a copy that may be changed.
+        mode: one of ``batch``, ``task``, ``frozen``.
+
+    Raises:
+        ValueError: an unknown mode; ``frozen`` without stored statistics; instance norm that tracks statistics.
+    """
+    if mode not in get_args(BatchNormMode):
+        raise ValueError(f"batch_norm={mode!r}: choose 'batch', 'frozen' or 'task'")
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise ValueError(
+                f"{name} tracks running statistics, which tasks cannot share: build it with track_running_stats=False"
+            )
+        if not isinstance(module, _BatchNorm):
+            continue
+        if mode != "frozen":
+            _replace(model, name, TaskBatchNorm(module))
+        elif module.running_mean is None:
+            raise ValueError(
+                f"batch_norm='frozen' needs stored statistics but {name} keeps none: train it with "
+                "track_running_stats=True first, or use batch_norm='batch'"
+            )
+
+
+def freeze(model: nn.Module) -> None:
+    """Keep remaining batch-norm layers (those of mode ``frozen``) on their stored statistics."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+@contextlib.contextmanager
+def statistics_from_first(model: nn.Module, rows: int | None) -> Iterator[None]:
+    """Within this context the converted layers take their statistics from the first ``rows`` of each batch.
+
+    Args:
+        model: a converted model.
+        rows: how many; None means all, as outside the context.
+    """
+    layers = [module for module in model.modules() if isinstance(module, TaskBatchNorm)]
+    for layer in layers:
+        layer.rows = rows
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rows = None
+
+
+def to_torch(model: nn.Module, support: Tensor | None) -> None:
+    """Put torch's own batch-norm layers back, in place, so that the model needs nothing of this library.
+
+    Args:
+        model: a converted model that may be changed.
+        support: inputs whose statistics the layers shall keep and use for everything that follows; None leaves the
+            layers without stored statistics, so that each batch is normalised by its own.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TaskBatchNorm)
+    }
+    if support is not None and layers:
+        for layer in layers.values():
+            layer.seen = (support, support)  # anything but None asks the layer to record
+        with torch.no_grad(), statistics_from_first(model, len(support)):
+            model(support)
+    for name, layer in layers.items():
+        norm = _torch_layer(layer)
+        if layer.seen is not None:
+            norm.track_running_stats = True
+            norm.register_buffer("running_mean", layer.seen[0].clone())
+            norm.register_buffer("running_var", layer.seen[1].clone())
+            norm.register_buffer("num_batches_tracked", torch.tensor(1, device=layer.seen[0].device))
+        norm.eval()
+        _replace(model, name, norm)
+
+
+def _torch_layer(layer: TaskBatchNorm) -> _BatchNorm:
+    kind = nn.BatchNorm2d if issubclass(layer.kind, nn.SyncBatchNorm) else layer.kind
+    channels = 1 if layer.weight is None else len(layer.weight)
+    norm = kind(channels, eps=layer.eps, affine=layer.weight is not None, track_running_stats=False)
+    if layer.weight is not None:
+        norm.weight, norm.bias = layer.weight, layer.bias
+    return norm
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    if not name:
+        raise ValueError("a lone batch-norm layer is no model: wrap it in an nn.Sequential")
+    model.set_submodule(name, new)

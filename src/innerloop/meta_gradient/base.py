@@ -1,0 +1,72 @@
+"""What every estimator of the meta-gradient takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from innerloop.inner import InnerSolver
+from innerloop.problem import Problem, Task, Tree
+
+
+class Result(NamedTuple):
+    """The meta-gradient of one task and what was found on the way.
+
+    Attributes:
+        grad: a tree like the meta-parameters.
+        learned_grad: a tree like the solver's own meta-parameters; empty where it has none.
+        loss: outer loss at the adapted parameters, a scalar.
+        params: the adapted parameters.
+        extra: what the outer loss returned beside its value; None if nothing.
+        diagnostics: tensors by name, among them ``support_loss`` (the inner loss before each step, ``[steps]``) and
+            ``curvature_products`` (how many were taken).
+    """
+
+    grad: Tree
+    learned_grad: Tree
+    loss: Tensor
+    params: Tree
+    extra: Any
+    diagnostics: dict[str, Tensor]
+
+
+class MetaGradient(Protocol):
+    """An estimator: settings, a few facts about itself, and one method, written for one task."""
+
+    second_order: ClassVar[bool]
+    """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""
+
+    def check(self, solver: InnerSolver, partial: bool) -> None:
+        """Refuse what does not go together.
+
+        Args:
+            solver: the inner solver.
+            partial: only some of the meta-parameters are adapted.
+
+        Raises:
+            ValueError: with the reason, and what to use instead.
+        """
+
+    def estimate(
+        self,
+        problem: Problem,
+        meta: Tree,
+        task: Task,
+        solver: InnerSolver,
+        learned: Tree,
+        step_weights: Sequence[float] | None = None,
+    ) -> Result:
+        """Adapt to the task's support set and estimate the gradient of the outer loss in the meta-parameters.
+
+        Args:
+            problem: the bilevel problem.
+            meta: the meta-parameters.
+            task: support and query of one task.
+            solver: the inner solver.
+            learned: the solver's own meta-parameters, from ``solver.learned``.
+            step_weights: weights of the outer loss after each inner step, as many as there are steps (the multi-step
+                loss of MAML++, arXiv 1810.09502); None puts all weight on the last.
+        """
+        ...

@@ -1,0 +1,51 @@
+"""Truncated back-propagation: the meta-gradient through the last n inner steps only.
+
+    u  =  prod_{k = steps - n}^{steps - 1} (I - lr H(params_k))  d outer_loss / d params
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from innerloop.inner import InnerSolver
+from innerloop.meta_gradient.adjoint import walk
+from innerloop.meta_gradient.base import Result
+from innerloop.problem import Problem, Task, Tree
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Cheaper than ``Unrolled`` by the steps left out; equal to it if ``horizon`` reaches all of them.
+
+    Attributes:
+        horizon: how many of the last steps to differentiate, 0 or more.
+
+    Raises:
+        ValueError: a negative horizon.
+    """
+
+    horizon: int
+
+    second_order: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.horizon < 0:
+            raise ValueError(f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more")
+
+    def check(self, solver: InnerSolver, partial: bool) -> None:
+        """Everything goes with truncation."""
+
+    def estimate(
+        self,
+        problem: Problem,
+        meta: Tree,
+        task: Task,
+        solver: InnerSolver,
+        learned: Tree,
+        step_weights: Sequence[float] | None = None,
+    ) -> Result:
+        """The truncated meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
+        return walk(problem, meta, task, solver, learned, horizon=self.horizon, step_weights=step_weights)

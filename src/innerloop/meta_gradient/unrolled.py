@@ -1,0 +1,65 @@
+"""The exact meta-gradient of MAML (arXiv 1703.03400), at the memory of one inner step.
+
+With u = d outer_loss / d params after the last step, and for plain gradient descent,
+
+    u <- u - lr * H(params_k) u,     grad_meta <- grad_meta - lr * B(params_k) u          for k = steps - 1 .. 0
+
+which is back-propagation through the unrolled loop, written with one curvature product a step in place of the graph
+(the mixed-mode differentiation of MixFlow-MG, arXiv 2505.00793).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from innerloop.inner import InnerSolver
+from innerloop.meta_gradient.adjoint import walk
+from innerloop.meta_gradient.base import Result
+from innerloop.problem import Problem, Task, Tree
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Exact for every inner solver, learned rates and meta-parameters inside the inner loss included.
+
+    Attributes:
+        keep_every: keep the parameters before every n-th inner step and compute those between again on the way back:
+            n times fewer snapshots for one more pass over the inner loop. ``"sqrt"`` takes the root of the steps; None
+            keeps all, which is best unless steps times parameters is what fills the memory.
+
+    Raises:
+        ValueError: ``keep_every`` below 1.
+    """
+
+    keep_every: int | Literal["sqrt"] | None = None
+
+    second_order: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.keep_every not in (None, "sqrt") and not (isinstance(self.keep_every, int) and self.keep_every >= 1):
+            raise ValueError(f"Unrolled(keep_every={self.keep_every!r}): give a whole number from 1, 'sqrt' or None")
+
+    def check(self, solver: InnerSolver, partial: bool) -> None:
+        """Everything goes with the exact meta-gradient."""
+
+    def estimate(
+        self,
+        problem: Problem,
+        meta: Tree,
+        task: Task,
+        solver: InnerSolver,
+        learned: Tree,
+        step_weights: Sequence[float] | None = None,
+    ) -> Result:
+        """The exact meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
+        if self.keep_every == "sqrt":
+            keep_every = math.ceil(math.sqrt(solver.steps))
+        else:
+            keep_every = self.keep_every or 1
+        return walk(
+            problem, meta, task, solver, learned, horizon=solver.steps, keep_every=keep_every, step_weights=step_weights
+        )

@@ -1,0 +1,97 @@
+"""Plain autograd through the unrolled inner loop, written as one would on a blackboard: what exactness is judged by."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import innerloop as il
+
+
+def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[str, Tensor]):
+    """The solver's update by torch's published formulas, as a function of step, parameters, gradients and a state dict."""
+
+    def update(step: int, params: dict[str, Tensor], grads: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
+        new = {}
+        for name, value in params.items():
+            grad = grads[name] + solver.weight_decay * value + solver.proximal * (value - start[name])
+            if isinstance(solver, il.Momentum):
+                state[name] = solver.momentum * state[name] + grad if name in state else grad
+                move = solver.lr * state[name]
+            elif isinstance(solver, il.Adam):
+                mean, square = state.get(name, (0.0, 0.0))
+                (b1, b2), t = solver.betas, step + 1
+                mean, square = b1 * mean + (1 - b1) * grad, b2 * square + (1 - b2) * grad**2
+                state[name] = mean, square
+                # plain autograd gives NaN where a gradient is exactly zero; the library takes the root's slope as 0
+                zero = square == 0
+                root = (square + zero).sqrt() * ~zero / (1 - b2**t) ** 0.5
+                move = solver.lr * (mean / (1 - b1**t)) / (root + solver.eps)
+            elif isinstance(solver, il.LearnedRates):
+                move = (learned[name] if solver.per == "parameter" else learned[name][step]) * grad
+            else:
+                move = solver.lr * grad
+            new[name] = value - move
+        return new
+
+    return update
+
+
+def meta_gradient(
+    learner: il.MetaLearner,
+    batch: il.Task,
+    step_weights: list[float] | None = None,
+    horizon: int | None = None,
+    second_order: bool = True,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Meta-gradient of the mean query loss by ``create_graph=True``, named as the learner's parameters, and the loss.
+
+    ``horizon`` detaches all but the last steps, ``second_order=False`` every inner gradient.
+    """
+    model = learner.model
+    weights = step_weights or [0.0] * (learner.inner.steps - 1) + [1.0]
+    meta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    rates = {name.replace("/", "."): r.detach().clone().requires_grad_() for name, r in learner.rates.items()}
+    total = torch.zeros((), dtype=next(iter(meta.values())).dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        for task in range(len(batch.support[1])):
+            loss = _task_loss(learner, model, meta, rates, batch, task, weights, horizon, second_order)
+            total = total + loss / len(batch.support[1])
+        leaves = [*meta.values(), *rates.values()]
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    names = [f"model.{name}" for name in meta] + [f"rates.{name.replace('.', '/')}" for name in rates]
+    filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+    return dict(zip(names, filled, strict=True)), total.detach()
+
+
+def _task_loss(
+    learner: il.MetaLearner,
+    model: nn.Module,
+    meta: dict[str, Tensor],
+    rates: dict[str, Tensor],
+    batch: il.Task,
+    task: int,
+    weights: list[float],
+    horizon: int | None,
+    second_order: bool,
+) -> Tensor:
+    (inputs, targets), (query, wanted) = ((x[task], y[task]) for x, y in batch)
+    start = {name: meta[name] for name in learner.adapted}
+    update = rule(learner.inner, rates, start)
+    params, state, loss = start, {}, torch.zeros((), dtype=inputs.dtype)
+    cut = 0 if horizon is None else learner.inner.steps - horizon
+    for step in range(learner.inner.steps):
+        inner = F.cross_entropy(functional_call(model, {**meta, **params}, (inputs,)), targets)
+        grads = torch.autograd.grad(inner, list(params.values()), create_graph=True, materialize_grads=True)
+        if not second_order:
+            grads = [grad.detach() for grad in grads]
+        params = update(step, params, dict(zip(params, grads, strict=True)), state)
+        if step + 1 == cut:  # from here on the parameters count as the start plus a constant
+            params = {name: start[name] + (value - start[name]).detach() for name, value in params.items()}
+            state = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, state)
+        if weights[step]:
+            loss = loss + weights[step] * F.cross_entropy(functional_call(model, {**meta, **params}, (query,)), wanted)
+    return loss
