@@ -102,7 +102,6 @@ class MetaLearner(nn.Module):
         if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
             raise ValueError("the model has lazy parameters: pass one batch of inputs through it first")
         self.adapts = adapts if adapts is not None else Everything()
-        self.inner = inner if inner is not None else SGD(lr=0.1, steps=5)
         self.meta_gradient = meta_gradient if meta_gradient is not None else Unrolled()
         self.loss = loss
         self.batch_norm = batch_norm
@@ -115,7 +114,9 @@ class MetaLearner(nn.Module):
         self.adapted = tuple(name for name in trainable if name in selected)
         if not self.adapted:
             raise ValueError(f"{self.adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
-        self.meta_gradient.check(self.inner, partial=len(self.adapted) < len(trainable))
+        self.inner = self.meta_gradient.prepare(
+            inner if inner is not None else SGD(lr=0.1, steps=5), partial=len(self.adapted) < len(trainable)
+        )
 
         rates = self.inner.learned({name: self.model.get_parameter(name).detach() for name in self.adapted})
         # torch allows no dot in a parameter's own name

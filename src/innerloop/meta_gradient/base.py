@@ -38,16 +38,17 @@ class MetaGradient(Protocol):
     second_order: ClassVar[bool]
     """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""
 
-    def check(self, solver: InnerSolver, partial: bool) -> None:
-        """Refuse what does not go together.
+    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+        """The inner solver that this estimator wants in place of the one given; most take it as it is.
 
         Args:
             solver: the inner solver.
             partial: only some of the meta-parameters are adapted.
 
         Raises:
-            ValueError: with the reason, and what to use instead.
+            ValueError: the two do not go together; the message says why, and what to use instead.
         """
+        ...
 
     def estimate(
         self,

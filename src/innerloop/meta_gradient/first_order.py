@@ -22,8 +22,9 @@ class FirstOrder:
 
     second_order: ClassVar[bool] = False
 
-    def check(self, solver: InnerSolver, partial: bool) -> None:
+    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
         """Everything goes with the first-order estimate."""
+        return solver
 
     def estimate(
         self,

@@ -25,7 +25,7 @@ class Reptile:
 
     second_order: ClassVar[bool] = False
 
-    def check(self, solver: InnerSolver, partial: bool) -> None:
+    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
         """Refuse what Reptile has no signal for.
 
         Raises:
@@ -40,6 +40,7 @@ class Reptile:
             raise ValueError(
                 f"Reptile gives no gradient to the rates of {type(solver).__name__}: use SGD, or Unrolled() in place of Reptile()"
             )
+        return solver
 
     def estimate(
         self,

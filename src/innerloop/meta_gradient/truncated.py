@@ -35,8 +35,9 @@ class Truncated:
         if self.horizon < 0:
             raise ValueError(f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more")
 
-    def check(self, solver: InnerSolver, partial: bool) -> None:
+    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
         """Everything goes with truncation."""
+        return solver
 
     def estimate(
         self,

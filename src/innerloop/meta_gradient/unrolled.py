@@ -43,8 +43,9 @@ class Unrolled:
         if self.keep_every not in (None, "sqrt") and not (isinstance(self.keep_every, int) and self.keep_every >= 1):
             raise ValueError(f"Unrolled(keep_every={self.keep_every!r}): give a whole number from 1, 'sqrt' or None")
 
-    def check(self, solver: InnerSolver, partial: bool) -> None:
+    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
         """Everything goes with the exact meta-gradient."""
+        return solver
 
     def estimate(
         self,
