@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# The tests run side by side, one process a core.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,9 @@ def shared_data() -> Path:
     if not (folder / "omniglot28.npz").is_file():
         pytest.skip("needs the real-data folder: set INNERLOOP_DATA")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)

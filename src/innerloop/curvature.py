@@ -13,6 +13,7 @@ layers (pytorch issue 196699), so it is not used anywhere.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ def curvature(
 ) -> tuple[Tree, Tree]:
     """Products of a direction with the Hessian and with the mixed derivative of the inner loss.
 
-    Where an operation of the loss has no forward-mode rule (recurrent layers, for one), the same products are taken by
-    reverse-over-reverse, after one warning that names the operation.
+    Under autocast, and where an operation of the loss has no forward-mode rule (then after one warning that names it),
+    the same products are taken by reverse-over-reverse, which keeps the graph of one gradient.
 
     Args:
         problem: the bilevel problem.
@@ -62,11 +63,13 @@ def curvature(
     Returns:
         ``H w``, a tree like ``params``, and ``B w``, a tree like ``meta``.
     """
-    if problem.inner_loss not in _without_forward_mode:
+    # Under autocast, torch's forward-mode rule of batch norm gives tangents of another precision than its outputs.
+    autocast = any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in params.values()})
+    if not autocast and problem.inner_loss not in _without_forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
         except (NotImplementedError, RuntimeError) as error:
-            if "forward AD" not in str(error) and "forward-mode AD" not in str(error):
+            if not re.search("forward([- ]mode)? AD", str(error)):
                 raise
             reason = str(error).splitlines()[0]
             warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=2)
@@ -117,19 +120,23 @@ def second_order_kernels(recurrent: bool = False) -> Iterator[None]:
     """Choose kernels that can be differentiated twice.
 
     Fused attention has neither a forward-mode rule nor a second derivative, so the math kernel is selected, and the
-    encoder layer's fused inference path is left out; cuDNN's recurrent layers have no second derivative, so cuDNN is off
-    where the model holds one.
+    encoder layer's fused inference path is left out; the recurrent layers of cuDNN and oneDNN have no second derivative, so
+    both are off where the model holds one. Autocast must not reuse a weight's cast from one level of differentiation in
+    another.
 
     Args:
         recurrent: the model holds recurrent layers.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    cudnn = torch.backends.cudnn.enabled
+    fast_path, casts = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    cudnn, mkldnn = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.cudnn.enabled = cudnn and not recurrent
+    torch.set_autocast_cache_enabled(False)
+    if recurrent:
+        torch.backends.cudnn.enabled = torch.backends.mkldnn.enabled = False
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch.backends.cudnn.enabled = cudnn
+        torch.set_autocast_cache_enabled(casts)
+        torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled = cudnn, mkldnn

@@ -108,6 +108,7 @@ class MetaLearner(nn.Module):
         self.chunk_size = chunk_size
         self.model = copy.deepcopy(model)
         convert(self.model, batch_norm)
+        freeze(self.model)
 
         trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         selected = set(self.adapts.select(self.model))
@@ -366,10 +367,13 @@ class MetaLearner(nn.Module):
     # --- batches of tasks ----------------------------------------------------------------------------------------------
 
     def _over_tasks(self, function: Callable[[Task, int | None], Out], batch: Task) -> Iterator[tuple[float, Out]]:
-        """Map a function of one task over a batch, by chunks; yields each chunk's share of the batch and its stacked results."""
+        """Map a function of one task over a batch, by chunks; yields each chunk's share of the batch and its stacked results.
+
+        A model that vmap cannot take is computed task by task from then on, with one warning.
+        """
         tasks = len(batch.support[1])
         size = self.chunk_size or (8 if batch.support[1].device.type == "cpu" else tasks)
-        begin = 0
+        begin, refusal = 0, None
         with torch.no_grad():
             while begin < tasks:
                 vectorise = self._vectorise and size > 1
@@ -381,13 +385,22 @@ class MetaLearner(nn.Module):
                     else:
                         one = function(torch.utils._pytree.tree_map(lambda value: value[0], chunk), seed)
                         out = torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), one)
-                except (RuntimeError, NotImplementedError) as error:
-                    if not vectorise or not _not_vmappable(error):
+                except torch.OutOfMemoryError as error:
+                    error.add_note(f"{len(chunk.support[1])} tasks were computed at once: give a smaller chunk_size")
+                    raise
+                except RuntimeError as error:
+                    if not vectorise:
                         raise
-                    self._vectorise = False
-                    reason = str(error).splitlines()[0]
-                    warnings.warn(f"tasks are computed one by one, same result, slower: {reason}", stacklevel=4)
+                    # If the loop fails as well, the fault is not vmap's, and the loop's error is the clearer one.
+                    self._vectorise, refusal = False, error
                     continue
+                if refusal is not None:
+                    warnings.warn(
+                        f"{type(self.model).__name__} is computed task by task, same result, slower, because vmap cannot "
+                        f"take it: {str(refusal).splitlines()[0]}",
+                        stacklevel=4,
+                    )
+                    refusal = None
                 yield len(chunk.support[1]) / tasks, out
                 begin += len(chunk.support[1])
 
@@ -449,7 +462,3 @@ def _random(parts: Sequence[nn.Module]) -> bool:
         if isinstance(getattr(module, name, 0), (int, float))
     )
 
-
-def _not_vmappable(error: Exception) -> bool:
-    text = str(error)
-    return "vmap" in text or "Batching rule" in text or "functorch" in text

@@ -1,0 +1,142 @@
+"""What batch norm does in a task, in each of its three modes, and that its buffers never move."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import model_and_batch, relative_error
+from torch import nn
+from torch.func import functional_call
+
+import innerloop as il
+from innerloop.curvature import curvature
+
+
+def with_statistics() -> nn.Module:
+    """The table's Conv4 after a few ordinary training passes, so that its running statistics mean something."""
+    model, batch = copy.deepcopy(model_and_batch("conv4")[0]), model_and_batch("conv4")[1]
+    for images in (*batch.support[0], *batch.query[0]):
+        model(3 * images + 1)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["batch", "frozen", "task"])
+@pytest.mark.parametrize("adapts", [il.Everything(), il.Head()])
+def test_buffers_never_move(mode, adapts):
+    model, batch = with_statistics(), model_and_batch("conv4")[1]
+    learner = il.MetaLearner(model, adapts, il.SGD(lr=0.1, steps=2), batch_norm=mode).train()
+    given, own = ({name: b.clone() for name, b in m.named_buffers()} for m in (model, learner))
+    learner.meta_step(batch)
+    learner.evaluate(batch)
+    learner.evaluate(batch, inductive=True)
+    learner.adapt(batch.support[0][0], batch.support[1][0], inductive=True)
+    assert given
+    assert all(torch.equal(value, given[name]) for name, value in model.named_buffers())
+    assert all(torch.equal(value, own[name]) for name, value in learner.named_buffers())
+
+
+def query_loss(mode: str, model: nn.Module, params: dict, support: torch.Tensor, query: torch.Tensor, targets, lr: float):
+    """Two inner steps and the query loss, each mode written out with torch's own layers."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def run(params: dict, images: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, params, (images,))
+
+    for norm in norms:
+        norm.train(mode != "frozen")
+        if mode != "frozen":
+            norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    for _ in range(2):
+        loss = F.cross_entropy(run(params, support), targets)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: p - lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+    if mode != "task":
+        return F.cross_entropy(run(params, query), targets)
+    # the support set's statistics, gradients through them included, layer by layer
+    hidden, reference = query, support
+    for block in list(model)[:4]:
+        prefix = next(name for name, child in model.named_children() if child is block)
+        own = {name.removeprefix(prefix + "."): p for name, p in params.items() if name.startswith(prefix + ".")}
+        conv = [F.conv2d(x, own["conv.weight"], own["conv.bias"], stride=2, padding=1) for x in (hidden, reference)]
+        mean, var = conv[1].mean((0, 2, 3), keepdim=True), conv[1].var((0, 2, 3), unbiased=False, keepdim=True)
+        scale, shift = own["norm.weight"].view(1, -1, 1, 1), own["norm.bias"].view(1, -1, 1, 1)
+        hidden, reference = (F.relu((x - mean) / (var + 1e-5).sqrt() * scale + shift) for x in conv)
+    return F.cross_entropy(F.linear(hidden.flatten(1), params["head.weight"], params["head.bias"]), targets)
+
+
+@pytest.mark.parametrize("mode", ["batch", "frozen", "task"])
+def test_each_mode_is_what_its_name_says(mode):
+    model, batch = with_statistics(), model_and_batch("conv4")[1]
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), batch_norm=mode)
+    metrics = learner.meta_step(batch)
+    meta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    plain = copy.deepcopy(model)
+    losses = [
+        query_loss(mode, plain, meta, batch.support[0][t], batch.query[0][t], batch.support[1][t], 0.1)
+        for t in range(len(batch.support[1]))
+    ]
+    loss = torch.stack(losses).mean()
+    expected = dict(zip(meta, torch.autograd.grad(loss, list(meta.values())), strict=True))
+    found = {name: p.grad for name, p in learner.model.named_parameters()}
+    assert metrics.loss.item() == pytest.approx(loss.item(), rel=1e-10)
+    assert relative_error(found, expected) < 1e-8
+
+
+def test_inductive_predictions_do_not_depend_on_the_other_queries():
+    model, batch = model_and_batch("conv4")
+    learner = il.MetaLearner(model)
+    first = torch.utils._pytree.tree_map(lambda value: value[:, :1], batch.query)
+    for inductive, independent in ((True, True), (False, False)):
+        together = learner.evaluate(batch, inductive=inductive).outputs[:, :1]
+        alone = learner.evaluate(batch._replace(query=first), inductive=inductive).outputs
+        assert torch.allclose(together, alone) == independent
+
+
+def test_frozen_statistics_must_exist():
+    with pytest.raises(ValueError, match="keeps none"):
+        il.MetaLearner(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), batch_norm="frozen")
+
+
+def test_instance_norm_that_tracks_is_refused():
+    with pytest.raises(ValueError, match="track_running_stats=False"):
+        il.MetaLearner(nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2, track_running_stats=True)))
+
+
+def test_batch_norm_after_a_lone_linear_layer_and_without_affine_terms():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3)).double()
+    batch = model_and_batch("mlp")[1]
+    learner = il.MetaLearner(model)
+    assert learner.meta_step(batch).loss.isfinite()
+    adapted = learner.adapt(batch.support[0][0], batch.support[1][0], inductive=True)
+    expected = learner.evaluate(batch, inductive=True).outputs[0]
+    torch.testing.assert_close(adapted(batch.query[0][0]), expected)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm1d(5, track_running_stats=False), nn.LayerNorm(5), nn.GroupNorm(1, 5), nn.InstanceNorm1d(5)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_curvature_through_native_norms_is_right(norm):
+    """Stands guard over the order of differentiation: other orders are silently wrong here (pytorch issue 196699)."""
+    model = nn.Sequential(nn.Conv1d(2, 5, 3), *([] if isinstance(norm, nn.LayerNorm) else [norm]), nn.Tanh(), nn.Flatten())
+    model = nn.Sequential(*model, *([nn.LazyLinear(5), norm, nn.Tanh(), nn.Linear(5, 1)] if isinstance(norm, nn.LayerNorm) else [nn.LazyLinear(1)]))
+    inputs = torch.randn(6, 2, 7, dtype=torch.float64)
+    model = model.double()
+    model(inputs)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+
+    def loss(params: dict, meta: dict, batch: torch.Tensor) -> torch.Tensor:
+        return (functional_call(model, params, (batch * meta["scale"],)) ** 3).mean()
+
+    meta = {"scale": torch.tensor(1.3, dtype=torch.float64)}
+    hessian_part, mixed_part = curvature(il.Problem(lambda m: m, loss, loss), params, meta, inputs, direction)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    scale = meta["scale"].clone().requires_grad_()
+    grads = torch.autograd.grad(loss(leaves, {"scale": scale}, inputs), list(leaves.values()), create_graph=True)
+    dot = sum((g * direction[name]).sum() for name, g in zip(leaves, grads, strict=True))
+    expected = torch.autograd.grad(dot, [*leaves.values(), scale])
+    assert relative_error(hessian_part, dict(zip(leaves, expected[:-1], strict=True))) < 1e-12
+    torch.testing.assert_close(mixed_part["scale"], expected[-1])
