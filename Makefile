@@ -1,0 +1,34 @@
+# `make train` and `make test` are the two commands; both first make .venv, once.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup train test clean
+
+setup: .venv/.installed
+
+# Choices go through, as in `make train ARGS="--seed 1"`.
+train: setup
+	$(BIN)/innerloop train $(ARGS)
+
+# One thread for each of the two processes that run the tests.
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+
+# setuptools comes first and builds without isolation, so that its version is a pinned one too.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "innerloop needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true):" \
+			"install one and name it, as in 'make setup PYTHON=python3.12'" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint $(CONSTRAINTS) setuptools
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,peers]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""The package as others get it: a wheel that works away from the repository, and honest requirements."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def requirements() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+
+
+def test_requirements_are_lower_bounds_only() -> None:
+    for requirement in requirements():
+        assert re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", requirement), requirement
+
+
+def test_constraints_pin_every_requirement() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+(post\d+)?", line) for line in lines)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    required = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements()}  # type: ignore[index]
+    assert required <= pinned
+
+
+def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:
+    pytest.importorskip("build", reason="needs build: install innerloop[dev]")
+    copy = tmp_path / "copy"  # the build leaves its working files beside the sources
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    run = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(copy)]
+    subprocess.run(run, check=True, capture_output=True)
+    (wheel,) = (copy / "dist").glob("innerloop-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        packed = {name for name in archive.namelist() if name.startswith("innerloop/")}
+    assert packed == {
+        str(file.relative_to(copy / "src")) for file in (copy / "src/innerloop").rglob("*") if file.is_file()
+    }
+
+    command = [sys.executable, "-c", "import innerloop, innerloop.cli; print(innerloop.__file__); innerloop.cli.main()"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [*command, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    assert "train" in done.stdout
