@@ -12,7 +12,7 @@ import innerloop as il
 
 
 def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[str, Tensor]):
-    """The solver's update by torch's published formulas, as a function of step, parameters, gradients and a state dict."""
+    """The solver's update by torch's published formulas: of step, parameters, gradients and a state dict."""
 
     def update(step: int, params: dict[str, Tensor], grads: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
         new = {}

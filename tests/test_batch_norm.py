@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import model_and_batch, relative_error
 from torch import nn
 from torch.func import functional_call
 
 import innerloop as il
 from innerloop.curvature import curvature
+from problems import model_and_batch, relative_error
 
 
 def with_statistics() -> nn.Module:
@@ -36,7 +36,9 @@ def test_buffers_never_move(mode, adapts):
     assert all(torch.equal(value, own[name]) for name, value in learner.named_buffers())
 
 
-def query_loss(mode: str, model: nn.Module, params: dict, support: torch.Tensor, query: torch.Tensor, targets, lr: float):
+def query_loss(
+    mode: str, model: nn.Module, params: dict, support: torch.Tensor, query: torch.Tensor, targets, lr: float
+):
     """Two inner steps and the query loss, each mode written out with torch's own layers."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
@@ -95,7 +97,9 @@ def test_inductive_predictions_do_not_depend_on_the_other_queries():
 
 def test_frozen_statistics_must_exist():
     with pytest.raises(ValueError, match="keeps none"):
-        il.MetaLearner(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), batch_norm="frozen")
+        il.MetaLearner(
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), batch_norm="frozen"
+        )
 
 
 def test_instance_norm_that_tracks_is_refused():
@@ -120,8 +124,17 @@ def test_batch_norm_after_a_lone_linear_layer_and_without_affine_terms():
 )
 def test_curvature_through_native_norms_is_right(norm):
     """Stands guard over the order of differentiation: other orders are silently wrong here (pytorch issue 196699)."""
-    model = nn.Sequential(nn.Conv1d(2, 5, 3), *([] if isinstance(norm, nn.LayerNorm) else [norm]), nn.Tanh(), nn.Flatten())
-    model = nn.Sequential(*model, *([nn.LazyLinear(5), norm, nn.Tanh(), nn.Linear(5, 1)] if isinstance(norm, nn.LayerNorm) else [nn.LazyLinear(1)]))
+    model = nn.Sequential(
+        nn.Conv1d(2, 5, 3), *([] if isinstance(norm, nn.LayerNorm) else [norm]), nn.Tanh(), nn.Flatten()
+    )
+    model = nn.Sequential(
+        *model,
+        *(
+            [nn.LazyLinear(5), norm, nn.Tanh(), nn.Linear(5, 1)]
+            if isinstance(norm, nn.LayerNorm)
+            else [nn.LazyLinear(1)]
+        ),
+    )
     inputs = torch.randn(6, 2, 7, dtype=torch.float64)
     model = model.double()
     model(inputs)

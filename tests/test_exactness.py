@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from problems import SOLVERS, combinations, model_and_batch, relative_error, subset
-from reference import meta_gradient
 
 import innerloop as il
+from problems import SOLVERS, combinations, model_and_batch, relative_error, subset
+from reference import meta_gradient
 
 
 def learner_for(model: str, solver: str, chosen: str, steps: int, **settings) -> il.MetaLearner:
     return il.MetaLearner(model_and_batch(model)[0], subset(model, chosen), SOLVERS[solver](steps), **settings)
 
 
-def gradients(learner: il.MetaLearner, batch: il.Task, step_weights=None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def gradients(
+    learner: il.MetaLearner, batch: il.Task, step_weights=None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     metrics = learner.meta_step(batch, step_weights)
     return {name: p.grad for name, p in learner.named_parameters()}, metrics.loss
 

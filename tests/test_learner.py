@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from problems import TASKS, WAYS, SharedWeights, combinations, model_and_batch, relative_error
-from reference import meta_gradient
 from torch import nn
 
 import innerloop as il
+from problems import TASKS, WAYS, SharedWeights, combinations, model_and_batch, relative_error
+from reference import meta_gradient
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -29,20 +29,18 @@ def flat_batch(tasks: int = TASKS, features: int = 6) -> il.Task:
     return il.Task((torch.randn(tasks, 2 * WAYS, features), labels), (torch.randn(tasks, 2 * WAYS, features), labels))
 
 
-def test_the_twenty_lines():
-    tasks = il.tasks.sinusoid(shots=5, queries=5)
+def test_a_training_loop_of_ones_own_finds_the_best_initialisation():
+    tasks = il.tasks.linear(shots=5, queries=10)  # the best start of a linear model is known: all ones
     learner = il.MetaLearner(
-        il.models.MLP((1, 8, 1)), inner=il.SGD(lr=0.01, steps=1), loss=nn.functional.mse_loss
+        nn.Sequential(nn.Linear(10, 1, bias=False)), inner=il.SGD(lr=0.02, steps=2), loss=nn.functional.mse_loss
     )
-    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
-    losses = []
-    for batch in tasks.train(tasks_per_batch=16, steps=60):
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.05)
+    for batch in tasks.train(tasks_per_batch=16, steps=150):
         optimizer.zero_grad()
         metrics = learner.meta_step(batch)
         optimizer.step()
-        losses.append(metrics.loss.item())
         assert metrics.accuracy is None
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert (learner.model[0].weight - 1).abs().max() < 0.3
     adapted = learner.adapt(batch.support[0][0], batch.support[1][0])
     assert adapted(batch.query[0][0]).shape == batch.query[1][0].shape
 
@@ -261,7 +259,8 @@ def test_dropout_replays_its_masks_and_differs_between_tasks():
     learner.eval()
     assert learner.evaluate(identical).loss.unique().numel() == 1
 
-    # With the draws fixed, the meta-gradient is the derivative of what it claims to be: compare with finite differences.
+    # With the draws fixed, the meta-gradient is the derivative of what it claims to be: compare with finite
+    # differences.
     learner.train()
 
     def loss_at(shift: float, direction: dict[str, torch.Tensor]) -> float:
@@ -340,8 +339,7 @@ def test_every_estimator_refuses_or_works_with_every_solver_and_subset():
                 try:
                     learner = il.MetaLearner(model_and_batch("mlp")[0], adapts, solver(lr=0.1, steps=2), estimator)
                 except ValueError as error:
-                    assert "in place of" in str(error) or "use " in str(error)
-                    outcomes["refused"] += 1
+                    outcomes["refused"] += "in place of" in str(error)
                     continue
                 learner.meta_step(batch)
                 assert any(value.any() for value in grads(learner).values())
@@ -353,7 +351,10 @@ def test_every_estimator_refuses_or_works_with_every_solver_and_subset():
     ("build", "message"),
     [
         (lambda m: il.MetaLearner(m, il.Blocks("01")), "has 3 blocks: give 3 characters"),
-        (lambda m: il.MetaLearner(m, il.Named("nothing.*")), "'nothing.\\*' matches none of the parameters layer1.weight"),
+        (
+            lambda m: il.MetaLearner(m, il.Named("nothing.*")),
+            "'nothing.\\*' matches none of the parameters layer1.weight",
+        ),
         (lambda m: il.MetaLearner(m, batch_norm="running"), "choose 'batch', 'frozen' or 'task'"),
         (lambda m: il.MetaLearner(m, chunk_size=0), "1 or more"),
         (lambda m: il.MetaLearner(nn.Sequential(nn.LazyLinear(3))), "pass one batch of inputs through it"),

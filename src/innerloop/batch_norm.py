@@ -33,7 +33,7 @@ class TaskBatchNorm(nn.Module):
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.weight, self.bias, self.eps, self.affine = norm.weight, norm.bias, norm.eps, norm.affine
         self.kind = type(norm)
         self.rows: int | None = None
         self.seen: tuple[Tensor, Tensor] | None = None
@@ -47,7 +47,7 @@ class TaskBatchNorm(nn.Module):
         if self.seen is not None:
             self.seen = (mean.flatten(), variance.flatten())
         normal = (inputs - mean) * torch.rsqrt(variance + self.eps)
-        if self.weight is None:
+        if not self.affine:
             return normal
         shape = (1, -1) + (1,) * (inputs.ndim - 2)
         return normal * self.weight.view(shape) + self.bias.view(shape)

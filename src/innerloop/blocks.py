@@ -17,11 +17,8 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]] | None:
     sequence of its sub-modules whose composition is the model. Parts without parameters join the block before them (the
     first ones the block after them).
     """
-    if isinstance(model, nn.Sequential):
-        chain = list(model)
-    elif isinstance(getattr(model, "blocks", None), (Sequence, nn.ModuleList, nn.Sequential)):
-        chain = list(model.blocks)
-    else:
+    chain = model if isinstance(model, nn.Sequential) else getattr(model, "blocks", None)
+    if not isinstance(chain, (Sequence, nn.ModuleList, nn.Sequential)):
         return None
     blocks: list[list[nn.Module]] = []
     leading: list[nn.Module] = []

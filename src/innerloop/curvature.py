@@ -5,15 +5,14 @@
     H = d2 inner_loss / d params d params          B = d2 inner_loss / d meta d params
 
 Forward-over-reverse (Pearlmutter's product): the derivative, along ``w``, of the gradients of the inner loss in the
-parameters and in the meta-parameters. One call costs one forward-mode sweep over one backward pass, keeps no tape, and its
-memory is that of one gradient. The opposite order, reverse-over-forward, is silently wrong through native normalisation
-layers (pytorch issue 196699), so it is not used anywhere.
+parameters and in the meta-parameters. One call costs one forward-mode sweep over one backward pass, keeps no tape,
+and its memory is that of one gradient. The opposite order, reverse-over-forward, is silently wrong through native
+normalisation layers (pytorch issue 196699), so it is not used anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -68,9 +67,9 @@ def curvature(
     if not autocast and problem.inner_loss not in _without_forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
-        except (NotImplementedError, RuntimeError) as error:
-            if not re.search("forward([- ]mode)? AD", str(error)):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the loss could be differentiated once, so forward mode is what it lacks
             reason = str(error).splitlines()[0]
             warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=2)
             _without_forward_mode.add(problem.inner_loss)
@@ -86,7 +85,7 @@ def _forward_over_reverse(
     # jvp refuses overlapping memory, which parameters broadcast over tasks or expanded by the user have.
     primal = {name: value.contiguous() for name, value in params.items()}
     with replayed(problem.seed, step):
-        _, products = torch.func.jvp(gradients, (primal,), (direction,))
+        products: tuple[Tree, Tree] = torch.func.jvp(gradients, (primal,), (direction,))[1]
     return products
 
 
@@ -97,15 +96,16 @@ def _reverse_over_reverse(
         return torch.func.grad(problem.inner_loss)(at, given, support)
 
     with replayed(problem.seed, step):
-        _, pull = torch.func.vjp(gradient_in_params, params, meta)
-        return pull(direction)
+        products: tuple[Tree, Tree] = torch.func.vjp(gradient_in_params, params, meta)[1](direction)
+    return products
 
 
 @contextlib.contextmanager
 def replayed(seed: int | None, step: int) -> Iterator[None]:
     """Draw the random numbers of ``step`` from their own seed, so that a step recomputed is the same step.
 
-    Dropout masks and the like repeat whenever the step's gradient is taken again; with ``seed=None`` nothing is touched.
+    Dropout masks and the like repeat whenever the step's gradient is taken again; with ``seed=None`` nothing is
+    touched.
     """
     if seed is None:
         yield
@@ -120,9 +120,9 @@ def second_order_kernels(recurrent: bool = False) -> Iterator[None]:
     """Choose kernels that can be differentiated twice.
 
     Fused attention has neither a forward-mode rule nor a second derivative, so the math kernel is selected, and the
-    encoder layer's fused inference path is left out; the recurrent layers of cuDNN and oneDNN have no second derivative, so
-    both are off where the model holds one. Autocast must not reuse a weight's cast from one level of differentiation in
-    another.
+    encoder layer's fused inference path is left out; the recurrent layers of cuDNN and oneDNN have no second
+    derivative, so both are off where the model holds one. Autocast must not reuse a weight's cast from one level of
+    differentiation in another.
 
     Args:
         recurrent: the model holds recurrent layers.
@@ -132,7 +132,7 @@ def second_order_kernels(recurrent: bool = False) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)
     if recurrent:
-        torch.backends.cudnn.enabled = torch.backends.mkldnn.enabled = False
+        torch.backends.cudnn.enabled = torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield

@@ -65,8 +65,8 @@ class MetaLearner(nn.Module):
     Its parameters are the meta-parameters: those of its own copy of the model, ``model``, and the rates that the inner
     solver learns, ``rates``. The model given is never changed; while a task is adapted to, neither is the copy.
 
-    Batch norm takes the statistics of the batch at hand (``batch_norm="batch"``, the papers' way): the support set's in the
-    inner loop, those of all queries together for the outer loss.
+    Batch norm takes the statistics of the batch at hand (``batch_norm="batch"``, the papers' way): the support set's
+    in the inner loop, those of all queries together for the outer loss.
 
     Args:
         model: any module that maps a batch of inputs to outputs.
@@ -74,12 +74,12 @@ class MetaLearner(nn.Module):
         inner: how they move.
         meta_gradient: how the outer gradient is found.
         loss: ``loss(output, target) -> scalar``, for the inner and the outer loop.
-        batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics) or ``"frozen"`` (the
-            model's stored statistics). See ``innerloop.batch_norm``.
-        chunk_size: how many tasks are computed at once; bounds memory and changes no result. None takes 8 on the CPU, where
-            more is slower, and all on an accelerator. 1 computes task by task.
-        reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left out by
-            itself where the blocks are not known or random (dropout).
+        batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics) or ``"frozen"``
+            (the model's stored statistics). See ``innerloop.batch_norm``.
+        chunk_size: how many tasks are computed at once; bounds memory and changes no result. None takes 8 on the CPU,
+            where more is slower, and all on an accelerator. 1 computes task by task.
+        reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left
+            out by itself where the blocks are not known or random (dropout).
 
     Raises:
         ValueError: choices that do not fit the model or each other; the message says what does.
@@ -103,7 +103,7 @@ class MetaLearner(nn.Module):
             raise ValueError("the model has lazy parameters: pass one batch of inputs through it first")
         self.adapts = adapts if adapts is not None else Everything()
         self.meta_gradient = meta_gradient if meta_gradient is not None else Unrolled()
-        self.loss = loss
+        self.loss = _squared_error if loss is F.mse_loss else loss
         self.batch_norm = batch_norm
         self.chunk_size = chunk_size
         self.model = copy.deepcopy(model)
@@ -122,14 +122,15 @@ class MetaLearner(nn.Module):
         rates = self.inner.learned({name: self.model.get_parameter(name).detach() for name in self.adapted})
         # torch allows no dot in a parameter's own name
         self.rates = nn.ParameterDict({name.replace(".", "/"): rate for name, rate in rates.items()})
-        self._prefix, self._suffix = self._split() if reuse_prefix else (None, None)
+        self._prefix: Chain | None = None
+        self._suffix: Chain | None = None
+        if reuse_prefix:
+            self._prefix, self._suffix = self._split()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._vectorise = True
         self._problems = {
-            together: Problem(self._start, self._inner_loss, self._separate_outer_loss)
-            if together
-            else Problem(self._start, self._inner_loss, self._inductive_outer_loss)
-            for together in (True, False)
+            transductive: Problem(self._start, self._inner_loss, outer_loss)
+            for transductive, outer_loss in ((True, self._transductive_outer_loss), (False, self._inductive_outer_loss))
         }
 
     def meta_step(self, batch: Task, step_weights: Sequence[float] | None = None) -> Metrics:
@@ -150,9 +151,9 @@ class MetaLearner(nn.Module):
         meta, learned = self._meta(), self._learned()
         transductive = self.batch_norm != "task"
 
-        def task_gradient(task: Task, seed: int | None) -> tuple[Tree, Tree, Tensor, Tensor | None, dict[str, Tensor]]:
+        def task_gradient(task: Task, seed: int | None) -> tuple[Tree, Tree, Tensor, list[Tensor], dict[str, Tensor]]:
             result = self._estimate(task, meta, learned, transductive, seed, step_weights)
-            return result.grad, result.learned_grad, result.loss, self._accuracy(result.extra, task), result.diagnostics
+            return result.grad, result.learned_grad, result.loss, _accuracy(result.extra, task), result.diagnostics
 
         total: Any = None
         with second_order_kernels(self._recurrent):
@@ -164,7 +165,7 @@ class MetaLearner(nn.Module):
             _accumulate(self.model.get_parameter(name), value)
         for name, value in learned_grad.items():
             _accumulate(self.rates[name.replace(".", "/")], value)
-        return Metrics(loss, accuracy, diagnostics)
+        return Metrics(loss, accuracy[0] if accuracy else None, diagnostics)
 
     def evaluate(
         self, batch: Task, steps: int | None = None, inductive: bool = False, curve: bool = False
@@ -186,26 +187,26 @@ class MetaLearner(nn.Module):
         meta, learned = self._meta(), self._learned()
         transductive = not inductive and self.batch_norm != "task"
 
-        def one(task: Task, seed: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        def one(task: Task, seed: int | None) -> tuple[Tensor, Tensor, list[Tensor]]:
             problem, reduced, reduced_task, _ = self._reduce(task, meta, transductive, seed, differentiate=False)
             loop = bind(problem, reduced, reduced_task.support, self.inner, learned)
-            losses, accuracies, last = [], [], None
+            losses: list[Tensor] = []
+            accuracies: list[Tensor] = []
+            outputs: list[Tensor] = []
 
-            def judge(params: Tree) -> Tensor:
-                loss, outputs = problem.outer_loss(params, reduced, reduced_task.query)
+            def judge(step: int, params: Tree, *_: object) -> None:
+                loss, output = problem.outer_loss(params, reduced, reduced_task.query)
                 losses.append(loss)
-                accuracies.append(self._accuracy(outputs, task))
-                return outputs
+                accuracies.extend(_accuracy(output, task))
+                outputs[:] = [output]
 
-            params = loop.run(steps, (lambda step, params, *_: judge(params)) if curve else None)
-            last = judge(params)
-            accuracy = None if accuracies[0] is None else torch.stack(accuracies)
-            return last, torch.stack(losses), accuracy
+            judge(steps, loop.run(steps, judge if curve else None))
+            return outputs[0], torch.stack(losses), [torch.stack(accuracies)] if accuracies else []
 
         with second_order_kernels(self._recurrent):
             parts = [out for _, out in self._over_tasks(one, batch)]
-        outputs, losses = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-        accuracies = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
+        outputs, losses = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        accuracies = torch.cat([part[2][0] for part in parts]) if parts[0][2] else None
         return Evaluation(
             losses[:, -1],
             None if accuracies is None else accuracies[:, -1],
@@ -214,9 +215,7 @@ class MetaLearner(nn.Module):
             accuracies if curve else None,
         )
 
-    def adapt(
-        self, inputs: Tensor, targets: Tensor, steps: int | None = None, inductive: bool = False
-    ) -> nn.Module:
+    def adapt(self, inputs: Tensor, targets: Tensor, steps: int | None = None, inductive: bool = False) -> nn.Module:
         """Adapt to one new task.
 
         Args:
@@ -227,15 +226,18 @@ class MetaLearner(nn.Module):
                 otherwise a batch is normalised by its own. Always so with ``batch_norm="task"``.
 
         Returns:
-            A plain module in evaluation mode, of torch layers alone where the model is. It owns the parameters that changed
-            and shares the memory of all others with this learner: copy it (``copy.deepcopy``) before training goes on.
+            A plain module in evaluation mode, of torch layers alone where the model is. It owns the parameters that
+            changed and shares the memory of all others with this learner: copy it (``copy.deepcopy``) before training
+            goes on.
 
         Raises:
             ValueError: inputs and targets of different lengths, or ``steps`` negative.
         """
         steps = self._steps(steps)
         if len(inputs) != len(targets):
-            raise ValueError(f"adapt() was given {len(inputs)} inputs and {len(targets)} targets: give one target an input")
+            raise ValueError(
+                f"adapt() was given {len(inputs)} inputs and {len(targets)} targets: give one target an input"
+            )
         place = next(self.model.parameters())
         # the support set stands in for queries, which there are none of
         task = Task((inputs, targets), (inputs, targets)).to(place.device, place.dtype)
@@ -246,7 +248,7 @@ class MetaLearner(nn.Module):
             def shared(parameter: Tensor) -> nn.Parameter:
                 return nn.Parameter(parameter.detach(), requires_grad=False)
 
-            own = {id(parameter): shared(parameter) for parameter in self.model.parameters()}
+            own: dict[int, Any] = {id(parameter): shared(parameter) for parameter in self.model.parameters()}
             own |= {id(self.model.get_parameter(name)): shared(value) for name, value in changed.items()}
             own |= {id(buffer): buffer for buffer in self.model.buffers()}
             adapted = copy.deepcopy(self.model, own).eval()
@@ -261,9 +263,10 @@ class MetaLearner(nn.Module):
 
     def extra_repr(self) -> str:
         """The choices."""
-        return f"adapts={self.adapts}, inner={self.inner}, meta_gradient={self.meta_gradient}, batch_norm={self.batch_norm!r}"
+        choices = ("adapts", "inner", "meta_gradient", "batch_norm")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in choices)
 
-    # --- the bilevel problem of one task -------------------------------------------------------------------------------
+    # The bilevel problem of one task.
 
     def _forward(self, params: Tree, meta: Tree, inputs: Tensor) -> Tensor:
         tree = {**meta, **params}
@@ -291,7 +294,7 @@ class MetaLearner(nn.Module):
         outputs = outputs[rows:] if rows else outputs
         return self.loss(outputs, targets), outputs.detach()
 
-    def _separate_outer_loss(self, params: Tree, meta: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _transductive_outer_loss(self, params: Tree, meta: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._outer_loss(params, meta, batch, None)
 
     def _inductive_outer_loss(self, params: Tree, meta: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -318,8 +321,8 @@ class MetaLearner(nn.Module):
         """The problem on the features of the frozen prefix, which enter it as meta-parameters.
 
         Returns:
-            The problem, its meta-parameters, its task, and what carries its meta-gradient back to the model's parameters
-            (None where there is no prefix, or nothing is to be differentiated).
+            The problem, its meta-parameters, its task, and what carries its meta-gradient back to the model's
+            parameters (None where there is no prefix, or nothing is to be differentiated).
         """
         problem = self._problems[transductive]
         if seed is not None:
@@ -340,7 +343,7 @@ class MetaLearner(nn.Module):
         below = {name: meta[name] for name in prefix.names if name in meta}
         if not differentiate:
             return problem, above | features(below), task, None
-        found, pull = torch.func.vjp(features, below)
+        found, pull = torch.func.vjp(features, below)[:2]
 
         def carry(grad: Tree) -> Tree:
             (through,) = pull({name: grad[name] for name in (_SUPPORT, _QUERY)})
@@ -364,10 +367,10 @@ class MetaLearner(nn.Module):
         result = self.meta_gradient.estimate(problem, reduced, reduced_task, self.inner, learned, step_weights)
         return result if carry is None else result._replace(grad=carry(result.grad))
 
-    # --- batches of tasks ----------------------------------------------------------------------------------------------
+    # Batches of tasks.
 
     def _over_tasks(self, function: Callable[[Task, int | None], Out], batch: Task) -> Iterator[tuple[float, Out]]:
-        """Map a function of one task over a batch, by chunks; yields each chunk's share of the batch and its stacked results.
+        """Map a function of one task over a batch, by chunks; yields each chunk's share of the batch and its results.
 
         A model that vmap cannot take is computed task by task from then on, with one warning.
         """
@@ -381,7 +384,9 @@ class MetaLearner(nn.Module):
                 seed = self._seed()
                 try:
                     if vectorise:
-                        out = torch.func.vmap(lambda task, seed=seed: function(task, seed), randomness="different")(chunk)
+                        out = torch.func.vmap(lambda task, seed=seed: function(task, seed), randomness="different")(
+                            chunk
+                        )
                     else:
                         one = function(torch.utils._pytree.tree_map(lambda value: value[0], chunk), seed)
                         out = torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), one)
@@ -396,8 +401,8 @@ class MetaLearner(nn.Module):
                     continue
                 if refusal is not None:
                     warnings.warn(
-                        f"{type(self.model).__name__} is computed task by task, same result, slower, because vmap cannot "
-                        f"take it: {str(refusal).splitlines()[0]}",
+                        f"{type(self.model).__name__} is computed task by task, same result, slower, because vmap "
+                        f"cannot take it: {str(refusal).splitlines()[0]}",
                         stacklevel=4,
                     )
                     refusal = None
@@ -410,13 +415,13 @@ class MetaLearner(nn.Module):
         if len(lengths) != 1 or support[1].ndim < 2:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (*support, *query))
             raise ValueError(
-                f"a batch of tasks has the same leading task dimension in all four tensors, but their shapes are {shapes}; "
-                "add it to a single task with tensor.unsqueeze(0)"
+                f"a batch of tasks has the same leading task dimension in all four tensors, but their shapes are "
+                f"{shapes}; add it to a single task with tensor.unsqueeze(0)"
             )
         for part, (inputs, targets) in (("support", support), ("query", query)):
             if inputs.shape[1] != targets.shape[1]:
                 raise ValueError(
-                    f"the {part} set has {inputs.shape[1]} inputs but {targets.shape[1]} targets a task: give one an input"
+                    f"the {part} set has {inputs.shape[1]} inputs but {targets.shape[1]} targets a task: give as many"
                 )
         place = next(self.model.parameters())
         return Task(support, query).to(place.device, place.dtype)
@@ -436,12 +441,22 @@ class MetaLearner(nn.Module):
         """A fresh seed for the inner loop's random draws, from torch's global generator; None if there are none."""
         return int(torch.randint(2**31, ())) if _random([self.model]) else None
 
-    @staticmethod
-    def _accuracy(outputs: Tensor, task: Task) -> Tensor | None:
-        targets = task.query[1]
-        if targets.is_floating_point() or outputs.ndim != targets.ndim + 1:
-            return None
-        return (outputs.argmax(-1) == targets).float().mean()
+
+def _accuracy(outputs: Tensor, task: Task) -> list[Tensor]:
+    """The share of queries classified rightly, in a list that is empty where targets are not classes."""
+    targets = task.query[1]
+    if targets.is_floating_point() or outputs.ndim != targets.ndim + 1:
+        return []
+    return [(outputs.argmax(-1) == targets).float().mean()]
+
+
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """``F.mse_loss`` in plain operations: torch's own has no forward-mode rule for its derivative."""
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the model gives {tuple(output.shape)} for targets {tuple(target.shape)}: make the shapes equal"
+        )
+    return (output - target).square().mean()
 
 
 def _tasks(batch: Task, begin: int, end: int) -> Task:
@@ -461,4 +476,3 @@ def _random(parts: Sequence[nn.Module]) -> bool:
         for name in ("p", "dropout", "drop_prob")
         if isinstance(getattr(module, name, 0), (int, float))
     )
-

@@ -1,7 +1,7 @@
 """The bilevel statement that every method of the library differentiates, and nothing else.
 
-    minimise over meta   mean over tasks i of  outer_loss(params_i, meta, query_i)
-    where params_i is what an inner solver makes of  inner_loss(params, meta, support_i),  started at start(meta)
+minimise over meta   mean over tasks i of  outer_loss(params_i, meta, query_i)
+where params_i is what an inner solver makes of  inner_loss(params, meta, support_i),  started at start(meta)
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Task(NamedTuple):
     """One few-shot task, or a batch of them: then every tensor has a leading task dimension.
 
     Attributes:
-        support: inputs ``[ways * shots, ...]`` and targets ``[ways * shots]`` (integers below ``ways``, or values to regress),
-            the examples that the inner loop learns from.
+        support: inputs ``[ways * shots, ...]`` and targets ``[ways * shots]`` (integers below ``ways``, or values to
+            regress), the examples that the inner loop learns from.
         query: the same for the examples that judge the adapted parameters.
     """
 

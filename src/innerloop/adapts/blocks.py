@@ -1,6 +1,6 @@
 """Lambda patterns: chosen blocks adapt (Khabarlak, arXiv 2206.05930).
 
-    params^l <- params^l - lr * lambda_l * grad_l,     lambda_l in {0, 1}
+params^l <- params^l - lr * lambda_l * grad_l,     lambda_l in {0, 1}
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Blocks:
         blocks = blocks_of(model)
         if blocks is None:
             raise ValueError(
-                f"{type(model).__name__} does not say what its blocks are: make it an nn.Sequential, give it an attribute "
-                "`blocks` (its sub-modules in forward order), or choose parameters with Named(...)"
+                f"{type(model).__name__} does not say what its blocks are: make it an nn.Sequential, give it an "
+                "attribute `blocks` (its sub-modules in forward order), or choose parameters with Named(...)"
             )
         if len(blocks) != len(self.pattern):
             raise ValueError(

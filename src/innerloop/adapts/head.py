@@ -1,4 +1,4 @@
-"""Only the head adapts, as in ANIL (arXiv 1909.09157, 2006.09486), or all but the head, as in BOIL (arXiv 2008.08882)."""
+"""Only the head adapts (ANIL, arXiv 1909.09157, 2006.09486), or all but the head does (BOIL, arXiv 2008.08882)."""
 
 from __future__ import annotations
 
@@ -44,5 +44,7 @@ class Body:
         head = set(parameter_names(model, head_of(model)))
         body = [name for name, _ in model.named_parameters() if name not in head]
         if not body:
-            raise ValueError(f"{type(model).__name__} is all head: there is no body to adapt; use Everything() or Head()")
+            raise ValueError(
+                f"{type(model).__name__} is all head: there is no body to adapt; use Everything() or Head()"
+            )
         return body

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from innerloop.problem import Tree
 
 State = Any
 """What a solver carries from step to step: any tree of tensors, empty for plain gradient descent."""
+
+
+class Probe(NamedTuple):
+    """What a solver may ask of the inner loss at one step, beyond the gradient it is given.
+
+    Attributes:
+        value: ``value(params) -> scalar``, the loss anywhere.
+        hessian: ``hessian(params, direction) -> tree``, a product with the Hessian there.
+    """
+
+    value: Callable[[Tree], Tensor]
+    hessian: Callable[[Tree, Tree], Tree]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +54,10 @@ class InnerSolver:
     proximal: float = 0.0
 
     needs_gradient: ClassVar[bool] = False
-    """Whether the derivative of an update depends on the gradient's value, so that going back needs the gradients kept."""
+    """Whether an update's derivative depends on the gradient's value, so that going back needs the gradients kept."""
+
+    differentiable: ClassVar[bool] = True
+    """Whether a step is an ``update``, which can be differentiated; if not, only its result can."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -49,7 +67,9 @@ class InnerSolver:
         if self.steps < 1:
             raise ValueError(f"{name}(steps={self.steps}): at least one inner step is needed")
         if self.test_steps is not None and self.test_steps < 0:
-            raise ValueError(f"{name}(test_steps={self.test_steps}): give 0 or more, or None for as many as in training")
+            raise ValueError(
+                f"{name}(test_steps={self.test_steps}): give 0 or more, or None for as many as in training"
+            )
         for field in ("weight_decay", "proximal"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{name}({field}={getattr(self, field)}): must be 0 or more")
@@ -84,6 +104,12 @@ class InnerSolver:
             New parameters and new state.
         """
         raise NotImplementedError
+
+    def advance(
+        self, step: int, params: Tree, grad: Tree, state: State, learned: Tree, start: Tree, probe: Probe
+    ) -> tuple[Tree, State]:
+        """One step as the inner loop takes it: ``update``, but for solvers that look beyond the gradient."""
+        return self.update(step, params, grad, state, learned, start)
 
     def full_gradient(self, params: Tree, grad: Tree, start: Tree) -> Tree:
         """The gradient with weight decay and the proximal term."""

@@ -1,6 +1,6 @@
 """Going back through an inner loop without a graph: the walk that the estimators share.
 
-For a step  params' , state' = update(params, g(params, meta), state, learned, start)  and the cotangents of its results,
+For a step  params', state' = update(params, g(params, meta), state, learned, start)  and the cotangents of its results,
 
     (params, g, state, learned, start cotangents)  =  pull-back of update          cheap and elementwise
     params cotangent += H (g cotangent),   meta cotangent += B (g cotangent)       one curvature product
@@ -10,7 +10,7 @@ so only the parameters before each step have to be kept, never activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from innerloop.problem import Batch, Problem, Task, Tree
 
 
 class Snapshot(NamedTuple):
-    """Where the inner loop stood before a step; ``grad`` may be anything of its shape if the solver does not need it."""
+    """Where the inner loop stood before a step; ``grad`` may be anything of its shape where the solver needs none."""
 
     params: Tree
     state: Any
@@ -48,15 +48,29 @@ class Outer(NamedTuple):
     extra: Any
 
 
+def refuse_undifferentiable(estimator: object, solver: InnerSolver) -> None:
+    """Refuse solvers whose steps are no ``update`` that could be differentiated.
+
+    Raises:
+        ValueError: such a solver.
+    """
+    if not solver.differentiable:
+        raise ValueError(
+            f"{type(estimator).__name__} goes through inner steps, but {type(solver).__name__}'s have no derivative: "
+            "use Implicit() or MemoryReduced(), which differentiate the solution, or SGD, Momentum or Adam"
+        )
+
+
 def outer_gradient(problem: Problem, params: Tree, meta: Tree, query: Batch) -> Outer:
     """Partial gradients of the outer loss in the adapted parameters and in the meta-parameters."""
 
     def loss(params: Tree, meta: Tree) -> tuple[Tensor, Any]:
         value = problem.outer_loss(params, meta, query)
-        return value if isinstance(value, tuple) else (value, None)
+        # torch.func takes no None beside a value
+        return value if isinstance(value, tuple) else (value, ())
 
     (in_params, in_meta), (value, extra) = torch.func.grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, meta)
-    return Outer(value, in_params, in_meta, extra)
+    return Outer(value, in_params, in_meta, None if isinstance(extra, tuple) and not extra else extra)
 
 
 def zeros(tree: Any) -> Any:
@@ -69,6 +83,11 @@ def add(first: Any, second: Any) -> Any:
     return torch.utils._pytree.tree_map(torch.add, first, second)
 
 
+def scale(tree: Any, weight: float) -> Any:
+    """A tree times a number."""
+    return torch.utils._pytree.tree_map(lambda value: weight * value, tree)
+
+
 def initial(loop: InnerLoop, outer: Outer) -> Cotangents:
     """The cotangents after the last step: those of the outer loss itself."""
     return Cotangents(
@@ -76,9 +95,50 @@ def initial(loop: InnerLoop, outer: Outer) -> Cotangents:
     )
 
 
-def pull(
-    loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangents
-) -> tuple[Cotangents, Tree]:
+def judge(loop: InnerLoop, query: Batch, params: Tree, weight: float) -> tuple[Tensor, Cotangents, Any]:
+    """The outer loss at ``params`` times a weight, its cotangents, and what it returned beside its value."""
+    outer = outer_gradient(loop.problem, params, loop.meta, query)
+    return weight * outer.loss, scale(initial(loop, outer), weight), outer.extra
+
+
+def outer_weights(solver: InnerSolver, step_weights: Sequence[float] | None) -> Sequence[float]:
+    """The weights of the outer loss after each inner step: those given, or all on the last.
+
+    Raises:
+        ValueError: as many weights as steps are not given.
+    """
+    if step_weights is None:
+        return [0.0] * (solver.steps - 1) + [1.0]
+    if len(step_weights) != solver.steps:
+        raise ValueError(
+            f"step_weights holds {len(step_weights)} weights for {solver.steps} inner steps: give one a step"
+        )
+    return step_weights
+
+
+def adapt(loop: InnerLoop, keep: Container[int]) -> tuple[Tree, dict[int, Snapshot], Tensor]:
+    """Take all of the solver's steps.
+
+    Args:
+        loop: the inner loop.
+        keep: before which steps to keep a snapshot.
+
+    Returns:
+        The adapted parameters, the snapshots by step, and the inner loss before each step, ``[steps]``.
+    """
+    kept: dict[int, Snapshot] = {}
+    losses: list[Tensor] = []
+
+    def visit(step: int, params: Tree, state: Any, grad: Tree, loss: Tensor) -> None:
+        losses.append(loss)
+        if step in keep:
+            kept[step] = Snapshot(params, state, grad if loop.solver.needs_gradient else params)
+
+    final = loop.run(loop.solver.steps, visit)
+    return final, kept, torch.stack(losses)
+
+
+def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangents) -> tuple[Cotangents, Tree]:
     """Pull cotangents back through the updates of ``steps``, all of which use the snapshot's one gradient.
 
     Returns:
@@ -90,11 +150,9 @@ def pull(
             params, state = loop.solver.update(step, params, grad, state, learned, start)
         return params, state
 
-    _, back = torch.func.vjp(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)
+    back = torch.func.vjp(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)[1]
     params, grad, state, learned, start = back((cotangents.params, cotangents.state))
-    before = Cotangents(
-        params, state, add(cotangents.learned, learned), add(cotangents.start, start), cotangents.meta
-    )
+    before = Cotangents(params, state, add(cotangents.learned, learned), add(cotangents.start, start), cotangents.meta)
     return before, grad
 
 
@@ -106,9 +164,21 @@ def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad:
 
 def meta_cotangent(problem: Problem, meta: Tree, cotangents: Cotangents) -> Tree:
     """The meta-gradient once the walk is at the start: what reached meta directly, and through ``problem.start``."""
-    _, back = torch.func.vjp(problem.start, meta)
+    back = torch.func.vjp(problem.start, meta)[1]
     (through_start,) = back(add(cotangents.params, cotangents.start))
     return add(cotangents.meta, through_start)
+
+
+def conclude(
+    loop: InnerLoop, cotangents: Cotangents, loss: Tensor, params: Tree, extra: Any, support_loss: Tensor, products: int
+) -> Result:
+    """What an estimator returns, from the cotangents at the start of the inner loop."""
+    diagnostics = {
+        "support_loss": support_loss,
+        "curvature_products": torch.as_tensor(float(products), device=loss.device),
+    }
+    grad = meta_cotangent(loop.problem, loop.meta, cotangents)
+    return Result(grad, cotangents.learned, loss, params, extra, diagnostics)
 
 
 def walk(
@@ -137,25 +207,13 @@ def walk(
         keep_every: keep the parameters before every n-th step only; those between are computed again on the way back.
         step_weights: as in ``MetaGradient.estimate``.
     """
-    if step_weights is not None and len(step_weights) != solver.steps:
-        raise ValueError(f"step_weights holds {len(step_weights)} weights for {solver.steps} inner steps: give one a step")
     loop = bind(problem, meta, task.support, solver, learned)
+    weights = outer_weights(solver, step_weights)
     first = max(0, solver.steps - horizon)
     # Without curvature and with a linear update, nothing on the way back depends on where it happens.
-    needs_place = second_order or solver.needs_gradient or step_weights is not None
-    kept: dict[int, Snapshot] = {}
-    support_loss: list[Tensor] = []
-
-    def keep(step: int, params: Tree, state: Any, grad: Tree, loss: Tensor) -> None:
-        support_loss.append(loss)
-        if needs_place and step >= first and (step - first) % keep_every == 0:
-            kept[step] = Snapshot(params, state, grad if solver.needs_gradient else params)
-
-    final = loop.run(solver.steps, keep)
-    outer = outer_gradient(problem, final, meta, task.query)
-    loss, cotangents = outer.loss, initial(loop, outer)
-    if step_weights is not None:
-        loss, cotangents = _weighted(loss, step_weights[-1]), _weighted(cotangents, step_weights[-1])
+    needs_place = second_order or solver.needs_gradient or any(weights[:-1])
+    final, kept, support_loss = adapt(loop, range(first, solver.steps, keep_every) if needs_place else ())
+    loss, cotangents, extra = judge(loop, task.query, final, weights[-1])
     place = Snapshot(final, solver.init(final), final)
     for step in reversed(range(first, solver.steps)):
         if needs_place:
@@ -165,23 +223,11 @@ def walk(
         cotangents, grad = pull(loop, range(step, step + 1), place, cotangents)
         if second_order:
             cotangents = bend(loop, step, place.params, cotangents, grad)
-        if step_weights is not None and step > 0 and step_weights[step - 1]:
-            early = outer_gradient(problem, place.params, meta, task.query)
-            loss = loss + _weighted(early.loss, step_weights[step - 1])
-            weighted = _weighted(initial(loop, early), step_weights[step - 1])
-            cotangents = cotangents._replace(
-                params=add(cotangents.params, weighted.params), meta=add(cotangents.meta, weighted.meta)
-            )
+        if step > 0 and weights[step - 1]:
+            early, more, _ = judge(loop, task.query, place.params, weights[step - 1])
+            loss, cotangents = loss + early, add(cotangents, more)
     products = (solver.steps - first) if second_order else 0
-    diagnostics = {
-        "support_loss": torch.stack(support_loss),
-        "curvature_products": torch.as_tensor(float(products), device=loss.device),
-    }
-    return Result(meta_cotangent(problem, meta, cotangents), cotangents.learned, loss, final, outer.extra, diagnostics)
-
-
-def _weighted(tree: Any, weight: float) -> Any:
-    return torch.utils._pytree.tree_map(lambda value: weight * value, tree)
+    return conclude(loop, cotangents, loss, final, extra, support_loss, products)
 
 
 def _recompute(loop: InnerLoop, kept: dict[int, Snapshot], begin: int, end: int) -> None:

@@ -16,8 +16,9 @@ from innerloop.problem import Problem, Task, Tree
 class FirstOrder:
     """No curvature product at all: the outer gradient at the adapted parameters is handed to the start.
 
-    What the update does apart from the inner gradient (weight decay, the proximal term, learned rates) is differentiated
-    exactly. Meta-parameters that only the inner loss reads get zero: use ``Unrolled`` or ``Truncated`` for those.
+    What the update does apart from the inner gradient (weight decay, the proximal term, learned rates) is
+    differentiated exactly. Meta-parameters that only the inner loss reads get zero: use ``Unrolled`` or ``Truncated``
+    for those.
     """
 
     second_order: ClassVar[bool] = False

@@ -1,6 +1,6 @@
 """Reptile (Nichol, Achiam and Schulman, arXiv 1803.02999): move the start towards where the inner loop ends.
 
-    grad = start - params_K,     so that an outer SGD step of rate e does   start <- start + e * mean(params_K - start)
+grad = start - params_K,     so that an outer SGD step of rate e does   start <- start + e * mean(params_K - start)
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from innerloop.problem import Problem, Task, Tree
 class Reptile:
     """Not a gradient of the outer loss: the query set is only used to report a loss.
 
-    The paper's outer step is plain interpolation; that is ``torch.optim.SGD`` with the interpolation factor as its rate.
+    The paper's outer step is plain interpolation; that is ``torch.optim.SGD`` with the interpolation factor as its
+    rate.
     """
 
     second_order: ClassVar[bool] = False
@@ -38,7 +39,8 @@ class Reptile:
             )
         if type(solver).learned is not InnerSolver.learned:
             raise ValueError(
-                f"Reptile gives no gradient to the rates of {type(solver).__name__}: use SGD, or Unrolled() in place of Reptile()"
+                f"Reptile gives no gradient to the rates of {type(solver).__name__}: "
+                "use SGD, or Unrolled() in place of Reptile()"
             )
         return solver
 
@@ -57,13 +59,15 @@ class Reptile:
             ValueError: ``step_weights`` given, which weigh query losses that Reptile does not use.
         """
         if step_weights is not None:
-            raise ValueError("Reptile has no query loss to weigh step by step: leave step_weights out, or use Unrolled()")
+            raise ValueError(
+                "Reptile has no query loss to weigh step by step: leave step_weights out, or use Unrolled()"
+            )
         support_loss = []
         loop = bind(problem, meta, task.support, solver, learned)
         final = loop.run(solver.steps, lambda step, params, state, grad, loss: support_loss.append(loss))
         value = problem.outer_loss(final, meta, task.query)
         loss, extra = value if isinstance(value, tuple) else (value, None)
-        _, back = torch.func.vjp(problem.start, meta)
+        back = torch.func.vjp(problem.start, meta)[1]
         (grad,) = back({name: value - final[name] for name, value in loop.start.items()})
         diagnostics = {
             "support_loss": torch.stack(support_loss),

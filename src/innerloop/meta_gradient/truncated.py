@@ -1,6 +1,6 @@
 """Truncated back-propagation: the meta-gradient through the last n inner steps only.
 
-    u  =  prod_{k = steps - n}^{steps - 1} (I - lr H(params_k))  d outer_loss / d params
+u  =  prod_{k = steps - n}^{steps - 1} (I - lr H(params_k))  d outer_loss / d params
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Truncated:
     def __post_init__(self) -> None:
         """Check the range."""
         if self.horizon < 0:
-            raise ValueError(f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more")
+            raise ValueError(
+                f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more"
+            )
 
     def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
         """Everything goes with truncation."""

@@ -57,10 +57,8 @@ class Unrolled:
         step_weights: Sequence[float] | None = None,
     ) -> Result:
         """The exact meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
-        if self.keep_every == "sqrt":
-            keep_every = math.ceil(math.sqrt(solver.steps))
-        else:
-            keep_every = self.keep_every or 1
+        root = math.ceil(math.sqrt(solver.steps))
+        keep_every = root if self.keep_every == "sqrt" else self.keep_every or 1
         return walk(
             problem, meta, task, solver, learned, horizon=solver.steps, keep_every=keep_every, step_weights=step_weights
         )

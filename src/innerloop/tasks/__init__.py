@@ -1,0 +1,47 @@
+"""Where tasks come from. A task is a pure function of (source, split, seed, index)."""
+
+from collections.abc import Callable
+
+from innerloop.tasks.baseline import nearest_neighbour
+from innerloop.tasks.cifar import cifar_fs, fc100
+from innerloop.tasks.episodes import Episodes, ImageSet, TaskSource
+from innerloop.tasks.folder import folder
+from innerloop.tasks.glyphs import glyphs
+from innerloop.tasks.imagenet import mini_imagenet, tiered_imagenet
+from innerloop.tasks.omniglot import omniglot
+from innerloop.tasks.regression import linear, quadratic, sinusoid
+from innerloop.tasks.stations import stations
+
+SOURCES: dict[str, Callable[..., TaskSource]] = {
+    "glyphs": glyphs,
+    "omniglot": omniglot,
+    "cifar_fs": cifar_fs,
+    "fc100": fc100,
+    "mini_imagenet": mini_imagenet,
+    "tiered_imagenet": tiered_imagenet,
+    "folder": folder,
+    "sinusoid": sinusoid,
+    "linear": linear,
+    "quadratic": quadratic,
+    "stations": stations,
+}
+"""By name. All take ``shots``, ``queries`` and ``seed``; those of images ``ways``; those of stored data ``data``."""
+
+__all__ = [
+    "SOURCES",
+    "Episodes",
+    "ImageSet",
+    "TaskSource",
+    "cifar_fs",
+    "fc100",
+    "folder",
+    "glyphs",
+    "linear",
+    "mini_imagenet",
+    "nearest_neighbour",
+    "omniglot",
+    "quadratic",
+    "sinusoid",
+    "stations",
+    "tiered_imagenet",
+]
