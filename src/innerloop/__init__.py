@@ -4,12 +4,23 @@ from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
 from innerloop.inner import SGD, Adam, LearnedRates, Momentum
 from innerloop.learner import Evaluation, MetaLearner, Metrics
-from innerloop.meta_gradient import FirstOrder, Reptile, Result, Truncated, Unrolled, hypergradient
+from innerloop.meta_gradient import (
+    Binomial,
+    FirstOrder,
+    Mixed,
+    Reptile,
+    Result,
+    Truncated,
+    Unrolled,
+    Window,
+    hypergradient,
+)
 from innerloop.problem import Problem, Task
 
 __all__ = [
     "SGD",
     "Adam",
+    "Binomial",
     "Blocks",
     "Body",
     "Evaluation",
@@ -19,6 +30,7 @@ __all__ = [
     "LearnedRates",
     "MetaLearner",
     "Metrics",
+    "Mixed",
     "Momentum",
     "Named",
     "Problem",
@@ -27,6 +39,7 @@ __all__ = [
     "Task",
     "Truncated",
     "Unrolled",
+    "Window",
     "hypergradient",
     "models",
     "tasks",

@@ -67,9 +67,10 @@ def curvature(
     if not autocast and problem.inner_loss not in _without_forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # the loss could be differentiated once, so forward mode is what it lacks
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "vmap" in str(error):
+                raise
+            # The loss could be differentiated once, so forward mode is what it lacks.
             reason = str(error).splitlines()[0]
             warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=2)
             _without_forward_mode.add(problem.inner_loss)

@@ -1,10 +1,24 @@
 """How the meta-gradient is found: one estimator a file."""
 
 from innerloop.meta_gradient.base import MetaGradient, Result
+from innerloop.meta_gradient.binomial import Binomial
 from innerloop.meta_gradient.first_order import FirstOrder
 from innerloop.meta_gradient.hypergradient import hypergradient
+from innerloop.meta_gradient.mixed import Mixed
 from innerloop.meta_gradient.reptile import Reptile
 from innerloop.meta_gradient.truncated import Truncated
 from innerloop.meta_gradient.unrolled import Unrolled
+from innerloop.meta_gradient.window import Window
 
-__all__ = ["FirstOrder", "MetaGradient", "Reptile", "Result", "Truncated", "Unrolled", "hypergradient"]
+__all__ = [
+    "Binomial",
+    "FirstOrder",
+    "MetaGradient",
+    "Mixed",
+    "Reptile",
+    "Result",
+    "Truncated",
+    "Unrolled",
+    "Window",
+    "hypergradient",
+]

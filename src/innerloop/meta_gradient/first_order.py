@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from innerloop.inner import InnerSolver
-from innerloop.meta_gradient.adjoint import walk
+from innerloop.meta_gradient.adjoint import refuse_undifferentiable, walk
 from innerloop.meta_gradient.base import Result
 from innerloop.problem import Problem, Task, Tree
 
@@ -24,7 +24,8 @@ class FirstOrder:
     second_order: ClassVar[bool] = False
 
     def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
-        """Everything goes with the first-order estimate."""
+        """Refuse solvers whose steps cannot be differentiated."""
+        refuse_undifferentiable(self, solver)
         return solver
 
     def estimate(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from innerloop.inner import InnerSolver
-from innerloop.meta_gradient.adjoint import walk
+from innerloop.meta_gradient.adjoint import refuse_undifferentiable, walk
 from innerloop.meta_gradient.base import Result
 from innerloop.problem import Problem, Task, Tree
 
@@ -44,7 +44,8 @@ class Unrolled:
             raise ValueError(f"Unrolled(keep_every={self.keep_every!r}): give a whole number from 1, 'sqrt' or None")
 
     def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
-        """Everything goes with the exact meta-gradient."""
+        """Refuse solvers whose steps cannot be differentiated."""
+        refuse_undifferentiable(self, solver)
         return solver
 
     def estimate(
