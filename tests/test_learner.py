@@ -314,7 +314,8 @@ def test_bfloat16_autocast_is_close_to_float32():
     model, batch = model_and_batch("conv4")
     full, half = il.MetaLearner(model).float(), il.MetaLearner(model).float()
     full.meta_step(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         half.meta_step(batch)
     a, b = (torch.cat([value.flatten() for value in grads(learner).values()]) for learner in (full, half))
     assert b.dtype == torch.float32

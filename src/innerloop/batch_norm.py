@@ -40,6 +40,8 @@ class TaskBatchNorm(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``[batch, channels, ...]`` over the batch, or by its first ``rows``."""
+        if inputs.dtype in (torch.bfloat16, torch.float16):  # torch's rules for mixed precisions fail under vmap
+            return self(inputs.float()).to(inputs.dtype)
         if self.rows is None:
             return F.batch_norm(inputs, None, None, self.weight, self.bias, True, 0.0, self.eps)
         over = [axis for axis in range(inputs.ndim) if axis != 1]

@@ -48,8 +48,8 @@ def curvature(
 ) -> tuple[Tree, Tree]:
     """Products of a direction with the Hessian and with the mixed derivative of the inner loss.
 
-    Under autocast, and where an operation of the loss has no forward-mode rule (then after one warning that names it),
-    the same products are taken by reverse-over-reverse, which keeps the graph of one gradient.
+    Where an operation of the loss has no forward-mode rule, the same products are taken by reverse-over-reverse, which
+    keeps the graph of one gradient, after one warning that names the operation.
 
     Args:
         problem: the bilevel problem.
@@ -62,9 +62,7 @@ def curvature(
     Returns:
         ``H w``, a tree like ``params``, and ``B w``, a tree like ``meta``.
     """
-    # Under autocast, torch's forward-mode rule of batch norm gives tangents of another precision than its outputs.
-    autocast = any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in params.values()})
-    if not autocast and problem.inner_loss not in _without_forward_mode:
+    if problem.inner_loss not in _without_forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
         except RuntimeError as error:
