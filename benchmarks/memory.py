@@ -105,7 +105,7 @@ def peak(device: str) -> int:
 
 
 def in_fresh_process(method: str, steps: int) -> dict[str, float]:
-    """Run this file again for one row; freed memory goes back to the system at once there, so that the mark is honest."""
+    """Run this file again for one row, where freed memory goes back to the system at once and the mark is honest."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", method, str(steps)]
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=quiet, capture_output=True, text=True)
@@ -179,8 +179,8 @@ def main() -> None:
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
-        "setting": f"Conv4, {args.filters} filters, 28x28, 5-way {args.shots}-shot, 5 queries a class, {args.tasks} tasks, "
-        f"{args.chunk} at once, SGD inside, float32",
+        "setting": f"Conv4, {args.filters} filters, 28x28, 5-way {args.shots}-shot, 5 queries a class, "
+        f"{args.tasks} tasks, {args.chunk} at once, SGD inside, float32",
         "results": results,
     }
     args.out.mkdir(parents=True, exist_ok=True)

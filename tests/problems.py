@@ -83,7 +83,13 @@ SOLVERS: dict[str, Callable[[int], il.inner.InnerSolver]] = {
 
 def subset(model: str, name: str) -> il.adapts.Adapts:
     """The choice of adapted parameters called ``everything``, ``head``, ``body`` or ``pattern``."""
-    return {"everything": il.Everything(), "head": il.Head(), "body": il.Body(), "pattern": MODELS[model][2]}[name]
+    choices: dict[str, il.adapts.Adapts] = {
+        "everything": il.Everything(),
+        "head": il.Head(),
+        "body": il.Body(),
+        "pattern": MODELS[model][2],
+    }
+    return choices[name]
 
 
 def combinations() -> list[tuple[str, str, str, int]]:

@@ -81,13 +81,14 @@ def _task_loss(
     (inputs, targets), (query, wanted) = ((x[task], y[task]) for x, y in batch)
     start = {name: meta[name] for name in learner.adapted}
     update = rule(learner.inner, rates, start)
-    params, state, loss = start, {}, torch.zeros((), dtype=inputs.dtype)
+    params, loss = start, torch.zeros((), dtype=inputs.dtype)
+    state: dict = {}
     cut = 0 if horizon is None else learner.inner.steps - horizon
     for step in range(learner.inner.steps):
         inner = F.cross_entropy(functional_call(model, {**meta, **params}, (inputs,)), targets)
         grads = torch.autograd.grad(inner, list(params.values()), create_graph=True, materialize_grads=True)
         if not second_order:
-            grads = [grad.detach() for grad in grads]
+            grads = tuple(grad.detach() for grad in grads)
         params = update(step, params, dict(zip(params, grads, strict=True)), state)
         if step + 1 == cut:  # from here on the parameters count as the start plus a constant
             params = {name: start[name] + (value - start[name]).detach() for name, value in params.items()}

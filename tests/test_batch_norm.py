@@ -57,7 +57,7 @@ def query_loss(
         return F.cross_entropy(run(params, query), targets)
     # the support set's statistics, gradients through them included, layer by layer
     hidden, reference = query, support
-    for block in list(model)[:4]:
+    for block in list(model.children())[:4]:
         prefix = next(name for name, child in model.named_children() if child is block)
         own = {name.removeprefix(prefix + "."): p for name, p in params.items() if name.startswith(prefix + ".")}
         conv = [F.conv2d(x, own["conv.weight"], own["conv.bias"], stride=2, padding=1) for x in (hidden, reference)]

@@ -12,9 +12,7 @@ def learner_for(model: str, solver: str, chosen: str, steps: int, **settings) ->
     return il.MetaLearner(model_and_batch(model)[0], subset(model, chosen), SOLVERS[solver](steps), **settings)
 
 
-def gradients(
-    learner: il.MetaLearner, batch: il.Task, step_weights=None
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def gradients(learner: il.MetaLearner, batch: il.Task, step_weights=None) -> tuple[dict, torch.Tensor]:
     metrics = learner.meta_step(batch, step_weights)
     return {name: p.grad for name, p in learner.named_parameters()}, metrics.loss
 
@@ -95,3 +93,17 @@ def test_reptile_points_from_the_adapted_parameters_to_the_start():
     for name, start in learner.model.named_parameters():
         adapted = [learner.adapt(x, y).get_parameter(name) for x, y in zip(*batch.support, strict=True)]
         torch.testing.assert_close(found[f"model.{name}"], start.detach() - torch.stack(adapted).mean(0))
+
+
+@pytest.mark.parametrize("chosen", ["head", "pattern"])
+def test_a_start_that_is_not_learned_leaves_the_rest_of_the_gradient_as_it_is(chosen):
+    batch = model_and_batch("conv4")[1]
+    anil, itd_bio = (
+        learner_for("conv4", "momentum", chosen, 3, meta_gradient=il.Unrolled(learn_start=learned))
+        for learned in (True, False)
+    )
+    found, expected = gradients(itd_bio, batch)[0], gradients(anil, batch)[0]
+    adapted = {f"model.{name}" for name in anil.adapted}
+    assert all(found[name] is None for name in adapted)
+    rest = expected.keys() - adapted
+    assert relative_error({n: found[n] for n in rest}, {n: expected[n] for n in rest}) < 1e-14

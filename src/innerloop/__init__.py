@@ -2,11 +2,14 @@
 
 from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
-from innerloop.inner import SGD, Adam, LearnedRates, Momentum
+from innerloop.inner import SGD, Adam, LearnedRates, Momentum, NewtonCG
 from innerloop.learner import Evaluation, MetaLearner, Metrics
+from innerloop.linear import CG, Neumann, Nystrom
 from innerloop.meta_gradient import (
     Binomial,
     FirstOrder,
+    Implicit,
+    MemoryReduced,
     Mixed,
     Reptile,
     Result,
@@ -16,8 +19,10 @@ from innerloop.meta_gradient import (
     hypergradient,
 )
 from innerloop.problem import Problem, Task
+from innerloop.training import fit
 
 __all__ = [
+    "CG",
     "SGD",
     "Adam",
     "Binomial",
@@ -27,12 +32,17 @@ __all__ = [
     "Everything",
     "FirstOrder",
     "Head",
+    "Implicit",
     "LearnedRates",
+    "MemoryReduced",
     "MetaLearner",
     "Metrics",
     "Mixed",
     "Momentum",
     "Named",
+    "Neumann",
+    "NewtonCG",
+    "Nystrom",
     "Problem",
     "Reptile",
     "Result",
@@ -40,6 +50,7 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "Window",
+    "fit",
     "hypergradient",
     "models",
     "tasks",

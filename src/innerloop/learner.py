@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from innerloop.batch_norm import BatchNormMode, convert, freeze, statistics_from
 from innerloop.blocks import Chain, blocks_of, parameter_names
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import SGD, InnerSolver, bind
-from innerloop.meta_gradient import MetaGradient, Result, Unrolled
+from innerloop.meta_gradient import MemoryReduced, MetaGradient, Unrolled, WarmStarts
 from innerloop.problem import Batch, Problem, Task, Tree
 
 Out = TypeVar("Out")
@@ -128,41 +128,67 @@ class MetaLearner(nn.Module):
             self._prefix, self._suffix = self._split()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         self._vectorise = True
+        self._learns_start = getattr(self.meta_gradient, "learn_start", True)
+        estimator = self.meta_gradient
+        resumes = isinstance(estimator, MemoryReduced) and estimator.warm_start != "none"
+        self._resumes = cast(MemoryReduced, estimator) if resumes else None
+        self._warm = WarmStarts()
         self._problems = {
             transductive: Problem(self._start, self._inner_loss, outer_loss)
             for transductive, outer_loss in ((True, self._transductive_outer_loss), (False, self._inductive_outer_loss))
         }
 
-    def meta_step(self, batch: Task, step_weights: Sequence[float] | None = None) -> Metrics:
+    def meta_step(
+        self,
+        batch: Task,
+        step_weights: Sequence[float] | None = None,
+        task_ids: Sequence[Hashable] | None = None,
+    ) -> Metrics:
         """Adapt to every task of a batch and add the mean meta-gradient to ``.grad``, as ``backward()`` would.
 
         Args:
             batch: tasks with a leading task dimension; moved to the learner's device and precision.
             step_weights: weights of the query loss after each inner step (the multi-step loss of MAML++); None puts all
                 weight on the last.
+            task_ids: what names each task, for ``MemoryReduced(warm_start="task")`` alone: a task that comes again
+                under its name begins where it was left.
 
         Returns:
             Query loss, accuracy and diagnostics, averaged over the tasks.
 
         Raises:
-            ValueError: the batch is not a batch of tasks.
+            ValueError: the batch is not a batch of tasks, or its ``task_ids`` are missing or of another number.
         """
         batch = self._checked(batch)
         meta, learned = self._meta(), self._learned()
         transductive = self.batch_norm != "task"
+        keys, begin = self._begin(len(batch.support[1]), task_ids, meta)
 
-        def task_gradient(task: Task, seed: int | None) -> tuple[Tree, Tree, Tensor, list[Tensor], dict[str, Tensor]]:
-            result = self._estimate(task, meta, learned, transductive, seed, step_weights)
-            return result.grad, result.learned_grad, result.loss, _accuracy(result.extra, task), result.diagnostics
+        def task_gradient(inputs: tuple[Task, Any], seed: int | None) -> Any:
+            left: Any
+            (task, begin), left = inputs, ()
+            problem, reduced, reduced_task, carry = self._reduce(task, meta, transductive, seed, differentiate=True)
+            if self._resumes is not None:
+                result, left = self._resumes.resume(problem, reduced, reduced_task, self.inner, begin)
+            else:
+                arguments = problem, reduced, reduced_task, self.inner, learned, step_weights
+                result = self.meta_gradient.estimate(*arguments)
+            grad = result.grad if carry is None else carry(result.grad)
+            accuracy = _accuracy(result.extra, task)
+            return (grad, result.learned_grad, result.loss, accuracy, result.diagnostics), left
 
         total: Any = None
+        ends: list[Any] = []
         with second_order_kernels(self._recurrent):
-            for share, out in self._over_tasks(task_gradient, batch):
+            for share, (out, left) in self._over_tasks(task_gradient, (batch, begin)):
                 mean = torch.utils._pytree.tree_map(lambda value, share=share: share * value.mean(0), out)
                 total = mean if total is None else torch.utils._pytree.tree_map(torch.add, total, mean)
+                ends.append(left)
+        self._warm.store(keys, torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *ends))
         grad, learned_grad, loss, accuracy, diagnostics = total
         for name, value in grad.items():
-            _accumulate(self.model.get_parameter(name), value)
+            if self._learns_start or name not in self.adapted:
+                _accumulate(self.model.get_parameter(name), value)
         for name, value in learned_grad.items():
             _accumulate(self.rates[name.replace(".", "/")], value)
         return Metrics(loss, accuracy[0] if accuracy else None, diagnostics)
@@ -354,33 +380,22 @@ class MetaLearner(nn.Module):
 
         return problem, above | found, task, carry
 
-    def _estimate(
-        self,
-        task: Task,
-        meta: Tree,
-        learned: Tree,
-        transductive: bool,
-        seed: int | None,
-        step_weights: Sequence[float] | None,
-    ) -> Result:
-        problem, reduced, reduced_task, carry = self._reduce(task, meta, transductive, seed, differentiate=True)
-        result = self.meta_gradient.estimate(problem, reduced, reduced_task, self.inner, learned, step_weights)
-        return result if carry is None else result._replace(grad=carry(result.grad))
-
     # Batches of tasks.
 
-    def _over_tasks(self, function: Callable[[Task, int | None], Out], batch: Task) -> Iterator[tuple[float, Out]]:
+    def _over_tasks(self, function: Callable[[Any, int | None], Out], batch: Any) -> Iterator[tuple[float, Out]]:
         """Map a function of one task over a batch, by chunks; yields each chunk's share of the batch and its results.
 
         A model that vmap cannot take is computed task by task from then on, with one warning.
         """
-        tasks = len(batch.support[1])
-        size = self.chunk_size or (8 if batch.support[1].device.type == "cpu" else tasks)
+        first = torch.utils._pytree.tree_leaves(batch)[0]
+        tasks = len(first)
+        size = self.chunk_size or (8 if first.device.type == "cpu" else tasks)
         begin, refusal = 0, None
         with torch.no_grad():
             while begin < tasks:
                 vectorise = self._vectorise and size > 1
-                chunk = _tasks(batch, begin, begin + (size if vectorise else 1))
+                end = min(begin + (size if vectorise else 1), tasks)
+                chunk = torch.utils._pytree.tree_map(lambda value, part=slice(begin, end): value[part], batch)
                 seed = self._seed()
                 try:
                     if vectorise:
@@ -391,7 +406,7 @@ class MetaLearner(nn.Module):
                         one = function(torch.utils._pytree.tree_map(lambda value: value[0], chunk), seed)
                         out = torch.utils._pytree.tree_map(lambda value: value.unsqueeze(0), one)
                 except torch.OutOfMemoryError as error:
-                    error.add_note(f"{len(chunk.support[1])} tasks were computed at once: give a smaller chunk_size")
+                    error.add_note(f"{end - begin} tasks were computed at once: give a smaller chunk_size")
                     raise
                 except RuntimeError as error:
                     if not vectorise:
@@ -406,8 +421,23 @@ class MetaLearner(nn.Module):
                         stacklevel=4,
                     )
                     refusal = None
-                yield len(chunk.support[1]) / tasks, out
-                begin += len(chunk.support[1])
+                yield (end - begin) / tasks, out
+                begin = end
+
+    def _begin(self, tasks: int, task_ids: Sequence[Hashable] | None, meta: Tree) -> tuple[Sequence[Hashable], Any]:
+        """Keys of the tasks and where they begin, stacked; both empty where every task begins at the start."""
+        by_task = self._resumes is not None and self._resumes.warm_start == "task"
+        if (task_ids is not None) != by_task:
+            raise ValueError(
+                f"task_ids {'are needed' if task_ids is None else 'have no use'} here: give them with "
+                "MemoryReduced(warm_start='task') and with nothing else"
+            )
+        if self._resumes is None:
+            return (), ()
+        keys = range(tasks) if task_ids is None else task_ids
+        if len(keys) != tasks:
+            raise ValueError(f"{len(keys)} task_ids were given for {tasks} tasks: give one a task")
+        return keys, self._warm.gather(keys, self._resumes.cold(self._problems[True], meta))
 
     def _checked(self, batch: Task) -> Task:
         support, query = (tuple(part) for part in batch)
@@ -457,10 +487,6 @@ def _squared_error(output: Tensor, target: Tensor) -> Tensor:
             f"the model gives {tuple(output.shape)} for targets {tuple(target.shape)}: make the shapes equal"
         )
     return (output - target).square().mean()
-
-
-def _tasks(batch: Task, begin: int, end: int) -> Task:
-    return torch.utils._pytree.tree_map(lambda value: value[begin:end], batch)
 
 
 def _accumulate(parameter: nn.Parameter, grad: Tensor) -> None:

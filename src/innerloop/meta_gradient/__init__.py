@@ -4,6 +4,8 @@ from innerloop.meta_gradient.base import MetaGradient, Result
 from innerloop.meta_gradient.binomial import Binomial
 from innerloop.meta_gradient.first_order import FirstOrder
 from innerloop.meta_gradient.hypergradient import hypergradient
+from innerloop.meta_gradient.implicit import Implicit
+from innerloop.meta_gradient.memory_reduced import MemoryReduced, WarmStarts
 from innerloop.meta_gradient.mixed import Mixed
 from innerloop.meta_gradient.reptile import Reptile
 from innerloop.meta_gradient.truncated import Truncated
@@ -13,12 +15,15 @@ from innerloop.meta_gradient.window import Window
 __all__ = [
     "Binomial",
     "FirstOrder",
+    "Implicit",
+    "MemoryReduced",
     "MetaGradient",
     "Mixed",
     "Reptile",
     "Result",
     "Truncated",
     "Unrolled",
+    "WarmStarts",
     "Window",
     "hypergradient",
 ]

@@ -20,8 +20,8 @@ class Result(NamedTuple):
         loss: outer loss at the adapted parameters, a scalar.
         params: the adapted parameters.
         extra: what the outer loss returned beside its value; None if nothing.
-        diagnostics: tensors by name, among them ``support_loss`` (the inner loss before each step, ``[steps]``) and
-            ``curvature_products`` (how many were taken).
+        diagnostics: tensors by name, among them ``support_loss`` (the inner loss where each inner gradient was
+            taken) and ``curvature_products`` (how many were).
     """
 
     grad: Tree
@@ -38,12 +38,12 @@ class MetaGradient(Protocol):
     second_order: ClassVar[bool]
     """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """The inner solver that this estimator wants in place of the one given; most take it as it is.
 
         Args:
             solver: the inner solver.
-            partial: only some of the meta-parameters are adapted.
+            partial: only some of the meta-parameters are adapted; None where that is not known (``hypergradient``).
 
         Raises:
             ValueError: the two do not go together; the message says why, and what to use instead.

@@ -73,7 +73,7 @@ class Binomial:
         if self.damping != "released" and not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
             raise ValueError(f"Binomial(damping={self.damping!r}): give a factor above 0 and up to 1, or 'released'")
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse what cannot be differentiated step by step.
 
         Raises:

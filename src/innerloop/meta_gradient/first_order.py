@@ -23,7 +23,7 @@ class FirstOrder:
 
     second_order: ClassVar[bool] = False
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse solvers whose steps cannot be differentiated."""
         refuse_undifferentiable(self, solver)
         return solver

@@ -36,7 +36,7 @@ def hypergradient(
         ValueError: the estimator refuses the solver.
     """
     estimator = estimator if estimator is not None else Unrolled()
-    inner = estimator.prepare(inner, partial=False)
+    inner = estimator.prepare(inner, partial=None)
     with torch.no_grad(), second_order_kernels():
         if learned is None:
             learned = inner.learned(problem.start(meta))

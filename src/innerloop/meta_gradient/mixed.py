@@ -60,7 +60,7 @@ class Mixed:
         if not all(weight >= 0 for weight in self.weights) or not math.isclose(sum(self.weights), 1.0, rel_tol=1e-6):
             raise ValueError(f"Mixed(weights={self.weights}): each must be 0 or more, and their sum 1")
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse what cannot be differentiated step by step.
 
         Raises:

@@ -26,7 +26,7 @@ class Reptile:
 
     second_order: ClassVar[bool] = False
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse what Reptile has no signal for.
 
         Raises:

@@ -37,7 +37,7 @@ class Truncated:
                 f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more"
             )
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse solvers whose steps cannot be differentiated."""
         refuse_undifferentiable(self, solver)
         return solver

@@ -71,7 +71,7 @@ class Window:
         if self.mode not in ("frozen", "true_forward"):
             raise ValueError(f"Window(mode={self.mode!r}): choose 'frozen' or 'true_forward'")
 
-    def prepare(self, solver: InnerSolver, partial: bool) -> InnerSolver:
+    def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse what cannot be differentiated step by step.
 
         Raises:

@@ -1,0 +1,151 @@
+"""Adapt a trained run to new classes, given as folders of a few images, and predict other images.
+
+Each sub-folder of SUPPORT is a class. There may be more or fewer classes than in training: then every class starts
+from the mean of the trained head's rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
+from innerloop.training.build import arithmetic
+from innerloop.training.choices import check_name
+from innerloop.training.runs import load_learner, provenance, read_run
+
+USAGE = "RUN --support FOLDER --query PATH [PATH ...] [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder that innerloop train has written")
+    parser.add_argument(
+        "--support", metavar="FOLDER", type=Path, required=True, help="a sub-folder of images for each class"
+    )
+    parser.add_argument(
+        "--query", metavar="PATH", type=Path, nargs="+", required=True,
+        help="images, or a folder of images, or one like SUPPORT, for which accuracy is told as well",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where predictions and the adapted model go [RUN/adapted]"
+    )
+    parser.add_argument("--format", default="csv", help="of the predictions (csv, json) [csv]")
+    parser.add_argument(
+        "--invert", default="auto",
+        help="turn light into dark (auto, yes, no); auto, for a run on characters: each image with a light rim [auto]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--transductive", action="store_true", help="predict all queries together, so that batch norm sees all of them"
+    )
+    add_settings(parser, ("test_steps", "device", "threads"), run=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Adapt, predict and write."""
+    with usage_errors():
+        check_name("format", arguments.format, ("csv", "json"))
+        check_name("invert", arguments.invert, ("auto", "yes", "no"))
+        settings = replace(read_run(arguments.run), **given_settings(arguments))
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        support = class_folders(arguments.support)
+        if len(support) < 2:
+            raise UsageError(
+                f"{arguments.support} has {len(support)} sub-folders with images; give it one a class, 2 or more"
+            )
+        query = _query(arguments.query)
+        names = list(support)
+        if strange := sorted({label for _, label in query if label is not None} - set(names)):
+            raise UsageError(
+                f"--query has classes that --support has not: {', '.join(strange)}; leave them out, or add them"
+            )
+        learner, trained = load_learner(arguments.run, settings, len(names))
+        if trained["ways"] is None or len(trained["input_shape"]) != 3:
+            raise UsageError(
+                f"{arguments.run} was trained on {settings.dataset}, which has no images; adapt needs a run on images"
+            )
+        invert = inverts(settings, arguments.invert)
+        files = [file for each in support.values() for file in each]
+        inputs = read_images(files, trained["input_shape"], invert)
+        queries = read_images([file for file, _ in query], trained["input_shape"], invert)
+        out = arguments.out or arguments.run / "adapted"
+        out.mkdir(parents=True, exist_ok=True)
+
+    targets = torch.tensor([label for label, each in enumerate(support.values()) for _ in each])
+    with arithmetic(settings):
+        model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
+        probabilities = predict(model, queries, together=arguments.transductive)
+    protocol = "transductive" if arguments.transductive else "inductive"
+    notes = {
+        "classes": names,
+        "input_shape": trained["input_shape"],
+        "invert": invert,
+        "head": trained["head"],
+        "adaptation_steps": learner.inner.adaptation_steps,
+        "predictions": protocol,
+        **provenance(),
+    }
+    save_adapted(out, model, settings, notes)
+    predictions = out / f"predictions.{arguments.format}"
+    (_write_csv if arguments.format == "csv" else _write_json)(predictions, query, names, probabilities.tolist())
+
+    print(
+        f"adapted to {len(names)} classes, {len(files)} images, in {notes['adaptation_steps']} steps; {notes['head']}"
+    )
+    print(f"predicted {len(query)} images ({protocol}): {predictions}")
+    known = [
+        (label, row)
+        for (_, label), row in zip(query, probabilities.argmax(-1).tolist(), strict=True)
+        if label is not None
+    ]
+    if known:
+        right = sum(names[row] == label for label, row in known)
+        print(f"accuracy: {right / len(known):.1%} ({right} of {len(known)}, {protocol})")
+
+
+def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:
+    """Image files, each with its class where it lies in a class folder."""
+    found: list[tuple[Path, str | None]] = []
+    for path in paths:
+        if path.is_dir():
+            found += [(file, None) for file in images_in(path)]
+            found += [(file, label) for label, files in class_folders(path).items() for file in files]
+        elif path.is_file():
+            found.append((path, None))
+        else:
+            raise FileNotFoundError(f"--query {path} does not exist")
+    if not found:
+        raise UsageError(f"--query {paths[0]} holds no images; name image files or a folder of them")
+    return found
+
+
+def _write_csv(
+    path: Path, query: list[tuple[Path, str | None]], names: list[str], probabilities: list[list[float]]
+) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", "prediction", *names])
+        for (image, label), row in zip(query, probabilities, strict=True):
+            writer.writerow([image, label or "", names[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+
+
+def _write_json(
+    path: Path, query: list[tuple[Path, str | None]], names: list[str], probabilities: list[list[float]]
+) -> None:
+    rows = [
+        {
+            "file": str(image),
+            "class": label,
+            "prediction": names[row.index(max(row))],
+            "probabilities": dict(zip(names, row, strict=True)),
+        }
+        for (image, label), row in zip(query, probabilities, strict=True)
+    ]
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

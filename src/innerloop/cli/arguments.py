@@ -1,0 +1,70 @@
+"""Settings as command-line arguments, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from innerloop.training.settings import Settings, flag
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line that names the cure."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `UsageError` and takes no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UsageError`."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn the errors with which the library refuses settings and data into `UsageError`."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Collection[str] | None = None, run: bool = False) -> None:
+    """Add an option for each of the named fields of `Settings`, or for all. Values stay text, which `Settings` checks.
+
+    Args:
+        parser: where the options go.
+        names: the fields.
+        run: where an option is left out, a run's setting holds instead of the default.
+    """
+    group: argparse._ActionsContainer = parser
+    for each in fields(Settings):
+        if each.name in Settings.GROUPS and names is None:
+            group = parser.add_argument_group(Settings.GROUPS[each.name])
+        if names is not None and each.name not in names:
+            continue
+        allowed, default = each.metadata["names"], "the run's" if run else _text(each.default)
+        choices = f" ({', '.join(allowed)})" if allowed else ""
+        group.add_argument(
+            f"--{flag(each.name)}",
+            default=argparse.SUPPRESS,
+            metavar="NAME"
+            if allowed
+            else {"int": "N", "float": "X", "bool": "BOOL", "str": "TEXT"}[each.type.split()[0]],
+            help=f"{each.metadata['help']}{choices} [{default}]".replace("%", "%%"),
+        )
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gives, by field."""
+    return {each.name: getattr(arguments, each.name) for each in fields(Settings) if hasattr(arguments, each.name)}
+
+
+def _text(default: Any) -> str:
+    return "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)

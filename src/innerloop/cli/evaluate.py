@@ -1,0 +1,76 @@
+"""Score a trained run: accuracy with its 95 % interval, transductive and inductive, after 0, 1, ... adaptation steps.
+
+Tasks are like those of the run unless options say otherwise. With other ways than in training every class starts from
+the mean of the trained head's rows. Results go into the run folder, as JSON and PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
+from innerloop.training.choices import check_name
+from innerloop.training.evaluation import assess
+from innerloop.training.report import describe, plot_adaptation, summary
+from innerloop.training.runs import load_learner, read_run, save_results
+
+FIELDS = (
+    "dataset",
+    *SOURCE_OPTIONS,
+    "ways",
+    "shots",
+    "queries",
+    "test_steps",
+    "seed",
+    "device",
+    "threads",
+    "chunk_size",
+)
+
+USAGE = "RUN [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder that innerloop train has written")
+    parser.add_argument("--tasks", dest="test_tasks", default="1000", metavar="N", help="how many tasks [1000]")
+    parser.add_argument("--split", default="test", help="which tasks (train, validation, test) [test]")
+    add_settings(parser, FIELDS, run=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate and write the results."""
+    with usage_errors():
+        check_name("split", arguments.split, ("train", "validation", "test"))
+        settings, given = read_run(arguments.run), given_settings(arguments)
+        if given.get("dataset", settings.dataset) != settings.dataset:
+            given = dict.fromkeys(SOURCE_OPTIONS) | given
+        settings = replace(settings, **given)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        tasks = build_tasks(settings, [arguments.split])
+        learner, trained = load_learner(arguments.run, settings, tasks.output_size)
+        if tuple(trained["input_shape"]) != tasks.input_shape or (trained["ways"] is None) != (tasks.ways is None):
+            raise UsageError(
+                f"{arguments.run} was trained on inputs of shape {trained['input_shape']}, but {settings.dataset} has "
+                f"{list(tasks.input_shape)}; choose a data set of the same shape and kind"
+            )
+    with arithmetic(settings):
+        assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True)
+    name = f"evaluate-{settings.dataset}-{settings.ways}way-{settings.shots}shot-{arguments.split}"
+    results = {
+        "run": str(arguments.run),
+        "settings": given,
+        "head": trained["head"],
+        arguments.split: summary(assessment),
+    }
+    save_results(arguments.run / f"{name}.json", results)
+    plot_adaptation(arguments.run / f"{name}.png", assessment, tasks.ways)
+    print(trained["head"])
+    print(describe(assessment, settings, arguments.split))
+    print(f"results: {arguments.run / name}.json, .png")

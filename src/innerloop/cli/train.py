@@ -1,0 +1,125 @@
+"""Meta-train a learner, test it on unseen classes, and leave a run folder with a report.
+
+The defaults are the recipe of `make train`. Several processes: torchrun --nproc-per-node N -m innerloop train ...
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.learner import MetaLearner
+from innerloop.tasks import TaskSource
+from innerloop.training import processes
+from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, choose_device
+from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.evaluation import assess
+from innerloop.training.fit import LAST, fit, multi_step_weights
+from innerloop.training.report import describe, task_words, write_report
+from innerloop.training.runs import SETTINGS, new_run, read_run
+from innerloop.training.settings import Settings, flag, read_config
+
+# What may be given anew when a run is continued: nothing that would have changed the steps already taken.
+FREE = ("steps", "minutes", "patience", "test_tasks", "device", "threads", "chunk_size")
+
+USAGE = "[--out FOLDER] [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="new folder for the run [runs/<what and when>]")
+    parser.add_argument("--resume", metavar="FOLDER", type=Path, help="continue the run in this folder")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="settings in YAML, JSON or TOML; options win over it"
+    )
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, test and report."""
+    with usage_errors():
+        settings = _settings(arguments)
+        device = choose_device(settings)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        processes.join(device)
+        with processes.rank_0_first():
+            tasks = build_tasks(settings)
+        learner = build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
+        optimizer, scheduler = build_optimizer(settings, learner)
+        _try_out(settings, learner, tasks)
+        folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
+        writes = processes.rank() == 0
+        if arguments.resume and (folder / LAST).exists():
+            load_checkpoint(folder / LAST)  # a damaged one is refused here
+        if writes and arguments.resume:
+            settings.save(folder / SETTINGS)
+        elif writes:
+            new_run(folder, settings)
+    if writes:
+        size = sum(parameter.numel() for parameter in learner.parameters())
+        print(f"{task_words(settings)}: {settings.model} with {size:,} meta-parameters on {device}, into {folder}")
+
+    try:
+        with arithmetic(settings):
+            fitted = fit(
+                learner,
+                tasks,
+                steps=settings.steps,
+                tasks_per_batch=settings.tasks_per_batch,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                clip=settings.clip,
+                multi_step_loss=settings.multi_step_loss,
+                validate_every=settings.validate_every,
+                validation_tasks=settings.validation_tasks,
+                patience=settings.patience,
+                minutes=settings.minutes,
+                folder=folder,
+                resume=True,
+                seed=settings.seed,
+            )
+            if writes:
+                print(f"{fitted.step} steps in {fitted.seconds / 60:.1f} min, best at {fitted.best_step}; now the test")
+            assessment = assess(learner, tasks, "test", settings.test_tasks)
+            # Each point of the curve is one more pass over the queries: fewer tasks are enough for a picture.
+            curve = assess(learner, tasks, "test", min(settings.test_tasks, 100), curve=True)
+            if writes:
+                write_report(folder, settings, learner, tasks, fitted, assessment, curve)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; continue with: innerloop train --resume {folder}") from None
+    if writes:
+        print(describe(assessment, settings, "test"))
+        print(f"report: {folder / 'report.md'}")
+    processes.leave()
+
+
+def _try_out(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> None:
+    """Take the meta-gradient of one task, so that what does not go together is refused before there is a folder."""
+    weights = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_loss else None
+    with arithmetic(settings):
+        learner.meta_step(tasks.batch("train", 0, 1), step_weights=weights)
+    learner.zero_grad()
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = given_settings(arguments)
+    if arguments.resume is None:
+        return Settings(**(read_config(arguments.config) if arguments.config else {}) | given)
+    if arguments.out or arguments.config:
+        raise UsageError("--resume takes its settings from the run folder; leave --out and --config out")
+    for name in given.keys() - set(FREE):
+        raise UsageError(f"--{flag(name)} cannot change when a run is continued, only {', '.join(map(flag, FREE))} can")
+    return replace(read_run(arguments.resume), **given)
+
+
+def _default_folder(settings: Settings) -> Path:
+    method = settings.meta_gradient.replace(":", "-")
+    return Path(
+        "runs", f"{settings.dataset}-{settings.ways}way-{settings.shots}shot-{method}-{datetime.now():%Y%m%d-%H%M%S}"
+    )

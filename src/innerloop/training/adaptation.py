@@ -1,0 +1,114 @@
+"""A trained learner at work: image files in, predictions and an adapted model out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from innerloop.tasks.images import decode, is_image
+from innerloop.training.build import INK, build_model
+from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.settings import Settings
+
+WEIGHTS, NOTES = "adapted.safetensors", "adapted.json"
+
+Invert = Literal["auto", "yes", "no"]
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each sub-folder that holds any, by the sub-folder's name, sorted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder")
+    found = {entry.name: images_in(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    return {name: files for name, files in found.items() if files}
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files directly in a folder, sorted; hidden ones are left out."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and is_image(file.name) and file.name[0] != ".")
+
+
+def read_images(files: Sequence[Path], shape: tuple[int, ...], invert: bool | None) -> Tensor:
+    """Images as a learner is given them: ``[images, *shape]``, float32 in [0, 1].
+
+    The largest centred square is cut out and resized, and turned to grey or colour, as the data sets are read.
+
+    Args:
+        files: at least one file of a format that Pillow reads.
+        shape: channels, height, width.
+        invert: turn light into dark; None does so to an image whose rim is light (its median above a half), as that of
+            writing on paper is.
+
+    Raises:
+        ValueError: a file cannot be read as an image.
+    """
+    channels, size, _ = shape
+    images = []
+    for file in files:
+        try:
+            pixels = decode(file.read_bytes(), size, channels)
+        except Exception as error:  # a damaged image makes Pillow's decoders raise nearly anything
+            raise ValueError(f"cannot read the image {file} ({error}); repair it or leave it out") from error
+        rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=None)
+        dark = np.median(rim) < 128 if invert is None else not invert
+        images.append(torch.tensor(pixels if dark else 255 - pixels))
+    return torch.stack(images).float() / 255
+
+
+def inverts(settings: Settings, choice: Invert) -> bool | None:
+    """For `read_images`: "auto" looks at each image where the training data has ink as 1, else leaves them alone."""
+    if choice == "auto":
+        return None if settings.dataset in INK else False
+    return choice == "yes"
+
+
+def predict(model: nn.Module, images: Tensor, together: bool = False) -> Tensor:
+    """Class probabilities ``[images, classes]`` on the CPU.
+
+    Args:
+        model: what ``MetaLearner.adapt`` returned, or `load_adapted`.
+        images: as `read_images` gives them.
+        together: as one batch, whose statistics batch norm takes; needed for a model that was adapted for that.
+    """
+    like = next(model.parameters())
+    with torch.no_grad():
+        parts = [images] if together else images.split(64)
+        return torch.cat([model(part.to(like.device, like.dtype)).softmax(-1).cpu() for part in parts])
+
+
+def save_adapted(folder: Path, model: nn.Module, settings: Settings, notes: dict[str, Any]) -> None:
+    """Write an adapted model: its weights as safetensors, the settings and whatever its use needs to know as JSON."""
+    save_weights(folder / WEIGHTS, model.state_dict())
+    (folder / NOTES).write_text(json.dumps({**notes, "settings": asdict(settings)}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapted(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """An adapted model that `save_adapted` wrote, in evaluation mode on the CPU, and its notes (``classes`` and more).
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: a file is damaged.
+    """
+    folder = Path(folder)
+    weights, _ = load_weights(folder / WEIGHTS)
+    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    model = build_model(Settings(**notes["settings"]), tuple(notes["input_shape"]), len(notes["classes"]))
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and f"{name}.running_mean" not in weights:
+            # Adapted for prediction of queries together: batch norm has no statistics of its own.
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+            module.num_batches_tracked = None
+    model.load_state_dict(weights)
+    return model.eval(), notes

@@ -1,0 +1,105 @@
+"""From settings to the objects they name."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from innerloop.learner import MetaLearner
+from innerloop.tasks import SOURCES, TaskSource
+from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE, make
+from innerloop.training.settings import Settings, flag
+
+SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels"  # what only some sources take
+INK = "glyphs", "omniglot"  # image sets whose strokes are 1 on 0
+
+
+def build_tasks(settings: Settings, splits: Iterable[str] = ("train", "validation", "test")) -> TaskSource:
+    """The task source of the settings; a task of each split needed is drawn, so that what is wrong with it shows here.
+
+    Raises:
+        ValueError: an option that the source does not take, or too few classes or images for the tasks asked.
+        OSError: the data is absent, or cannot be fetched.
+    """
+    source = SOURCES[settings.dataset]
+    taken = inspect.signature(source).parameters
+    options = {"seed": settings.seed}
+    for name in ("ways", "shots", "queries", *SOURCE_OPTIONS):
+        value, parameter = getattr(settings, name), name.removeprefix("class_")
+        if value is not None and parameter not in taken:
+            raise ValueError(f"{settings.dataset} takes no {flag(name)}; leave it out")
+        if value is not None:
+            options[parameter] = value
+    tasks = source(**options)
+    for split in splits:
+        tasks.batch(split, 0, 1)
+    return tasks
+
+
+def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regression: bool = False) -> MetaLearner:
+    """The learner of the settings for inputs of a shape, on its device; its first weights are fixed by the seed.
+
+    Raises:
+        ValueError: choices that are unknown, out of range or do not fit each other.
+    """
+    torch.manual_seed(settings.seed)
+    adapts, inner, meta_gradient = settings.method()
+    learner = MetaLearner(
+        build_model(settings, shape, outputs),
+        adapts=adapts,
+        inner=inner,
+        meta_gradient=meta_gradient,
+        loss=F.mse_loss if regression else F.cross_entropy,
+        batch_norm=settings.batch_norm,  # type: ignore[arg-type]  # checked with the settings
+        chunk_size=settings.chunk_size,
+    )
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return learner.to(choose_device(settings), dtype)
+
+
+def build_model(settings: Settings, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """The model of the settings for inputs of a shape.
+
+    Raises:
+        ValueError: an unknown model, or options that it does not take.
+    """
+    options = {"filters": settings.filters, "downsample": settings.downsample, "spatial_mean": settings.spatial_mean}
+    model: nn.Module = make("model", MODEL, settings.model, shape, outputs, **options)
+    return model
+
+
+def build_optimizer(settings: Settings, learner: MetaLearner) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The outer optimiser of the settings and the schedule of its rate."""
+    optimizer: torch.optim.Optimizer = make(
+        "optimizer", OPTIMIZER, settings.optimizer, learner.parameters(), lr=settings.outer_lr
+    )
+    factor = make("schedule", SCHEDULE, settings.schedule)
+    return optimizer, LambdaLR(optimizer, lambda step: factor(step / settings.steps))
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """The device of the settings; among several GPUs each process of a node takes its own.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    there = torch.cuda.is_available()
+    if settings.device == "cuda" and not there:
+        raise ValueError("device is 'cuda' but torch finds no GPU here; choose --device cpu, or install torch for CUDA")
+    if settings.device == "cpu" or not there:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def arithmetic(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """The context in which the learner of the settings computes: autocast to bfloat16, or nothing special."""
+    if settings.precision == "bf16-autocast":
+        return torch.autocast(choose_device(settings).type, torch.bfloat16)
+    return contextlib.nullcontext()

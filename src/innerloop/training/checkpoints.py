@@ -1,0 +1,116 @@
+"""Weights and training state as safetensors with JSON inside: nothing is ever pickled or unpickled.
+
+A checkpoint is one file, replaced in one move: a run that is killed while it writes keeps the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+Json = Any
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], notes: Json = None) -> None:
+    """Write a ``state_dict``, and notes about it as JSON, to one safetensors file, whole or not at all."""
+    _write(path, weights, {"notes": json.dumps(notes)})
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], Json]:
+    """The tensors that `save_weights` wrote, by name and on the CPU, and the notes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged.
+    """
+    tensors, metadata = _read(path)
+    return tensors, json.loads(metadata.get("notes", "null"))
+
+
+def save_checkpoint(path: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:
+    """Write named states (of a learner, an optimiser, a schedule, the loop itself) to one file.
+
+    A state is a tree of dicts, lists and tuples over tensors, numbers, strings, booleans and None. Its tensors are
+    stored under their place in the tree, such as ``learner/model.head.weight``; the rest is the JSON of the file's
+    metadata.
+
+    Raises:
+        TypeError: a state holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = {name: _pack(dict(state), name, tensors) for name, state in states.items()}
+    _write(path, tensors, {"state": json.dumps(tree)})
+
+
+def load_checkpoint(path: Path) -> dict[str, dict[Any, Any]]:
+    """The states that `save_checkpoint` wrote, bit for bit, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or no checkpoint.
+    """
+    tensors, metadata = _read(path)
+    if "state" not in metadata:
+        raise ValueError(
+            f"{path} holds weights but no training state; resume from a file that innerloop wrote as last.safetensors"
+        )
+    return {name: _unpack(tree, tensors) for name, tree in json.loads(metadata["state"]).items()}
+
+
+def _pack(tree: Any, place: str, tensors: dict[str, Tensor]) -> Json:
+    """JSON for a tree whose tensors go to ``tensors``. Containers are tagged: JSON has no tuples, no integer keys."""
+    match tree:
+        case Tensor():
+            tensors[place] = tree
+            return {"tensor": place}
+        case dict():
+            return {"dict": [[key, _pack(value, f"{place}/{key}", tensors)] for key, value in tree.items()]}
+        case list() | tuple():
+            kind = "list" if isinstance(tree, list) else "tuple"
+            return {kind: [_pack(value, f"{place}/{index}", tensors) for index, value in enumerate(tree)]}
+        case None | bool() | int() | float() | str():
+            return tree
+    raise TypeError(
+        f"cannot store {place}, a {type(tree).__name__}, in a checkpoint, only tensors, numbers, strings and containers"
+    )
+
+
+def _unpack(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
+    match tree:
+        case {"tensor": place}:
+            return tensors[place]
+        case {"dict": items}:
+            return {key: _unpack(value, tensors) for key, value in items}
+        case {"list": items}:
+            return [_unpack(value, tensors) for value in items]
+        case {"tuple": items}:
+            return tuple(_unpack(value, tensors) for value in items)
+    return tree
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(save(copies, metadata))  # save_file would make it readable by its owner alone
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it or train again") from error

@@ -1,0 +1,167 @@
+"""How good a learner is: means over many tasks, with their 95 % intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop.batch_norm import TaskBatchNorm
+from innerloop.learner import MetaLearner
+from innerloop.tasks import TaskSource, nearest_neighbour
+from innerloop.training import processes
+
+
+class Estimate(NamedTuple):
+    """A mean over n tasks and the half-width of its 95 % interval, 1.96 standard deviations over the root of n."""
+
+    mean: float
+    interval: float
+
+    @staticmethod
+    def of(values: Tensor) -> Estimate:
+        """The estimate from the values of the tasks, ``[tasks]``; the interval of a single task is unknown, NaN."""
+        values = values.double()
+        spread = values.std().item() if len(values) > 1 else math.nan
+        return Estimate(values.mean().item(), 1.96 * spread / math.sqrt(len(values)))
+
+
+class Scores(NamedTuple):
+    """What `evaluate` measures; accuracies are None for regression, curves where none was asked.
+
+    Curves hold one estimate for each number of adaptation steps, from 0 on.
+    """
+
+    tasks: int
+    steps: int
+    inductive: bool
+    loss: Estimate
+    accuracy: Estimate | None
+    loss_curve: list[Estimate] | None
+    accuracy_curve: list[Estimate] | None
+
+    @property
+    def protocol(self) -> str:
+        """How queries are predicted: all of a task together, or each alone."""
+        return "inductive" if self.inductive else "transductive"
+
+    @property
+    def quality(self) -> float:
+        """The number by which learners are compared, more is better: the accuracy, or for regression minus the loss."""
+        return self.accuracy.mean if self.accuracy else -self.loss.mean
+
+
+def evaluate(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    split: str = "test",
+    count: int = 1000,
+    *,
+    tasks_per_batch: int = 32,
+    steps: int | None = None,
+    inductive: bool = False,
+    curve: bool = False,
+) -> Scores:
+    """Adapt to the first ``count`` tasks of a split, without dropout and score the queries; the learner stays as it is.
+
+    Several processes share the work and all get the same scores.
+
+    Args:
+        learner: the learner to score.
+        tasks: where the tasks come from.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        count: number of tasks.
+        tasks_per_batch: tasks given to the learner at once.
+        steps: adaptation steps; None takes the inner solver's.
+        inductive: predict each query without seeing the others.
+        curve: score after every adaptation step as well.
+
+    Raises:
+        ValueError: ``count`` or ``tasks_per_batch`` below 1, or what the source refuses.
+    """
+    if count < 1 or tasks_per_batch < 1:
+        raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
+    results: list[tuple[int, dict[str, Tensor]]] = []
+    for start in range(processes.rank() * tasks_per_batch, count, processes.world() * tasks_per_batch):
+        batch = tasks.batch(split, start, min(tasks_per_batch, count - start))
+        with _evaluation_mode(learner):
+            found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
+        results.append(
+            (start, {key: value.cpu() for key, value in found.items() if value is not None and key != "outputs"})
+        )
+    parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
+
+    def estimate(key: str) -> Estimate | None:
+        return Estimate.of(torch.cat([part[key] for part in parts])) if key in parts[0] else None
+
+    def estimates(key: str) -> list[Estimate] | None:
+        return (
+            [Estimate.of(column) for column in torch.cat([part[key] for part in parts]).T] if key in parts[0] else None
+        )
+
+    loss = estimate("loss")
+    assert loss is not None
+    return Scores(
+        tasks=count,
+        steps=learner.inner.adaptation_steps if steps is None else steps,
+        inductive=inductive,
+        loss=loss,
+        accuracy=estimate("accuracy"),
+        loss_curve=estimates("loss_curve"),
+        accuracy_curve=estimates("accuracy_curve"),
+    )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(learner: MetaLearner) -> Iterator[None]:
+    modes = {module: module.training for module in learner.modules()}
+    learner.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Assessment(NamedTuple):
+    """Scores under both protocols, and of the baseline on the same tasks.
+
+    Attributes:
+        transductive: queries predicted together; None where the learner predicts each alone anyway.
+        inductive: each query predicted without seeing the others.
+        nearest_neighbour: accuracy of `innerloop.tasks.nearest_neighbour`; None for regression.
+    """
+
+    transductive: Scores | None
+    inductive: Scores
+    nearest_neighbour: Estimate | None
+
+    @property
+    def protocols(self) -> list[Scores]:
+        """The scores there are."""
+        return [scores for scores in (self.transductive, self.inductive) if scores]
+
+
+def assess(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    split: str = "test",
+    count: int = 1000,
+    *,
+    steps: int | None = None,
+    curve: bool = False,
+) -> Assessment:
+    """Evaluate a learner under both protocols beside the baseline; arguments as in `evaluate`."""
+    # Only batch norm that takes statistics from the queries lets one query see another.
+    mixes = learner.batch_norm == "batch" and any(isinstance(module, TaskBatchNorm) for module in learner.modules())
+    transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
+    inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
+    baseline = None
+    if tasks.ways is not None:
+        parts = [tasks.batch(split, start, min(32, count - start)) for start in range(0, count, 32)]
+        baseline = Estimate.of(torch.cat([nearest_neighbour(part) for part in parts]))
+    return Assessment(transductive, inductive, baseline)

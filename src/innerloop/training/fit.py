@@ -1,0 +1,315 @@
+"""The outer loop: validation, the best model kept, checkpoints, logs, several processes."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from innerloop.learner import MetaLearner
+from innerloop.problem import Task
+from innerloop.tasks import TaskSource
+from innerloop.training import processes
+from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights
+from innerloop.training.evaluation import evaluate
+from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
+
+BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
+
+
+class Diverged(ArithmeticError):
+    """The loss or the meta-gradient of a step is infinite or not a number."""
+
+
+class Fitted(NamedTuple):
+    """How training ended.
+
+    Attributes:
+        step: outer steps done, those of earlier sessions included.
+        stopped: what ended it: ``"steps"``, ``"patience"`` or ``"minutes"``.
+        best_step: the step whose weights the learner now has; None without validation, when it has the last ones.
+        best: validation accuracy at that step, for regression minus the loss.
+        seconds: time taken, earlier sessions included.
+    """
+
+    step: int
+    stopped: str
+    best_step: int | None
+    best: float
+    seconds: float
+
+
+def fit(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    *,
+    steps: int,
+    tasks_per_batch: int = 16,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    clip: float | None = None,
+    multi_step_loss: int | None = None,
+    validate_every: int = 500,
+    validation_tasks: int = 200,
+    patience: int | None = None,
+    minutes: float | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    log: Log | None = None,
+) -> Fitted:
+    """Meta-train a learner; afterwards it has the weights that were best in validation.
+
+    Step s draws tasks ``s * tasks_per_batch`` to ``(s + 1) * tasks_per_batch - 1`` of the training stream and seeds
+    torch with (seed, s), so a run that is killed and resumed ends in the same numbers, on the CPU bit for bit.
+
+    Where ``torch.distributed`` is initialised, each process takes its share of every batch and gradients are
+    averaged. Rank 0 alone writes; to resume, every rank must be able to read ``folder``. For mixed precision call
+    this inside ``torch.autocast``.
+
+    Args:
+        learner: trained in place, on the device and in the precision that its parameters have.
+        tasks: where tasks come from.
+        steps: outer steps, those of earlier sessions included.
+        tasks_per_batch: tasks in one outer step, over all processes.
+        optimizer: any optimiser of torch over ``learner.parameters()``; by default Adam at 1e-3.
+        scheduler: any schedule of torch over it, advanced once a step (``ReduceLROnPlateau``: once a validation).
+        clip: largest norm of the whole meta-gradient; longer ones are shortened.
+        multi_step_loss: anneal `multi_step_weights` over so many outer steps; None trains on the last inner step alone.
+        validate_every: outer steps between validations, each followed by a checkpoint. The last step has one too.
+        validation_tasks: tasks in a validation, always the same ones; 0 for none.
+        patience: stop after so many validations in a row without a better one.
+        minutes: stop, after a last validation, when training has taken this long, earlier sessions included.
+        folder: where ``metrics.jsonl``, ``tensorboard/``, ``best.safetensors`` and ``last.safetensors`` go.
+        resume: continue from ``folder``; from the beginning if it holds no checkpoint yet.
+        seed: seeds what is random inside the model, such as dropout.
+        progress: show a progress bar; where there is no terminal, a line now and then.
+        log: also called with every record, see `innerloop.training.logs`.
+
+    Raises:
+        ValueError: a setting outside its range, or a folder that already holds a run while ``resume`` is False.
+        Diverged: loss or gradient not finite; the last checkpoint stays as it was.
+        KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
+    """
+    _check_positive(
+        steps=steps, tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, patience=patience,
+        validate_every=validate_every, minutes=minutes,
+    )  # fmt: skip
+    if tasks_per_batch % processes.world():
+        raise ValueError(
+            f"tasks_per_batch is {tasks_per_batch}; it must be a multiple of {processes.world()} processes"
+        )
+    optimizer = optimizer or torch.optim.Adam(learner.parameters(), lr=1e-3)
+    run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
+    if run.folder and resume:
+        run.restore()
+    elif run.folder and (run.folder / LAST).exists():
+        raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
+    processes.broadcast(learner)
+
+    at = run.progress
+    began = time.monotonic() - at.seconds
+    limit = math.inf if minutes is None else 60 * minutes
+    share = tasks_per_batch // processes.world()
+    late = at.seconds >= limit
+    with ExitStack() as stack, _deferred_interrupts() as interrupted:
+        logs: list[Log] = [log] if log else []
+        if processes.rank() == 0 and run.folder:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            logs.append(stack.enter_context(closing(JsonLines(run.folder / METRICS, at.step))))
+            logs.append(stack.enter_context(closing(TensorBoard(run.folder / TENSORBOARD, at.step))))
+        if processes.rank() == 0 and progress:
+            logs.append(stack.enter_context(closing(ProgressDisplay(steps, at.step, limit - at.seconds))))
+
+        def tell(kind: str, record: Record) -> None:
+            at.seconds = time.monotonic() - began
+            for each in logs:
+                each({"kind": kind, "step": at.step, "seconds": round(at.seconds, 3), **record})
+
+        while at.step < steps and not late and (patience is None or at.stale < patience):
+            torch.manual_seed(int(np.random.SeedSequence((seed, at.step, processes.rank())).generate_state(1)[0]))
+            batch = tasks.batch("train", at.step * tasks_per_batch + processes.rank() * share, share)
+            weights = multi_step_weights(learner.inner.steps, at.step, multi_step_loss) if multi_step_loss else None
+            # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
+            flags = [float(interrupted()), float(time.monotonic() - began >= limit)]
+            record, flags = run.step(batch, weights, clip, flags)
+            stop, late = (flag > 0 for flag in flags)
+            tell("train", record)
+            due = at.step % validate_every == 0 or at.step == steps or late
+            if due and validation_tasks:
+                tell("validation", run.validate(tasks, validation_tasks))
+            if due or stop:
+                run.save()
+            if stop:
+                raise KeyboardInterrupt
+        if interrupted():
+            raise KeyboardInterrupt
+
+    if run.best_weights is not None:
+        learner.load_state_dict(run.best_weights)
+    stopped = "steps" if at.step >= steps else "minutes" if late else "patience"
+    return Fitted(at.step, stopped, at.best_step, at.best, at.seconds)
+
+
+def multi_step_weights(inner_steps: int, step: int, annealing: int) -> list[float] | None:
+    """MAML++'s weights on the query losses after inner steps 1 to K (arXiv 1810.09502, section 4), at one outer step.
+
+    All start at 1/K; those before the last fall linearly to 0.03/K over ``annealing`` outer steps, the last takes the
+    rest. From then on the last loss alone counts, and this is None. (The authors anneal by the epoch, this by the
+    step.)
+    """
+    if step >= annealing:
+        return None
+    early = max(1 - step / annealing, 0.03) / inner_steps
+    return [early] * (inner_steps - 1) + [1 - early * (inner_steps - 1)]
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps of the loop itself; ``stale`` counts the validations since the best one."""
+
+    step: int = 0
+    best_step: int | None = None
+    best: float = -math.inf
+    stale: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Run:
+    """A learner in training, with all that a checkpoint holds."""
+
+    learner: MetaLearner
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    folder: Path | None
+    progress: _Progress = field(default_factory=_Progress)
+    best_weights: dict[str, Tensor] | None = None
+    saved: str = ""
+
+    def step(
+        self, batch: Task, weights: list[float] | None, clip: float | None, flags: list[float]
+    ) -> tuple[Record, list[float]]:
+        """One outer step; returns its record and the flags, each averaged over the processes."""
+        like = next(self.learner.parameters())
+        self.optimizer.zero_grad()
+        metrics = self.learner.meta_step(batch, step_weights=weights)
+        numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
+        values = {name: value.detach().to(like).mean() for name, value in numbers.items() if value is not None}
+        gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
+        shared = torch.stack([*values.values(), *like.new_tensor(flags)])
+        processes.average([*gradients, shared])
+
+        norm = torch.nn.utils.get_total_norm(gradients)
+        *means, size = torch.cat([shared, norm.view(1).to(shared)]).tolist()
+        record: Record = dict(
+            zip(values, means, strict=False), gradient_norm=size, lr=float(self.optimizer.param_groups[0]["lr"])
+        )
+        if not (math.isfinite(record["loss"]) and math.isfinite(size)):
+            raise Diverged(
+                f"outer step {self.progress.step + 1}: loss {record['loss']:.4g}, norm of its gradient {size:.4g}; "
+                f"lower the inner rate, then the outer one, or clip the gradient{self.saved and f' ({self.saved})'}"
+            )
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), clip, norm)
+        self.optimizer.step()
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self.progress.step += 1
+        return record, means[len(values) :]
+
+    def validate(self, tasks: TaskSource, count: int) -> Record:
+        """Score the learner on the validation split, keep its weights if they are the best yet, and return a record."""
+        scores = evaluate(self.learner, tasks, "validation", count)
+        better = scores.quality > self.progress.best
+        self.progress.stale = 0 if better else self.progress.stale + 1
+        if better:
+            self.progress.best, self.progress.best_step = scores.quality, self.progress.step
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self.learner.state_dict().items()}
+            if self.folder and processes.rank() == 0:
+                shape = {"input_shape": tasks.input_shape, "output_size": tasks.output_size, "ways": tasks.ways}
+                save_weights(self.folder / BEST, self.best_weights, {"step": self.progress.step, **shape})
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(scores.loss.mean if self.scheduler.mode == "min" else scores.quality)
+        judged = scores.accuracy or scores.loss
+        accuracy = scores.accuracy and scores.accuracy.mean
+        return {"loss": scores.loss.mean, "accuracy": accuracy, "interval": judged.interval, "best": better}
+
+    def save(self) -> None:
+        """Write the checkpoint, on rank 0 and where there is a folder."""
+        if self.folder:
+            self.saved = f"the checkpoint of step {self.progress.step} is in {self.folder}"
+        if self.folder and processes.rank() == 0:
+            save_checkpoint(
+                self.folder / LAST,
+                {
+                    "kinds": self._kinds(),
+                    "progress": asdict(self.progress),
+                    "learner": self.learner.state_dict(),
+                    "best": self.best_weights or {},
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+                },
+            )
+
+    def restore(self) -> None:
+        """Read the folder's checkpoint, if it has one."""
+        assert self.folder
+        if not (self.folder / LAST).exists():
+            return
+        states = load_checkpoint(self.folder / LAST)
+        if states["kinds"] != self._kinds():
+            raise ValueError(
+                f"{self.folder} was trained with {states['kinds']}, not {self._kinds()}; resume it with the same ones"
+            )
+        self.progress = _Progress(**states["progress"])
+        self.learner.load_state_dict(states["learner"])
+        self.best_weights = states["best"] or None
+        self.optimizer.load_state_dict(states["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(states["scheduler"])
+
+    def _kinds(self) -> dict[str, str]:
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C and termination set a flag, which the yielded function reads; a second one interrupts.
+
+    So no parameter update and no file is cut in half. Only the main thread can do this; elsewhere signals stay as
+    they are.
+    """
+    seen: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check_positive(**settings: float | None) -> None:
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")

@@ -1,0 +1,126 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, and a progress display.
+
+Each is a callable that takes one record after another, a flat dict with ``kind`` ("train", once a step, or
+"validation"), ``step``, ``seconds`` since training began, and the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+Record = dict[str, Any]
+Log = Callable[[Record], None]
+
+
+class JsonLines:
+    """One record a line. Records after step ``keep``, which a killed session left in the file, are dropped first."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        kept = [record for record in read_records(path) if record["step"] <= keep] if path.is_file() else []
+        self._file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self(record)
+
+    def __call__(self, record: Record) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        if record["kind"] == "validation":
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write what is buffered and close the file."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a ``metrics.jsonl``, without a last line that was cut short."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+class TensorBoard:
+    """Scalars ``train/...``, every tenth step, and ``validation/...``; hides a killed session's after step ``keep``."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(str(folder), purge_step=keep + 1)
+
+    def __call__(self, record: Record) -> None:
+        if record["kind"] == "train" and record["step"] % 10:
+            return
+        for name, value in record.items():
+            if name not in ("kind", "step") and value is not None:
+                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Write what is buffered and close the file."""
+        self._writer.close()
+
+
+class ProgressDisplay:
+    """A live bar on a terminal; elsewhere a line at each validation and every half minute.
+
+    Args:
+        steps: outer steps of the whole run.
+        start: the step that this session starts from.
+        seconds: time that this session may take; infinite where only the steps bound it.
+        console: where to write; standard output by default.
+    """
+
+    def __init__(self, steps: int, start: int, seconds: float = math.inf, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._steps, self._start, self._step, self._seconds = steps, start, start, seconds
+        self._began = self._spoke = time.monotonic()
+        self._loss: float | None = None
+        self._validation = ""
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            text = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None)
+            self._bar = Progress(*text, TextColumn("{task.fields[status]}"), console=self._console, expand=True)
+            self._row = self._bar.add_task("step", total=steps, completed=start, status="")
+            self._bar.start()
+
+    def __call__(self, record: Record) -> None:
+        if record["kind"] == "train":
+            self._step = record["step"]
+            # The loss of one batch jumps about; what is shown is an average over about twenty.
+            self._loss = record["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * record["loss"]
+        elif record["accuracy"] is not None:
+            self._validation = f"validation {record['accuracy']:.1%}"
+        else:
+            self._validation = f"validation loss {record['loss']:.4g}"
+        if self._bar:
+            self._bar.update(self._row, completed=self._step, status=self._status())
+        elif record["kind"] == "validation" or time.monotonic() - self._spoke > 30:
+            self._spoke = time.monotonic()
+            self.say(f"step {self._step}/{self._steps}  {self._status()}")
+
+    def say(self, message: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._console.print(message, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+
+    def _status(self) -> str:
+        elapsed = time.monotonic() - self._began
+        rate = (self._step - self._start) / elapsed if elapsed else 0.0
+        parts = [f"{rate:.2f} steps/s"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4g}")
+        if self._validation:
+            parts.append(self._validation)
+        if rate:
+            left = max(0, round(min((self._steps - self._step) / rate, self._seconds - elapsed)))
+            hours, minutes = divmod(left // 60, 60)
+            parts.append(f"{f'{hours}:{minutes:02}' if hours else minutes}:{left % 60:02} left")
+        return "  ".join(parts)

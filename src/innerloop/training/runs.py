@@ -1,0 +1,149 @@
+"""The run folder: its settings, its weights, its results and what they were measured with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from innerloop.learner import MetaLearner
+from innerloop.training.build import build_learner
+from innerloop.training.checkpoints import load_weights
+from innerloop.training.fit import BEST
+from innerloop.training.settings import Settings
+
+SETTINGS, RESULTS = "settings.json", "results.json"
+
+
+def new_run(folder: Path, settings: Settings) -> None:
+    """Make a run folder and write the settings to it.
+
+    Raises:
+        ValueError: the folder already holds a run, or something else.
+    """
+    if (folder / SETTINGS).exists():
+        raise ValueError(
+            f"{folder} already holds a run; continue it with --resume {folder}, or name another with --run"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something that is not a run; name a new folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save(folder / SETTINGS)
+
+
+def read_run(folder: Path) -> Settings:
+    """The settings of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    if not (folder / SETTINGS).is_file():
+        raise FileNotFoundError(f"{folder} is no run folder (no {SETTINGS}); name one that innerloop train has written")
+    return Settings.load(folder / SETTINGS)
+
+
+def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -> tuple[MetaLearner, dict[str, Any]]:
+    """The learner of a run with its best weights, in evaluation mode, from the run folder alone.
+
+    A learner for another number of classes than in training gets another head: every row of it, and every learned
+    rate of a row, is the mean of the trained rows. Trained rows differ little, since labels are drawn at random; from
+    equal rows the inner loop starts without a preference for any class (as in UNICORN-MAML, Ye and Chao, arXiv
+    2106.16245). Where the inner loop leaves the head alone, fewer classes take its first rows, and more are refused.
+
+    Args:
+        folder: of the run.
+        settings: the run's, or the run's with other test steps or another device.
+        outputs: what the learner must return for one example; None for as many numbers as in training.
+
+    Returns:
+        The learner, and what it was trained for: ``input_shape``, ``output_size``, ``ways`` (None for regression),
+        ``step``, and ``head``, how the trained head is used.
+
+    Raises:
+        FileNotFoundError: the run has not been validated yet.
+        ValueError: the weights are damaged or of another model, or the head cannot be fitted to so many outputs.
+    """
+    if not (folder / BEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {BEST}, it was not validated yet; go on with innerloop train --resume {folder}"
+        )
+    weights, trained = load_weights(folder / BEST)
+    trained["head"] = "the trained head is used as it is"
+    ways, shape = trained["output_size"], tuple(trained["input_shape"])
+    learner = build_learner(settings, shape, outputs or ways, regression=trained["ways"] is None)
+    own = learner.state_dict()
+    if odd := sorted(set(weights) ^ set(own)):
+        raise ValueError(f"{folder / BEST} does not fit {SETTINGS}: only one of them has {', '.join(odd)}")
+    if changed := {name: own[name] for name, value in weights.items() if value.shape != own[name].shape}:
+        if all(name.startswith("rates.") or name.removeprefix("model.") in learner.adapted for name in changed):
+            weights |= {name: weights[name].mean(0).expand_as(tensor) for name, tensor in changed.items()}
+            trained["head"] = (
+                f"trained on {ways} classes; each of {outputs} starts from the mean of the trained head's rows"
+            )
+        elif outputs is not None and outputs < ways:
+            weights |= {name: weights[name][:outputs] for name in changed}
+            trained["head"] = f"trained on {ways} classes; the first {outputs} rows of the trained head are used"
+        else:
+            raise ValueError(
+                f"{folder} does not adapt its head, which is for {ways} classes, not {outputs}; give fewer classes, "
+                "or a run that adapts its head"
+            )
+    learner.load_state_dict(weights)
+    return learner.eval(), trained
+
+
+def provenance() -> dict[str, Any]:
+    """What a number was made with: command, versions, machine, and the commit where the package is under git."""
+    packages = ("innerloop", "torch", "numpy")
+    return {
+        "command": shlex.join(["innerloop", *sys.argv[1:]]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def save_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results as JSON, with their provenance; returns what was written."""
+    results = {**results, **provenance()}
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _commit() -> str | None:
+    """The commit of this package's source, ``-dirty`` behind it where files differ; None if it is not under git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40"], check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

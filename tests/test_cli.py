@@ -1,0 +1,328 @@
+"""The command: train, resume, evaluate, adapt and data, and one line for everything that is wrong."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from innerloop.cli import main
+from innerloop.training import load_adapted, load_learner, predict, read_run
+from innerloop.training.adaptation import read_images
+from innerloop.training.fit import _Run
+from innerloop.training.logs import read_records
+
+TINY = ["--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--tasks-per-batch=2", "--device=cpu"]
+CONV = ["--model=conv4", "--filters=8", "--downsample=stride", "--inner-lr=0.4", "--inner-steps=2", "--device=cpu"]
+LONG = ["--tasks-per-batch=2", "--steps=60", "--validate-every=20", "--validation-tasks=8", "--test-tasks=20"]
+SHORT = ["--steps=12", "--validate-every=4", "--validation-tasks=8", "--test-tasks=20", "--threads=1"]
+
+
+def draw_classes(folder: Path, classes: int, images: int, seed: int) -> None:
+    """Class folders of small pictures: dark strokes on light paper, one shape a class."""
+    for label in range(classes):
+        generator = np.random.default_rng((seed, label))
+        (folder / f"class{label}").mkdir(parents=True)
+        shape = np.kron(generator.random((4, 4)) > 0.5, np.ones((5, 5)))
+        for number in range(images):
+            grey = 235 - 190 * np.pad(shape, 2) + generator.normal(0, 12, (24, 24))
+            Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(folder / f"class{label}" / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with images, a trained run and new classes to adapt to; the cache lies in it as well."""
+    place = tmp_path_factory.mktemp("cli")
+    draw_classes(place / "images", 20, 8, seed=0)
+    draw_classes(place / "few", 4, 3, seed=1)
+    draw_classes(place / "more", 4, 5, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INNERLOOP_CACHE", str(place / "cache"))
+        data = [
+            "--dataset=folder",
+            f"--data={place / 'images'}",
+            "--size=16",
+            "--channels=1",
+            "--ways=3",
+            "--queries=4",
+        ]
+        main(["train", f"--out={place / 'run'}", *data, *CONV, *LONG])
+        yield place
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
+    """Run a command that must fail; returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == code
+    out, error = capsys.readouterr()
+    assert error.startswith("innerloop: ")
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in out + error
+    return error
+
+
+def test_train_leaves_a_run_folder(place: Path) -> None:
+    run = place / "run"
+    found = {file.name for file in run.iterdir() if not file.name.startswith(("evaluate", "adapted"))}
+    pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png"}
+    files = {"settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "results.json", "report.md"}
+    assert found == files | pictures | {"tensorboard"}
+    for picture in pictures:
+        pixels = np.asarray(Image.open(run / picture).convert("L"))
+        assert min(pixels.shape) > 300
+        assert len(np.unique(pixels)) > 50
+        assert f"]({picture})" in (run / "report.md").read_text()
+    results = json.loads((run / "results.json").read_text())
+    assert results["training"]["step"] == 60
+    assert results["test"]["inductive"]["tasks"] == 20
+    assert 0 <= results["test"]["nearest_neighbour"][0] <= 1
+    assert results["versions"]["torch"] == torch.__version__
+    assert {"command", "machine", "commit", "time"} <= results.keys()
+
+
+def test_the_report_names_the_protocol_and_the_baseline(place: Path) -> None:
+    text = (place / "run" / "report.md").read_text()
+    assert text.startswith("# folder, 3-way 1-shot\n")
+    assert "inductive (each query predicted alone)" in text
+    assert "nearest neighbour on the raw inputs" in text
+    assert '"inner_lr": 0.4' in text
+
+
+def test_a_run_interrupted_and_resumed_equals_one_that_was_not(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _Run.step
+
+    def interrupted(self: _Run, *arguments: object) -> object:
+        if self.progress.step == 30:
+            os.kill(os.getpid(), 2)
+        return step(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Run, "step", interrupted)
+    settings = place / "run" / "settings.json"
+    error = refused(capsys, "train", f"--out={tmp_path / 'run'}", f"--config={settings}", code=130)
+    assert f"continue with: innerloop train --resume {tmp_path / 'run'}" in error
+    monkeypatch.undo()
+    main(["train", "--resume", str(tmp_path / "run")])
+    first, second = (load_file(folder / "run" / "last.safetensors") for folder in (place, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [
+        record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"
+    ] == [*range(1, 61)]
+
+
+def test_evaluate_rebuilds_the_learner_from_the_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(place / "run"), "--tasks=20"])
+    assert "20 test tasks, folder, 3-way 1-shot, 2 adaptation steps" in capsys.readouterr().out
+    trained = json.loads((place / "run" / "results.json").read_text())
+    found = json.loads((place / "run" / "evaluate-folder-3way-1shot-test.json").read_text())
+    assert found["test"]["inductive"]["accuracy"] == trained["test"]["inductive"]["accuracy"]
+    curve = found["test"]["inductive"]["accuracy_curve"]
+    assert len(curve) == 3
+    assert curve[-1] == found["test"]["inductive"]["accuracy"]
+
+
+def test_evaluate_with_other_ways_and_steps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--split=train", "--ways=4", "--shots=2", "--test-steps=4", "--tasks=10"]
+    main(["evaluate", str(place / "run"), *arguments])
+    out = capsys.readouterr().out
+    assert "trained on 3 classes; each of 4 starts from the mean of the trained head's rows" in out
+    found = json.loads((place / "run" / "evaluate-folder-4way-2shot-train.json").read_text())
+    assert len(found["train"]["inductive"]["accuracy_curve"]) == 5
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_adapt_predicts_new_classes(place: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    support, query, out = place / "few", place / "more", tmp_path / "out"
+    arguments = [f"--support={support}", "--query", str(query), f"--out={out}", f"--format={form}", "--test-steps=10"]
+    main(["adapt", str(place / "run"), *arguments])
+    text = capsys.readouterr().out
+    assert "adapted to 4 classes, 12 images, in 10 steps" in text
+    assert "accuracy: " in text
+    names = [f"class{label}" for label in range(4)]
+    if form == "csv":
+        rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+        probabilities = torch.tensor([[float(row[name]) for name in names] for row in rows])
+    else:
+        rows = json.loads((out / "predictions.json").read_text())
+        probabilities = torch.tensor([[row["probabilities"][name] for name in names] for row in rows])
+    assert len(rows) == 20
+    assert torch.allclose(probabilities.sum(1), torch.ones(20), atol=1e-5)
+    assert [names[int(row.argmax())] for row in probabilities] == [row["prediction"] for row in rows]
+    right = sum(row["prediction"] == row["class"] == Path(row["file"]).parent.name for row in rows)
+    assert right >= 15  # the shapes are easy to tell apart
+
+    model, notes = load_adapted(out)
+    assert notes["classes"] == names
+    files = [Path(row["file"]) for row in rows]
+    again = predict(model, read_images(files, notes["input_shape"], notes["invert"]))
+    assert torch.allclose(again, probabilities, atol=1e-5)
+
+
+def test_adapt_to_single_images_without_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = sorted((place / "more" / "class1").iterdir())[:2]
+    main(["adapt", str(place / "run"), f"--support={place / 'few'}", "--query", *map(str, images)])
+    assert "accuracy" not in capsys.readouterr().out
+    rows = list(csv.DictReader((place / "run" / "adapted" / "predictions.csv").read_text().splitlines()))
+    assert [(row["file"], row["class"]) for row in rows] == [(str(image), "") for image in images]
+
+
+def test_a_head_that_is_not_adapted_cannot_grow(place: Path, tmp_path: Path) -> None:
+    data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
+    main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *data, *TINY, *SHORT])
+    settings = read_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="does not adapt its head, which is for 3 classes, not 4"):
+        load_learner(tmp_path / "run", settings, 4)
+    full, fewer = (load_learner(tmp_path / "run", settings, classes)[0].model for classes in (3, 2))
+    assert torch.equal(fewer.get_parameter("head.weight"), full.get_parameter("head.weight")[:2])
+
+
+def test_dark_ink_on_light_paper_is_turned_round(tmp_path: Path) -> None:
+    ink = np.full((30, 40), 230, np.uint8)
+    ink[10:20, 15:25] = 20
+    Image.fromarray(ink).save(tmp_path / "paper.png")
+    Image.fromarray(255 - ink).save(tmp_path / "board.jpg")
+    files = [tmp_path / "paper.png", tmp_path / "board.jpg"]
+    as_is, turned, looked = (read_images(files, (1, 12, 12), invert) for invert in (False, True, None))
+    assert as_is.shape == (2, 1, 12, 12)
+    assert torch.allclose(as_is, 1 - turned)
+    assert (looked[:, 0, 0, 0] < 0.2).all()
+    assert (looked[:, 0, 6, 6] > 0.8).all()
+
+
+def test_several_processes_train_the_same_learner(tmp_path: Path) -> None:
+    command = ["-m", "innerloop", "train", "--dataset=sinusoid", "--model=mlp", "--filters=8", "--precision=float64"]
+    command += ["--inner-lr=0.01", "--steps=5", "--tasks-per-batch=4", "--validate-every=3", "--validation-tasks=40"]
+    command += ["--test-tasks=40", "--device=cpu", "--threads=1", "--clip=5"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, prefix in {"one": [], "two": launch}.items():
+        line = [sys.executable, *prefix, *command, f"--out={tmp_path / name}"]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-10, atol=1e-12), name
+    first, second = (read_records(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [record["step"] for record in first] == [record["step"] for record in second]
+    assert [record["loss"] for record in first] == pytest.approx([record["loss"] for record in second], rel=1e-10)
+
+
+def test_data_lists_and_draws(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data"])
+    listed = capsys.readouterr().out
+    assert "glyphs           rendered at the first use" in listed
+    assert "folder           your own images with --data; in the cache:" in listed
+    picture = tmp_path / "tasks.png"
+    options = [f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
+    main(["data", "folder", f"--out={picture}", *options])
+    assert "160 images of 1 x 16 x 16; classes: 12 train, 4 validation, 4 test" in capsys.readouterr().out
+    assert min(Image.open(picture).size) > 300
+
+
+def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    run = tmp_path / "run"
+    main(["train", f"--out={run}", "--dataset=sinusoid", *TINY, *SHORT])
+    out = capsys.readouterr().out
+    assert "sinusoid, 10-shot" in out
+    assert "loss" in out.splitlines()[-2]
+    assert (run / "tasks.png").exists()
+    error = refused(capsys, "adapt", str(run), f"--support={place / 'few'}", "--query", str(place / "more"))
+    assert "adapt needs a run on images" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cure"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "arguments are required: COMMAND"),
+        (["train", "--step=3"], "unrecognized arguments: --step=3"),
+        (["train", "--steps=0"], "steps is 0; it must be 1 or more"),
+        (["train", "--steps"], "expected one argument"),
+        (["train", "--dataset=omniglott"], "did you mean 'omniglot'?"),
+        (["train", "--model=conv5"], "did you mean 'conv4'?"),
+        (["train", "--inner-lr=0"], "inner-lr is 0.0; it must be above 0"),
+        (["train", "--outer-lr=-1"], "outer-lr is -1.0; it must be above 0"),
+        (["train", "--meta-gradient=truncated"], "missing a required argument: 'horizon'; truncated takes horizon"),
+        (["train", "--dataset=sinusoid", "--ways=5"], "sinusoid takes no ways; leave it out"),
+        (["train", "--dataset=sinusoid"], "this model takes images, not inputs of shape [1]; choose model 'mlp'"),
+        (["train", "--dataset=mini_imagenet"], "(--data)"),
+        (["train", "--dataset=folder", "--data=nowhere"], "nowhere does not exist"),
+        (
+            ["train", "--dataset=folder", "--data={images}", "--ways=5", "--queries=2"],
+            "4 classes, fewer than the 5 ways",
+        ),
+        (["train", "--dataset=folder", "--data={images}", "--ways=2"], "8 images, fewer than the 1 shots + 15 queries"),
+        (["train", "--device=cuda"], "choose --device cpu"),
+        (
+            ["train", "--dataset=sinusoid", "--model=mlp", "--meta-gradient=reptile", "--multi-step-loss=9"],
+            "leave step_weights out",
+        ),
+        (["train", "--config=nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["train", "--resume=nowhere"], "nowhere is no run folder"),
+        (["train", "--resume={run}", "--inner-lr=1"], "--inner-lr cannot change when a run is continued, only steps,"),
+        (["train", "--resume={run}", "--out=other"], "leave --out and --config out"),
+        (
+            ["train", "--out={run}", "--dataset=sinusoid", "--model=mlp"],
+            "already holds a run; continue it with --resume",
+        ),
+        (["train", "--out={images}", "--dataset=sinusoid", "--model=mlp"], "holds something that is not a run"),
+        (["evaluate", "{images}"], "is no run folder (no settings.json)"),
+        (["evaluate", "{run}", "--tasks=0"], "test-tasks is 0; it must be 1 or more"),
+        (["evaluate", "{run}", "--split=tset"], "did you mean 'test'?"),
+        (["evaluate", "{run}", "--dataset=sinusoid", "--ways=none"], "choose a data set of the same shape and kind"),
+        (["adapt", "{run}", "--support={few}"], "the following arguments are required: --query"),
+        (["adapt", "{run}", "--support=nowhere", "--query={more}"], "nowhere is no folder"),
+        (["adapt", "{run}", "--support={few}/class0", "--query={more}"], "has 0 sub-folders with images"),
+        (["adapt", "{run}", "--support={few}", "--query=nowhere"], "--query nowhere does not exist"),
+        (["adapt", "{run}", "--support={few}", "--query={broken}"], "cannot read the image"),
+        (["adapt", "{run}", "--support={few}", "--query={images}"], "classes that --support has not: class10, class11"),
+        (["adapt", "{run}", "--support={few}", "--query={more}", "--format=xml"], "choose one of csv, json"),
+        (["data", "glyph"], "did you mean 'glyphs'?"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    cure: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    if any("cuda" in argument for argument in arguments) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    names = {name: place / name for name in ("images", "run", "few", "more")} | {"broken": tmp_path / "broken.png"}
+    assert cure in refused(capsys, *(argument.format(**names) for argument in arguments))
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.png"]
+
+
+def test_a_damaged_checkpoint_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run" / "last.safetensors").write_bytes(b"cut short")
+    assert "is damaged" in refused(capsys, "train", f"--resume={tmp_path / 'run'}")
+    (tmp_path / "run" / "best.safetensors").unlink()
+    assert "was not validated yet; go on with" in refused(capsys, "evaluate", str(tmp_path / "run"))
+
+
+def test_divergence_is_said_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dataset=sinusoid", *TINY, *SHORT, "--inner-lr=1e30"]
+    error = refused(capsys, "train", f"--out={tmp_path / 'run'}", *options, code=1)
+    assert "outer step 1: loss" in error
+    assert "lower the inner rate" in error

@@ -1,0 +1,457 @@
+"""Implicit gradients against closed forms, finite differences of the solved problem and dense algebra, in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+import innerloop as il
+from innerloop.curvature import second_order_kernels
+from innerloop.inner import InnerSolver, bind
+from innerloop.inner.newton_cg import NewtonCG
+from innerloop.linear import CG, Neumann, Nystrom
+from innerloop.meta_gradient.implicit import Implicit
+from innerloop.problem import Tree
+from problems import SOLVERS, model_and_batch, relative_error, subset
+
+# --- problems -------------------------------------------------------------------------------------
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def spectrum(size: int, low: float, high: float, seed: int = 0) -> Tensor:
+    """A symmetric matrix with eigenvalues spaced evenly in their logarithm."""
+    basis = torch.linalg.qr(draw(size, size, seed=seed)).Q
+    return basis @ torch.logspace(math.log10(low), math.log10(high), size, dtype=torch.float64).diag() @ basis.T
+
+
+class Quadratic:
+    """``w'Aw / 2 - (c + M tilt)'w`` inside, ``|Dw - e|^2 / 2 + tilt.w`` outside: start and tilt are learned."""
+
+    def __init__(self, size: int = 20) -> None:
+        self.matrix, self.mixed = spectrum(size, 0.01, 10), draw(size, size, seed=1)
+        self.target, self.goal = draw(2, size, seed=2)
+        self.outer_matrix = draw(size, size, seed=3) / size**0.5
+        self.meta = {"w": draw(size, seed=4), "tilt": draw(size, seed=5)}
+        self.problem = il.Problem(lambda meta: {"w": meta["w"]}, self.inner_loss, self.outer_loss)
+        self.task = il.Task(None, None)
+
+    def inner_loss(self, params: Tree, meta: Tree, support: None) -> Tensor:
+        w = params["w"]
+        return w @ self.matrix @ w / 2 - (self.target + self.mixed @ meta["tilt"]) @ w
+
+    def outer_loss(self, params: Tree, meta: Tree, query: None) -> Tensor:
+        return (self.outer_matrix @ params["w"] - self.goal).square().sum() / 2 + meta["tilt"] @ params["w"]
+
+    def solution(self, proximal: float, decay: float = 0.0) -> Tensor:
+        force = self.target + self.mixed @ self.meta["tilt"] + proximal * self.meta["w"]
+        return torch.linalg.solve(self.system(proximal, decay), force)
+
+    def system(self, proximal: float, decay: float = 0.0) -> Tensor:
+        return self.matrix + (proximal + decay) * torch.eye(len(self.matrix), dtype=torch.float64)
+
+    def exact(self, proximal: float, decay: float = 0.0) -> Tree:
+        w = self.solution(proximal, decay)
+        outer = self.outer_matrix.T @ (self.outer_matrix @ w - self.goal) + self.meta["tilt"]
+        v = torch.linalg.solve(self.system(proximal, decay), outer)
+        return {"w": proximal * v, "tilt": w + self.mixed.T @ v}
+
+
+def network() -> tuple[il.Problem, Tree, il.Task]:
+    """A tanh network 3-8-1 on ten weighted examples, not convex; its start and the weights' logarithms are learned."""
+    meta = {
+        "w1": draw(8, 3, seed=1),
+        "b1": draw(8, seed=2),
+        "w2": draw(1, 8, seed=3),
+        "log weights": 0.3 * draw(10, seed=4),
+    }
+
+    def output(params: Tree, inputs: Tensor) -> Tensor:
+        return (torch.tanh(inputs @ params["w1"].T + params["b1"]) @ params["w2"].T).squeeze(-1)
+
+    def inner_loss(params: Tree, meta: Tree, support: tuple[Tensor, Tensor]) -> Tensor:
+        return (meta["log weights"].exp() * (output(params, support[0]) - support[1]).square()).mean()
+
+    def outer_loss(params: Tree, meta: Tree, query: tuple[Tensor, Tensor]) -> Tensor:
+        return (output(params, query[0]) - query[1]).square().mean()
+
+    problem = il.Problem(lambda meta: {name: meta[name] for name in ("w1", "b1", "w2")}, inner_loss, outer_loss)
+    support, query = ((draw(10, 3, seed=seed), draw(10, seed=seed + 1)) for seed in (5, 7))
+    return problem, meta, il.Task(support, query)
+
+
+def softmax() -> tuple[il.Problem, Tree, il.Task]:
+    """A softmax layer on features that a learned matrix makes; its start is learned too."""
+    meta = {"head": draw(3, 4, seed=1), "features": draw(4, 5, seed=2) / 2}
+
+    def outputs(params: Tree, meta: Tree, inputs: Tensor) -> Tensor:
+        return torch.tanh(inputs @ meta["features"].T) @ params["head"].T
+
+    def loss(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs(params, meta, batch[0]), batch[1])
+
+    labels = torch.arange(3).repeat_interleave(4)
+    task = il.Task((draw(12, 5, seed=3), labels), (draw(12, 5, seed=4), labels))
+    return il.Problem(lambda meta: {"head": meta["head"]}, loss, loss), meta, task
+
+
+def estimate(problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, estimator: Implicit) -> il.Result:
+    return il.hypergradient(problem, meta, task, solver, estimator)
+
+
+def dense(tree: Tree) -> Tensor:
+    return torch.cat([value.flatten() for value in tree.values()])
+
+
+def like(tree: Tree, vector: Tensor) -> Tree:
+    parts = vector.split([value.numel() for value in tree.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(tree.items(), parts, strict=True)}
+
+
+def derivatives(
+    problem: il.Problem, vector: Tensor, like_params: Tree, meta: Tree, task: il.Task
+) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian of the support loss, by reverse-over-reverse: torch.func.hessian is wrong on batch norm."""
+
+    def gradient(vector: Tensor) -> tuple[Tensor, Tensor]:
+        grad = torch.func.grad(lambda vector: problem.inner_loss(like(like_params, vector), meta, task.support))(vector)
+        return grad, grad
+
+    matrix, grad = torch.func.jacrev(gradient, has_aux=True)(vector)
+    return grad, matrix
+
+
+def hessian(problem: il.Problem, params: Tree, meta: Tree, task: il.Task) -> Tensor:
+    return derivatives(problem, dense(params), params, meta, task)[1]
+
+
+def differences(problem: il.Problem, meta: Tree, task: il.Task, near: Tree, proximal: float, decay: float) -> Tree:
+    """Central differences, in every entry of meta, of the outer loss at the minimiser, found by Newton's method."""
+    width = 1e-5
+
+    def solved(meta: Tree) -> Tensor:
+        vector, start = dense(near), dense(problem.start(meta))
+        for _ in range(4):
+            grad, matrix = derivatives(problem, vector, near, meta, task)
+            grad = grad + decay * vector + proximal * (vector - start)
+            matrix = matrix + (proximal + decay) * torch.eye(len(vector), dtype=vector.dtype)
+            vector = vector - torch.linalg.solve(matrix, grad)
+        return problem.outer_loss(like(near, vector), meta, task.query)
+
+    grad = {}
+    for name, value in meta.items():
+        moves = width * torch.eye(value.numel(), dtype=value.dtype).view(-1, *value.shape)
+        moved = torch.cat([value + moves, value - moves])
+        ahead, behind = torch.func.vmap(lambda moved, name=name: solved({**meta, name: moved}))(moved).chunk(2)
+        grad[name] = ((ahead - behind) / (2 * width)).view(value.shape)
+    return grad
+
+
+# --- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_closed_form_of_a_quadratic(decay):
+    quadratic = Quadratic()
+    solver = NewtonCG(steps=3, iterations=40, weight_decay=decay)
+    result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(2.0, CG(40)))
+    torch.testing.assert_close(result.params["w"], quadratic.solution(2.0, decay))
+    assert relative_error(result.grad, quadratic.exact(2.0, decay)) < 1e-10
+
+
+@pytest.mark.parametrize("build", [network, softmax])
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+def test_finite_differences_of_the_solved_problem(build, decay):
+    problem, meta, task = build()
+    result = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30, weight_decay=decay), Implicit(0.7, CG(60)))
+    expected = differences(problem, meta, task, result.params, 0.7, decay)
+    for name in meta:  # every kind of meta-parameter by itself
+        assert relative_error({name: result.grad[name]}, {name: expected[name]}) < 1e-6
+    first_order = il.hypergradient(problem, meta, task, il.SGD(lr=0.1, steps=1), il.FirstOrder()).grad
+    assert relative_error(first_order, expected) > 0.1
+
+
+def test_the_network_of_the_finite_differences_is_not_convex():
+    problem, meta, task = network()
+    found = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(0.7, CG(60))).params
+    smallest = torch.linalg.eigvalsh(hessian(problem, found, meta, task)).min()
+    assert -0.7 < smallest < -0.1
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv4", "encoder"])
+@pytest.mark.parametrize("chosen", ["everything", "head", "pattern"])
+def test_any_model_and_subset_is_dense_linear_algebra(model, chosen):
+    network, batch = model_and_batch(model)
+    proximal, decay = 20.0, 0.5
+    solver = il.SGD(lr=0.02, steps=3, weight_decay=decay)
+    learner = il.MetaLearner(network, subset(model, chosen), solver, Implicit(proximal, CG(40)))
+    metrics = learner.meta_step(batch)
+    assert metrics.diagnostics["negative_curvature"] == 0
+    found = {name: p.grad for name, p in learner.model.named_parameters()}
+    meta = {name: p.detach() for name, p in learner.model.named_parameters()}
+
+    def loss(params: Tree, given: Tree, examples: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(learner.model, {**given, **params}, (examples[0],)), examples[1])
+
+    expected = {name: torch.zeros_like(value) for name, value in meta.items()}
+    problem = il.Problem(lambda meta: {name: meta[name] for name in learner.adapted}, loss, loss)
+    with second_order_kernels():
+        for index in range(2):
+            task = il.Task(*(tuple(value[index] for value in part) for part in batch))
+            end = learner.adapt(*task.support)
+            params = {name: end.get_parameter(name).detach() for name in learner.adapted}
+            outer, direct = torch.func.grad(loss, argnums=(0, 1))(params, meta, task.query)
+            matrix = (1 + decay / proximal) * torch.eye(len(dense(params)), dtype=torch.float64)
+            matrix += hessian(problem, params, meta, task) / proximal
+            v = torch.linalg.solve(matrix, dense(outer))
+
+            def pairing(given: Tree, params: Tree = params, task: il.Task = task, v: Tensor = v) -> Tensor:
+                return dense(torch.func.grad(loss)(params, given, task.support)) @ v / proximal
+
+            mixed, through_start = torch.func.grad(pairing)(meta), like(params, v)
+            for name in meta:
+                expected[name] += (direct[name] - mixed[name] + through_start.get(name, 0)) / 2
+    assert relative_error(found, expected) < 1e-9
+
+
+def test_the_curvature_is_that_of_the_support_loss_alone():
+    problem, meta, task = network()
+    loop = bind(problem, meta, task.support, il.SGD(lr=0.1, steps=1, proximal=3.0, weight_decay=2.0), {})
+    matrix = hessian(problem, loop.start, meta, task)
+    u, w = ({name: draw(*value.shape, seed=seed) for name, value in loop.start.items()} for seed in (11, 12))
+    product, other = loop.hessian(0, loop.start, w), loop.hessian(0, loop.start, u)
+    torch.testing.assert_close(dense(product), matrix @ dense(w))
+    torch.testing.assert_close(dense(u) @ dense(product), dense(w) @ dense(other))
+    both = loop.hessian(0, loop.start, {name: 2 * u[name] - 3 * w[name] for name in u})
+    torch.testing.assert_close(dense(both), 2 * dense(other) - 3 * dense(product))
+    torch.testing.assert_close(product, loop.curvature(0, loop.start, w)[0])
+
+
+# --- what the solution does not depend on ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        il.SGD(lr=0.15, steps=300),
+        il.Momentum(lr=0.1, steps=200, momentum=0.7),
+        il.Adam(lr=0.05, steps=400, eps=0.1),
+        NewtonCG(steps=20, iterations=5),
+    ],
+)
+def test_every_inner_solver_run_to_the_end_gives_the_same(solver):
+    problem, meta, task = network()
+    expected = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(1.5, CG(60))).grad
+    assert relative_error(estimate(problem, meta, task, solver, Implicit(1.5, CG(60))).grad, expected) < 1e-8
+
+
+@pytest.mark.parametrize("linear", [Neumann(150), Neumann(150, step=0.6), Nystrom(100)])
+def test_every_linear_solver_gives_the_same(linear):
+    problem, meta, task = softmax()
+    solver = NewtonCG(steps=6, iterations=15, weight_decay=0.1)
+    expected = estimate(problem, meta, task, solver, Implicit(0.5, CG(60))).grad
+    assert relative_error(estimate(problem, meta, task, solver, Implicit(0.5, linear)).grad, expected) < 1e-8
+
+
+def test_neumann_with_a_step_of_one_is_the_series_in_powers_of_the_curvature_over_the_proximal_weight():
+    problem, meta, task = softmax()
+    result = estimate(problem, meta, task, il.SGD(lr=0.1, steps=5), Implicit(2.0, Neumann(3, step=1.0)))
+    matrix = hessian(problem, result.params, meta, task) / 2.0
+    outer = dense(torch.func.grad(problem.outer_loss)(result.params, meta, task.query))
+    v = outer - matrix @ outer + matrix @ matrix @ outer
+    torch.testing.assert_close(dense({"head": result.grad["head"]}), v)
+
+
+def test_every_linear_solver_gives_the_same_in_a_learner():
+    model, batch = model_and_batch("conv4")
+    grads = []
+    for linear in (CG(30), Neumann(60), Nystrom(30)):  # on all rows, of a head whose loss is convex
+        learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.02, steps=2), Implicit(2.0, linear))
+        learner.meta_step(batch)
+        grads.append({name: p.grad for name, p in learner.named_parameters()})
+    assert relative_error(grads[1], grads[0]) < 1e-9
+    assert relative_error(grads[2], grads[0]) < 1e-9
+
+
+# --- how the error behaves ------------------------------------------------------------------------
+
+
+def test_the_error_is_proportional_to_what_the_inner_loop_leaves_unsolved():
+    problem, meta, task = network()
+    exact = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(1.5, CG(60)))
+    ratios, distances = [], []
+    for steps in (30, 60, 120, 240):
+        result = estimate(problem, meta, task, il.SGD(lr=0.1, steps=steps), Implicit(1.5, CG(60)))
+        distances.append(relative_error(result.params, exact.params))
+        ratios.append(relative_error(result.grad, exact.grad) / distances[-1])
+    assert distances[0] > 1000 * distances[-1]
+    assert max(ratios) < 3 * min(ratios)
+
+
+def test_few_conjugate_gradients_leave_a_floor():
+    quadratic = Quadratic()
+
+    def error(steps: int, iterations: int) -> float:
+        solver = il.SGD(lr=1 / 12, steps=steps)
+        result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(2.0, CG(iterations)))
+        return relative_error({"w": result.grad["w"]}, {"w": quadratic.exact(2.0)["w"]})
+
+    assert error(200, 30) < 1e-10
+    for iterations, least in ((2, 0.02), (5, 1e-3)):
+        assert least < error(200, iterations) == pytest.approx(error(100, iterations), rel=1e-3)
+    assert error(200, 5) < 0.3 * error(200, 2)
+
+
+def test_the_limits_of_the_proximal_weight():
+    quadratic = Quadratic()
+
+    def start_gradient(proximal: float) -> Tensor:
+        solver = NewtonCG(steps=3, iterations=40)
+        return estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(proximal, CG(60))).grad["w"]
+
+    at_start = torch.func.grad(quadratic.outer_loss)(quadratic.meta, quadratic.meta, None)["w"]
+    torch.testing.assert_close(start_gradient(1e9), at_start, rtol=1e-6, atol=0)  # first-order MAML
+    assert start_gradient(1e-8).norm() < 1e-3 * at_start.norm()  # the start is forgotten
+
+
+# --- the authors' published code ------------------------------------------------------------------
+
+
+def released(estimator: Implicit, lr: float = 0.1, steps: int = 4) -> tuple[il.Result, Tree, Tensor, Tensor]:
+    """The result, plain gradient descent, the Hessian where the result is and the outer gradient there."""
+    problem, meta, task = network()
+    result = estimate(problem, meta, task, il.SGD(lr=lr, steps=steps), estimator)
+    plain = bind(problem, meta, task.support, il.SGD(lr=lr, steps=steps), {}).run(steps)
+    outer = torch.func.grad(problem.outer_loss)(result.params, meta, task.query)
+    return result, plain, hessian(problem, result.params, meta, task), dense(outer)
+
+
+def test_the_released_variant_pulls_plain_gradient_descent_back_once():
+    result, plain, _, _ = released(Implicit(2.0, CG(5, damping=1.0), released_variant=True))
+    _, meta, _ = network()
+    for name, value in plain.items():
+        torch.testing.assert_close(result.params[name], meta[name] + (1 - 0.1 * 2.0) * (value - meta[name]))
+
+
+def test_the_released_variant_solves_the_released_system():
+    result, _, matrix, outer = released(Implicit(2.0, CG(5, damping=1.0), released_variant=True))
+    # conjugate gradients as the released script writes them, on its operator
+    x, r, p = torch.zeros_like(outer), outer.clone(), outer.clone()
+    for _ in range(5):
+        image = (1 + 1.0) * p + matrix @ p / (2.0 + 10.0)
+        length = (r @ r) / (p @ image)
+        x, new = x + length * p, r - length * image
+        r, p = new, new + (new @ new) / (r @ r) * p
+    found = dense({name: result.grad[name] for name in result.params})
+    torch.testing.assert_close(found, x)
+    # run to the end, this is half of iMAML's formula at a weight of 24
+    exact, _, matrix, outer = released(Implicit(2.0, CG(100, damping=1.0), released_variant=True))
+    found = dense({name: exact.grad[name] for name in exact.params})
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    torch.testing.assert_close(found, 0.5 * torch.linalg.solve(eye + matrix / 24, outer))
+
+
+def test_the_released_variant_with_one_iteration_does_not_solve():
+    result, _, _, outer = released(Implicit(2.0, CG(1, damping=1.0), released_variant=True))
+    torch.testing.assert_close(dense({name: result.grad[name] for name in result.params}), outer)
+
+
+def test_the_released_variant_evaluates_without_the_pull():
+    model, batch = model_and_batch("mlp")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(released_variant=True))
+    plain = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3))
+    torch.testing.assert_close(learner.evaluate(batch).loss, plain.evaluate(batch).loss)
+
+
+# --- in a learner ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["sgd", "momentum", "adam"])
+def test_training_evaluation_and_adaptation_minimise_the_same(solver):
+    model, batch = model_and_batch("mlp")
+    inner = replace(SOLVERS[solver](4), proximal=0.0)
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(1.5))
+    assert learner.inner == replace(inner, proximal=1.5)
+    explicit = il.MetaLearner(model, inner=replace(inner, proximal=1.5))
+    torch.testing.assert_close(learner.meta_step(batch).loss, explicit.evaluate(batch).loss.mean())
+    torch.testing.assert_close(learner.evaluate(batch).loss, explicit.evaluate(batch).loss)
+
+
+def test_the_mode_of_the_model_changes_no_statistics():
+    model, batch = model_and_batch("conv4")
+    grads = []
+    for training in (True, False):
+        learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=Implicit()).train(training)
+        learner.meta_step(batch)
+        grads.append({name: p.grad for name, p in learner.named_parameters()})
+    assert relative_error(*grads) < 1e-14
+
+
+def test_tasks_are_averaged_and_nothing_else_changes():
+    model, batch = model_and_batch("conv4")
+    learner = il.MetaLearner(model, inner=NewtonCG(steps=2), meta_gradient=Implicit())
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    metrics = learner.meta_step(batch)
+    together = {name: p.grad.clone() for name, p in learner.named_parameters()}
+    assert not any(value.requires_grad for value in (metrics.loss, *metrics.diagnostics.values(), *together.values()))
+    assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
+    learner.zero_grad()
+    for index in range(2):  # accumulates the gradients of single tasks
+        learner.meta_step(il.Task(*(tuple(value[index : index + 1] for value in part) for part in batch)))
+    assert relative_error({name: p.grad / 2 for name, p in learner.named_parameters()}, together) < 1e-12
+
+
+def test_diagnostics_tell_how_the_solve_went():
+    model, batch = model_and_batch("mlp")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(2.0, CG(4)))
+    found = learner.meta_step(batch).diagnostics
+    assert found["curvature_products"] == 5  # four to solve and one for the mixed derivative
+    assert found["iterations"] == 4
+    assert found["negative_curvature"] == 0
+    assert 0 < found["residual"] < 0.1
+    assert found["support_loss"].shape == (3,)
+    better = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(2.0, CG(8)))
+    assert better.meta_step(batch).diagnostics["residual"] < 0.1 * found["residual"]
+
+
+def test_negative_curvature_is_counted_and_survived():
+    model, batch = model_and_batch("mlp")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=1e-3, steps=1), meta_gradient=Implicit(1e-3, CG(20)))
+    metrics = learner.meta_step(batch)
+    assert metrics.diagnostics["negative_curvature"] == 1  # of both tasks
+    assert all(p.grad.isfinite().all() for p in learner.parameters())
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Implicit(0.0), r"proximal=0.0\): must be above 0.*MemoryReduced\(\)"),
+        (lambda: Implicit(-1.0), "must be above 0"),
+        (lambda: Implicit(solver=Neumann(5), released_variant=True), r"solves by CG: give solver=CG\(\.\.\.\)"),
+        (lambda: Implicit().prepare(il.LearnedRates(lr=0.1, steps=1), None), r"does not depend: use SGD.*Unrolled\(\)"),
+        (lambda: Implicit().prepare(il.SGD(lr=0.1, steps=1, proximal=0.5), None), "give the weight to Implicit alone"),
+        (
+            lambda: Implicit(released_variant=True).prepare(il.Adam(lr=0.1, steps=1), None),
+            "takes plain gradient steps: use SGD, not Adam",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_multi_step_loss_is_refused():
+    model, batch = model_and_batch("mlp")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=Implicit())
+    with pytest.raises(ValueError, match="leave step_weights out"):
+        learner.meta_step(batch, step_weights=[0.5, 0.5])

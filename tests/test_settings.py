@@ -1,0 +1,192 @@
+"""Settings: command line, configuration file and run folder say the same, and nonsense is refused in one line."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import innerloop as il
+from innerloop.cli.arguments import Parser, add_settings, given_settings
+from innerloop.training.build import build_learner, build_optimizer
+from innerloop.training.choices import ADAPTS, INNER, META_GRADIENT, OPTIMIZER, SCHEDULE, make
+from innerloop.training.settings import Settings, flag, read_config
+
+CHANGED: dict[str, Any] = {
+    "dataset": "omniglot",
+    "ways": 20,
+    "rotations": True,
+    "downsample": "stride",
+    "adapts": "blocks:00011",
+    "inner": "learned-rates:layer-step",
+    "inner_lr": 0.05,
+    "meta_gradient": "truncated:2",
+    "optimizer": "sgd:momentum=0.9,nesterov=true",
+    "outer_lr": 1e-4,
+    "clip": 10.0,
+    "patience": None,
+    "minutes": 2.5,
+}
+YAML = """
+dataset: omniglot
+ways: 20
+rotations: true
+downsample: stride
+adapts: "blocks:00011"
+inner: learned-rates:layer-step
+inner-lr: .05
+meta_gradient: truncated:2
+optimizer: sgd:momentum=0.9,nesterov=true
+outer-lr: 1e-4
+clip: 10
+patience: none
+minutes: 2.5
+"""
+
+
+def from_command_line(*argv: str) -> Settings:
+    parser = Parser()
+    add_settings(parser)
+    return Settings(**given_settings(parser.parse_args(argv)))
+
+
+def test_three_faces_of_the_same_settings(tmp_path: Path) -> None:
+    expected = Settings(**CHANGED)
+    options = [
+        f"--{flag(name)}={str(value).lower() if value in (True, None) else value}" for name, value in CHANGED.items()
+    ]
+    assert from_command_line(*options) == expected
+    (tmp_path / "some.yaml").write_text(YAML)
+    assert Settings(**read_config(tmp_path / "some.yaml")) == expected
+    toml = "\n".join(f"{name} = {json.dumps(value)}" for name, value in CHANGED.items() if value is not None)
+    (tmp_path / "some.toml").write_text(toml)
+    assert Settings(**read_config(tmp_path / "some.toml")) == expected
+    expected.save(tmp_path / "settings.json")
+    assert Settings.load(tmp_path / "settings.json") == expected
+    assert json.loads((tmp_path / "settings.json").read_text()) == asdict(expected)
+
+
+def test_every_field_is_an_option_with_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    text = "".join(parser.format_help().split())
+    for each in fields(Settings):
+        assert f"--{flag(each.name)}" in text
+        assert "".join(each.metadata["help"].split()) in text
+
+
+def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
+    assert (Settings().ways, Settings().shots, Settings().queries) == (5, 1, 15)
+    sinusoid = Settings(dataset="sinusoid", shots=7)
+    assert (sinusoid.ways, sinusoid.shots, sinusoid.queries) == (None, 7, 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": "omniglott"}, "dataset 'omniglott' is unknown: did you mean 'omniglot'? choose one of glyphs, "),
+        ({"steps": 0}, "steps is 0; it must be 1 or more"),
+        ({"steps": "many"}, "steps is 'many'; it must be a whole number"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ({"steps": True}, "steps is True; it must be a whole number"),
+        ({"steps": None}, "steps is None; it must be a whole number"),
+        ({"inner_lr": "0"}, "inner-lr is 0.0; it must be above 0"),
+        ({"inner_lr": "nan"}, "inner-lr is nan; it must be above 0"),
+        ({"outer_lr": -1}, "outer-lr is -1.0; it must be above 0"),
+        ({"clip": "big"}, "clip is 'big'; it must be a number or none"),
+        ({"rotations": "maybe"}, "rotations is 'maybe'; it must be true or false or none"),
+        ({"batch_norm": "batches"}, "batch-norm 'batches' is unknown: did you mean 'batch'? choose one of batch, "),
+        ({"meta_gradient": "exact:2"}, "meta-gradient 'exact' is unknown: choose one of unrolled, "),
+    ],
+)
+def test_nonsense_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("some.yaml", "step: 3", "the setting 'step' is unknown: did you mean 'steps'?"),
+        ("some.yaml", "steps: [", "cannot be read"),
+        ("some.toml", "steps = ", "cannot be read"),
+        ("some.yaml", "- steps", "must hold settings by name"),
+    ],
+)
+def test_bad_configuration_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]*" + re.escape(message) + r"[^\n]*$"):
+        read_config(tmp_path / name)
+
+
+def test_choices_become_objects() -> None:
+    assert make("adapts", ADAPTS, "blocks:11111") == il.Blocks("11111")
+    assert make("adapts", ADAPTS, "named:block4.*,head.*").globs == ("block4.*", "head.*")
+    assert make("meta-gradient", META_GRADIENT, "unrolled") == il.Unrolled()
+    assert make("meta-gradient", META_GRADIENT, "unrolled:10") == il.Unrolled(keep_every=10)
+    assert make("meta-gradient", META_GRADIENT, "unrolled:sqrt") == il.Unrolled(keep_every="sqrt")
+    assert make("meta-gradient", META_GRADIENT, "truncated:2") == il.Truncated(2)
+    options = {"lr": 0.1, "steps": 3, "test_steps": None}
+    assert make("inner", INNER, "sgd", **options) == il.SGD(lr=0.1, steps=3)
+    assert make("inner", INNER, "momentum:momentum=0.5", **options) == il.Momentum(lr=0.1, steps=3, momentum=0.5)
+    assert make("inner", INNER, "learned-rates:layer-step", **options) == il.LearnedRates(
+        lr=0.1, steps=3, per="layer-step"
+    )
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = make("optimizer", OPTIMIZER, "sgd:momentum=0.9,nesterov=true", [weight], lr=0.1)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("truncated", "meta-gradient 'truncated': missing a required argument: 'horizon'; truncated takes horizon"),
+        ("reptile:3", "meta-gradient 'reptile:3': too many positional arguments; reptile takes no arguments"),
+        (
+            "truncated:m=3",
+            "meta-gradient 'truncated:m=3': missing a required argument: 'horizon'; truncated takes horizon",
+        ),
+    ],
+)
+def test_choices_with_wrong_arguments(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        make("meta-gradient", META_GRADIENT, text)
+
+
+def test_schedules() -> None:
+    cosine = make("schedule", SCHEDULE, "cosine:0.01")
+    assert [cosine(share) for share in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.505, 0.01, 0.01])
+    assert make("schedule", SCHEDULE, "constant")(0.3) == 1.0
+
+
+def test_settings_build_a_learner() -> None:
+    settings = Settings(filters=4, inner="learned-rates", adapts="body", precision="float64", device="cpu")
+    learner = build_learner(settings, (1, 28, 28), 5)
+    assert learner.model.get_parameter("head.weight").shape[0] == 5
+    assert isinstance(learner.adapts, il.Body)
+    assert all(parameter.dtype == torch.float64 for parameter in learner.parameters())
+    again = build_learner(settings, (1, 28, 28), 5)
+    assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), again.parameters(), strict=True))
+    optimizer, scheduler = build_optimizer(Settings(outer_lr=0.2, schedule="cosine", steps=4), learner)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "mlp", "downsample": "stride"}, "model 'mlp': got an unexpected keyword argument 'downsample'"),
+        ({"adapts": "blocks:011"}, "has 3 places but Conv4 has 5 blocks"),
+        ({"meta_gradient": "reptile", "adapts": "head"}, "Reptile gives no gradient to parameters"),
+    ],
+)
+def test_choices_that_do_not_fit(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_learner(Settings(**given), (1, 28, 28), 5)
