@@ -21,5 +21,11 @@ def test_the_twenty_lines_run_as_printed():
 def test_the_commands_it_names_exist():
     from innerloop.cli import COMMANDS
 
-    named = set(re.findall(r"^innerloop (train|evaluate|adapt|compare|patterns|check|data)\b", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(
+        re.findall(
+            r"^innerloop (train|evaluate|adapt|compare|patterns|check|data)\b",
+            README.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
+        )
+    )
     assert {"train", "evaluate", "adapt"} <= named <= set(COMMANDS)
