@@ -250,11 +250,11 @@ def plot_tasks(
             if not images:
                 _draw_numbers(axes, shown, asked, before, after)
             elif after is None:
-                title += ": support and queries"
+                title = f"{split} task {index}"
                 _draw_images(axes, shown, asked, None, ink)
             else:
                 right = int((after.argmax(-1) == asked[1]).sum())
-                title += f": support, and queries of which {right} of {len(after)} are right"
+                title = f"{split} task {index}: {right} of {len(after)} queries right"
                 _draw_images(axes, shown, asked, after.argmax(-1), ink)
             axes.set_title(title, loc="left", fontsize=10)
         if not images:
