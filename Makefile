@@ -9,9 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 setup: .venv/.installed
 
-# Choices go through, as in `make train ARGS="--seed 1"`.
+# Choices go through, as in `make train ARGS="--seed 1"`. The minutes are a guard for slow machines.
 train: setup
-	$(BIN)/innerloop train $(ARGS)
+	$(BIN)/innerloop train --minutes 6.5 $(ARGS)
 
 # One thread for each of the two processes that run the tests.
 test: setup

@@ -21,8 +21,18 @@ from innerloop.training.adaptation import read_images
 from innerloop.training.fit import _Run
 from innerloop.training.logs import read_records
 
-TINY = ["--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--tasks-per-batch=2", "--device=cpu"]
-CONV = ["--model=conv4", "--filters=8", "--downsample=stride", "--inner-lr=0.4", "--inner-steps=2", "--device=cpu"]
+SGD = ["--inner=sgd", "--outer-lr=1e-3", "--clip=none"]
+TINY = [*SGD, "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--tasks-per-batch=2", "--device=cpu"]
+CONV = [
+    *SGD,
+    "--adapts=everything",
+    "--model=conv4",
+    "--filters=8",
+    "--downsample=stride",
+    "--inner-lr=0.4",
+    "--inner-steps=2",
+    "--device=cpu",
+]
 LONG = ["--tasks-per-batch=2", "--steps=60", "--validate-every=20", "--validation-tasks=8", "--test-tasks=20"]
 SHORT = ["--steps=12", "--validate-every=4", "--validation-tasks=8", "--test-tasks=20", "--threads=1"]
 

@@ -1,0 +1,5 @@
+"""What the papers measured, on a user's own model and tasks: one study a file."""
+
+from innerloop.studies.check import Check, check
+
+__all__ = ["Check", "check"]

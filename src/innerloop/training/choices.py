@@ -93,10 +93,13 @@ SCHEDULE: Table = {"constant": constant, "cosine": cosine}
 """The outer rate's factor as a function of the share of the steps done."""
 
 
-def conv4(shape: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
-    """``Conv4`` for images of a shape ``(channels, height, width)``."""
+def conv4(
+    shape: tuple[int, ...], outputs: int, filters: int = 32, downsample: str | None = None, **options: Any
+) -> nn.Module:
+    """``Conv4`` for images ``(channels, height, width)``; as in the papers, grey ones are halved by strides."""
     channels, size = _image(shape)
-    return Conv4(in_channels=channels, ways=outputs, size=size, **options)
+    downsample = downsample or ("stride" if channels == 1 else "pool")
+    return Conv4(channels, outputs, filters, downsample, size, **options)  # type: ignore[arg-type]  # checked there
 
 
 def resnet12(shape: tuple[int, ...], outputs: int, filters: int = 64) -> nn.Module:

@@ -117,7 +117,7 @@ class Settings:
     data: str | None = option(None, "folder or file of a data set that is not downloaded or rendered")
     ways: int | None = option(None, "classes of a task; none: as the data set has it, 5 for images", at_least=2)
     shots: int | None = option(None, "support examples a class; none: 1 for images", at_least=1)
-    queries: int | None = option(None, "query examples a class; none: 15 for images", at_least=1)
+    queries: int | None = option(None, "query examples a class; none: 5 for images, enough to train on", at_least=1)
     rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes")
     class_split: str | None = option(None, "omniglot: background, 1200 or vinyals; folder: how classes are split")
     size: int | None = option(None, "folder: side of the images", at_least=1)
@@ -128,12 +128,10 @@ class Settings:
     downsample: str | None = option(None, "conv4: how a block halves the image", names=("pool", "stride"))
     spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening")
 
-    adapts: str = option(
-        "everything", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS
-    )
-    inner: str = option("sgd", "how it moves: momentum:momentum=0.9, learned-rates:layer-step", names=INNER)
-    inner_lr: float = option(0.1, "inner rate", above=0)
-    inner_steps: int = option(5, "inner steps in training", at_least=1)
+    adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS)
+    inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
+    inner_lr: float = option(0.5, "inner rate", above=0)
+    inner_steps: int = option(3, "inner steps in training", at_least=1)
     test_steps: int | None = option(None, "inner steps in evaluation; none: as in training", at_least=0)
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
@@ -142,12 +140,12 @@ class Settings:
     batch_norm: str = option("batch", "statistics of batch norm", names=("batch", "task", "frozen"))
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER)
-    outer_lr: float = option(1e-3, "outer rate", above=0)
+    outer_lr: float = option(3e-3, "outer rate", above=0)
     schedule: str = option("cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE)
-    steps: int = option(1000, "outer steps", at_least=1)
-    tasks_per_batch: int = option(16, "tasks of an outer step", at_least=1)
-    clip: float | None = option(None, "largest norm of the meta-gradient", above=0)
-    validate_every: int = option(100, "outer steps between validations", at_least=1)
+    steps: int = option(9000, "outer steps", at_least=1)
+    tasks_per_batch: int = option(4, "tasks of an outer step", at_least=1)
+    clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
+    validate_every: int = option(500, "outer steps between validations", at_least=1)
     validation_tasks: int = option(200, "tasks of a validation", at_least=1)
     patience: int | None = option(None, "stop after so many validations without a better one", at_least=1)
     minutes: float | None = option(None, "stop training after so many minutes", above=0)
@@ -168,7 +166,8 @@ class Settings:
         source = inspect.signature(SOURCES[self.dataset]).parameters
         for name in {"ways", "shots", "queries"} & source.keys():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, source[name].default)
+                few = name == "queries" and "ways" in source
+                object.__setattr__(self, name, 5 if few else source[name].default)
 
     def method(self) -> tuple[Adapts, InnerSolver, MetaGradient]:
         """What adapts, how it moves, and how the outer gradient is found.

@@ -1,0 +1,96 @@
+"""Compare estimators of the meta-gradient with the exact one, on your own model and tasks.
+
+RUN is a folder that innerloop train has written, checked with fresh weights and with its trained ones; a settings file
+(YAML, JSON, TOML) is checked with fresh weights. The table, check.json and check.png say how far each estimator is from
+the exact meta-gradient, task by task, and a sentence each says why and what helps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
+from innerloop.training.build import arithmetic, build_learner, build_tasks
+from innerloop.training.choices import META_GRADIENT, check_name, make
+from innerloop.training.report import task_words
+from innerloop.training.runs import load_learner, read_run, save_results
+from innerloop.training.settings import Settings, read_config
+
+FIELDS = ("data", "inner_lr", "inner_steps", "precision", "seed", "device", "threads")
+
+USAGE = "RUN_OR_SETTINGS [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("what", metavar="RUN_OR_SETTINGS", type=Path, help="folder of a run, or settings file")
+    parser.add_argument(
+        "--estimators", metavar="NAMES", help=f"separated by commas [{','.join(ESTIMATORS)}, and the run's]"
+    )
+    parser.add_argument("--tasks", type=int, default=32, metavar="N", help="how many tasks [32]")
+    parser.add_argument("--split", default="train", help="which tasks (train, validation, test) [train]")
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=Path, help="where the results go [the run, or the current folder]"
+    )
+    add_settings(parser, FIELDS, run=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, write and print the results."""
+    console = Console(highlight=False)
+    with usage_errors():
+        check_name("split", arguments.split, ("train", "validation", "test"))
+        if arguments.tasks < 1:
+            raise UsageError(f"--tasks is {arguments.tasks}; a check needs 1 or more")
+        if not arguments.what.exists():
+            raise UsageError(f"{arguments.what} does not exist; give a run folder or a settings file")
+        trained = arguments.what.is_dir()
+        settings = read_run(arguments.what) if trained else Settings(**read_config(arguments.what))
+        settings = replace(settings, **given_settings(arguments))
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        estimators = _names(arguments.estimators) or list(dict.fromkeys([*ESTIMATORS, settings.meta_gradient]))
+        for name in estimators:
+            make("estimator", META_GRADIENT, name)
+        tasks = build_tasks(settings, [arguments.split])
+        learners = {
+            "fresh weights": build_learner(
+                settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None
+            )
+        }
+        if trained:
+            learners["trained weights"] = load_learner(arguments.what, settings, tasks.output_size)[0]
+        folder = arguments.out or (arguments.what if trained else Path())
+        if not folder.is_dir():
+            raise UsageError(f"--out {folder} is no folder; make it first, or name another")
+    checks = {}
+    for point, learner in learners.items():
+        with arithmetic(settings), Console(stderr=True).status(f"{point}: {arguments.tasks} tasks"):
+            checks[point] = check(learner, tasks, estimators, arguments.tasks, arguments.split)
+    for point, found in checks.items():
+        console.print(_title(point, found, settings, arguments.split), soft_wrap=True, markup=False)
+        console.print(table(found))
+        for row in found.rows:
+            console.print(row.sentence, soft_wrap=True, markup=False)
+        console.print()
+    save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
+    draw(folder / "check.png", checks)
+    note = "" if any(row.memory for found in checks.values() for row in found.rows) else "; memory is counted on CUDA"
+    console.print(f"median (10-90 % of the tasks); one task at a time{note}", soft_wrap=True)
+    console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
+
+
+def _names(text: str | None) -> list[str]:
+    """The estimators of a list such as ``window:5,implicit:2,10``, in which numbers and name=value are arguments."""
+    return [] if text is None else re.split(r",\s*(?=[A-Za-z][A-Za-z-]*(?:[:,]|$))", text.strip())
+
+
+def _title(point: str, found: Check, settings: Settings, split: str) -> str:
+    return f"{point}: {found.tasks} {split} tasks, {task_words(settings)}\n{found.geometry}"

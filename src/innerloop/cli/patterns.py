@@ -1,0 +1,90 @@
+"""Find the blocks whose adaptation is fastest within a quality budget.
+
+Every pattern of moving blocks is judged on validation tasks and timed; the fastest of those at most the tolerance below
+full adaptation is confirmed on test tasks and written to pattern.json in the run folder, beside a table and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.studies.patterns import CHOICE, PAGE, confirmation, save_study, study
+from innerloop.training.build import arithmetic, build_tasks
+from innerloop.training.runs import load_learner, read_run
+
+USAGE = "RUN [options]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder that innerloop train has written")
+    parser.add_argument(
+        "--tolerance", metavar="X", type=float, default=1.0,
+        help="accuracy that may be lost against full adaptation, in percentage points [1.0]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", dest="numbers", metavar="N,N,...", default="1,5,10",
+        help="numbers of adaptation steps; the run's own, else the largest, is the one deployed [1,5,10]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", dest="count", metavar="N", type=int, default=600, help="validation tasks, and test tasks [600]"
+    )
+    parser.add_argument(
+        "--repetitions", metavar="N", type=int, default=100, help="adaptations timed for each pattern [100]"
+    )
+    parser.add_argument(
+        "--best-quality", action="store_true", help="choose the most accurate pattern instead of the fastest"
+    )
+    parser.add_argument("--inductive", action="store_true", help="predict each query without seeing the others")
+    add_settings(parser, ("data", "device", "threads", "chunk_size"), run=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, choose, confirm and write."""
+    with usage_errors():
+        settings = replace(read_run(arguments.run), **given_settings(arguments))
+        numbers = _numbers(arguments.numbers)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        tasks = build_tasks(settings, ("validation", "test"))
+        learner, _ = load_learner(arguments.run, settings, tasks.output_size)
+        with arithmetic(settings):
+            sections = study(
+                learner,
+                tasks,
+                numbers,
+                tolerance=arguments.tolerance,
+                best_quality=arguments.best_quality,
+                count=arguments.count,
+                repetitions=arguments.repetitions,
+                inductive=arguments.inductive,
+                progress=lambda line: print(line, flush=True),
+            )
+    notes = {
+        "run": str(arguments.run),
+        "chosen_by": "best quality" if arguments.best_quality else "fastest within the tolerance",
+        "tolerance": arguments.tolerance,
+        "tasks": arguments.count,
+        "repetitions": arguments.repetitions,
+        "predictions": "inductive" if arguments.inductive else "transductive",
+        "batch_norm_affine": "moves with its block",
+        "device": str(next(learner.parameters()).device),
+        "threads": torch.get_num_threads(),
+        "precision": settings.precision,
+    }
+    section = save_study(arguments.run, sections, learner.inner.adaptation_steps, notes)
+    for each in sections:
+        print(f"{each.steps} {'step' if each.steps == 1 else 'steps'}: {confirmation(each)}")
+    print(f"{section.chosen.pattern} in {section.steps} steps: {arguments.run / CHOICE}; all: {arguments.run / PAGE}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--steps is {text!r}; give whole numbers separated by commas, such as 1,5,10") from None

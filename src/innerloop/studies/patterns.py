@@ -1,0 +1,590 @@
+"""Lambda patterns: the fastest adaptation of a trained learner within a quality budget (Khabarlak, arXiv 2206.05930).
+
+Every pattern of blocks is judged on the same validation tasks and timed; of those whose accuracy is at most a tolerance
+below that of full adaptation the fastest is chosen, and confirmed on test tasks. With F_l multiply-adds in the forward
+pass of block l, and as many again for each of its two backward products, a step with lowest moving block m costs
+
+    cost = sum_l F_l  +  sum_{l: moves} F_l  +  sum_{l > m} F_l
+
+and K steps cost K * cost, or P + K * (cost - P) where what lies below block m, P = sum_{l < m} F_l, is computed once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from innerloop.adapts import Blocks
+from innerloop.blocks import Chain, blocks_of, parameter_names
+from innerloop.inner import InnerLoop
+from innerloop.learner import MetaLearner
+from innerloop.meta_gradient import FirstOrder
+from innerloop.problem import Problem, Task, Tree
+from innerloop.tasks import TaskSource
+from innerloop.training.evaluation import Estimate
+from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
+from innerloop.training.runs import save_results
+
+EXHAUSTIVE = 8  # blocks up to which all patterns are tried
+BATCH = 32  # tasks evaluated at once
+WARM_UP = 10  # adaptations before the clock starts
+CHOICE, RESULTS, PAGE, PICTURE = "pattern.json", "patterns.json", "patterns.md", "patterns.png"
+
+
+class Timing(NamedTuple):
+    """Seconds of one adaptation: the median of the repetitions, and the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+class Row(NamedTuple):
+    """A pattern at a number of steps.
+
+    Attributes:
+        pattern: 0 or 1 a block; all 0 is no adaptation.
+        weights: how many numbers move.
+        accuracy: on the validation tasks, between 0 and 1.
+        difference: accuracy minus that of full adaptation, task by task.
+        cost: predicted multiply-adds of an adaptation for one support example, everything computed in every step.
+        cost_reusing: the same with what lies below the lowest moving block computed once.
+        time: measured, everything computed in every step.
+        time_reusing: measured, with what lies below computed once.
+    """
+
+    pattern: str
+    weights: int
+    accuracy: Estimate
+    difference: Estimate
+    cost: int
+    cost_reusing: int
+    time: Timing
+    time_reusing: Timing
+
+
+class Confirmation(NamedTuple):
+    """Accuracy on the test tasks: of full adaptation, of the chosen pattern, and their difference task by task."""
+
+    full: Estimate
+    chosen: Estimate
+    difference: Estimate
+
+
+class Section(NamedTuple):
+    """All patterns at one number of steps.
+
+    Attributes:
+        steps: adaptation steps.
+        rows: the first is full adaptation, the last none at all.
+        chosen: the row that was chosen.
+        test: what became of the choice on test tasks.
+    """
+
+    steps: int
+    rows: list[Row]
+    chosen: Row
+    test: Confirmation
+
+
+def patterns_for(movable: Sequence[bool]) -> list[str]:
+    """The patterns to try, from full adaptation to none.
+
+    Args:
+        movable: for each block whether it can move. Up to 8 blocks all patterns are tried; of deeper models the
+            suffixes and the single blocks, since cost is set by the lowest moving block.
+    """
+    blocks = len(movable)
+    if blocks <= EXHAUSTIVE:
+        rows = ["".join(bits) for bits in itertools.product("10", repeat=blocks)]
+    else:
+        rows = ["0" * place + "1" * (blocks - place) for place in range(blocks + 1)]
+        rows += ["0" * place + "1" + "0" * (blocks - place - 1) for place in range(blocks)]
+    masked = {"".join(bit if free else "0" for bit, free in zip(row, movable, strict=True)) for row in rows}
+    return sorted(masked, key=lambda row: (-row.count("1"), row))
+
+
+def movable_blocks(learner: MetaLearner) -> list[bool]:
+    """For each block of the learner's model whether it can move.
+
+    A block cannot where all of it is frozen, nor where a learned rate is missing: rates exist only for what moved in
+    training.
+
+    Raises:
+        ValueError: the model names no blocks, or fewer than two of them can move, so that there is nothing to choose.
+    """
+    blocks = blocks_of(learner.model)
+    if blocks is None:
+        raise ValueError(
+            f"{type(learner.model).__name__} does not say what its blocks are: make it an nn.Sequential, or give it an "
+            "attribute `blocks` (its sub-modules in forward order)"
+        )
+    trainable = {name for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
+    names = [trainable.intersection(parameter_names(learner.model, block)) for block in blocks]
+    movable = [bool(each) and (not learner.rates or each <= set(learner.adapted)) for each in names]
+    if sum(movable) < 2:
+        why = (
+            f"rates were learned for {learner.adapts!r} alone: train with adapts everything, or with rates that are "
+            "not learned (inner sgd)"
+            if learner.rates
+            else "all else is frozen, or the model has no other: build it of more blocks"
+        )
+        raise ValueError(f"there is no pattern to choose, for {sum(movable)} of {len(blocks)} blocks can move; {why}")
+    return movable
+
+
+def with_pattern(learner: MetaLearner, pattern: str) -> MetaLearner:
+    """A trained learner, in evaluation mode, in which only the blocks of a pattern move; it shares all weights.
+
+    Raises:
+        ValueError: the pattern does not fit the model, or lets something move for which no rate was learned.
+    """
+    found = MetaLearner(
+        learner.model,
+        adapts=Blocks(pattern),
+        inner=learner.inner,
+        # never trained, so the cheapest that takes the solver
+        meta_gradient=FirstOrder() if learner.inner.differentiable else learner.meta_gradient,
+        loss=learner.loss,
+        batch_norm=learner.batch_norm,
+        chunk_size=learner.chunk_size,
+    )
+    if lacking := [name for name in found.rates if name not in learner.rates]:
+        raise ValueError(
+            f"pattern {pattern} moves {lacking[0].replace('/', '.')}, for which training has learned no rate: choose a "
+            "pattern within what moved in training, or train with rates that are not learned"
+        )
+    trained = dict(learner.named_parameters())
+    for name, parameter in found.named_parameters():
+        parameter.data = trained[name].data
+    return found.eval()
+
+
+def adaptation(learner: MetaLearner, steps: int, reuse_prefix: bool = True) -> Callable[[Tensor, Tensor], Tree]:
+    """The inner loop of ``learner.adapt`` alone: no query pass and no copy of the model.
+
+    Gradients are taken by plain autograd of the parameters that move alone, without ``create_graph``, so neither weight
+    gradients of frozen blocks, nor anything below the lowest moving block, nor a graph of the backward pass is made.
+
+    Args:
+        learner: in evaluation mode, its model a chain of blocks.
+        steps: inner steps.
+        reuse_prefix: compute what lies below the lowest moving block once, not in every step.
+
+    Returns:
+        From support inputs ``[examples, ...]`` and targets ``[examples]``, on the learner's device, to the parameters
+        that moved, by name.
+    """
+    blocks = blocks_of(learner.model) or []
+    moving = set(learner.adapted)
+    lowest = next(place for place, block in enumerate(blocks) if moving & set(parameter_names(learner.model, block)))
+    cut = lowest if reuse_prefix else 0
+    below, above = (
+        Chain(learner.model, [part for block in some for part in block]) for some in (blocks[:cut], blocks[cut:])
+    )
+    tree = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
+    start = {name: tree[name] for name in learner.adapted}
+    rates = {name.replace("/", "."): rate.detach() for name, rate in learner.rates.items()}
+
+    def loss(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return learner.loss(above({**meta, **params}, batch[0]), batch[1])
+
+    problem = Problem(lambda _: start, loss, loss)
+
+    def run(inputs: Tensor, targets: Tensor) -> Tree:
+        if not steps:
+            return start
+        with torch.no_grad():
+            support = below(tree, inputs), targets
+            return _FirstOrderLoop(problem, tree, support, learner.inner, rates, start).run(steps)
+
+    return run
+
+
+class _FirstOrderLoop(InnerLoop):
+    """An inner loop whose gradients cannot be differentiated again; ``torch.func.grad`` always prepares for that."""
+
+    def gradient(self, step: int, params: Tree) -> tuple[Tree, Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        with torch.enable_grad():
+            loss = self.problem.inner_loss(leaves, self.meta, self.support)
+        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, grads, strict=True)), loss.detach()
+
+
+def multiply_adds(model: nn.Module, inputs: Tensor) -> list[int]:
+    """Multiply-adds of each block's convolutions and linear layers in one forward pass, for one example.
+
+    Args:
+        model: a chain of blocks.
+        inputs: some examples, on the model's device.
+    """
+    counts = []
+    handles = []
+    for place, block in enumerate(blocks_of(model) or []):
+        counts.append(0)
+
+        def count(module: nn.Module, _: Any, output: Tensor, place: int = place) -> None:
+            assert isinstance(module.weight, Tensor)
+            counts[place] += output.numel() // len(inputs) * module.weight[0].numel()
+
+        layers = {layer for part in block for layer in part.modules()}
+        handles += [
+            layer.register_forward_hook(count)
+            for layer in layers
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+        ]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def predicted_cost(forward: Sequence[int], pattern: str, steps: int, reuse_prefix: bool) -> int:
+    """Multiply-adds of an adaptation for one support example, by the formula above; 0 where nothing moves.
+
+    Args:
+        forward: multiply-adds of each block's forward pass.
+        pattern: 0 or 1 a block.
+        steps: adaptation steps.
+        reuse_prefix: what lies below the lowest moving block is computed once.
+    """
+    if "1" not in pattern:
+        return 0
+    lowest = pattern.index("1")
+    step = sum(forward) + sum(cost for cost, bit in zip(forward, pattern, strict=True) if bit == "1")
+    step += sum(forward[lowest + 1 :])
+    prefix = sum(forward[:lowest])
+    return prefix + steps * (step - prefix) if reuse_prefix else steps * step
+
+
+def times_of(
+    runs: Sequence[Callable[[Tensor, Tensor], object]], supports: Sequence[tuple[Tensor, Tensor]], count: int
+) -> list[Timing]:
+    """Time ``count`` calls of each function, after some to warm up; waits for the device before and after each.
+
+    The functions take turns, so that a machine that is slower for a while is so for all of them.
+
+    Args:
+        runs: each takes the support inputs and targets of one task.
+        supports: the tasks' support sets, on the learner's device; one a round.
+        count: rounds, 2 or more.
+    """
+    device = supports[0][0].device
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    seconds: list[list[float]] = [[] for _ in runs]
+    for number in range(WARM_UP + count):
+        inputs, targets = supports[number % len(supports)]
+        for run, found in zip(runs, seconds, strict=True):
+            began = now()
+            run(inputs, targets)
+            found.append(now() - began)
+    quartiles = [statistics.quantiles(found[WARM_UP:], n=4, method="inclusive") for found in seconds]
+    return [Timing(median, lower, upper) for lower, median, upper in quartiles]
+
+
+def choose(rows: Sequence[Row], tolerance: float, best_quality: bool = False) -> Row:
+    """The fastest row (with reuse) that is within the tolerance, or the most accurate row.
+
+    Ties go to the higher accuracy (for the most accurate: to the faster), then to fewer moving weights, then to the
+    pattern that comes first in order. Full adaptation is always within the tolerance; no adaptation is never chosen.
+
+    Args:
+        rows: of one number of steps.
+        tolerance: accuracy that may be lost against full adaptation, in percentage points, 0 or more.
+        best_quality: choose the most accurate instead.
+
+    Raises:
+        ValueError: a tolerance that is no number of 0 or more.
+    """
+    _check_tolerance(tolerance)
+    rows = [row for row in rows if "1" in row.pattern]
+    if best_quality:
+        return min(rows, key=lambda row: (-row.accuracy.mean, row.time_reusing.median, row.weights, row.pattern))
+    within = [row for row in rows if 100 * row.difference.mean >= -tolerance]
+    return min(within, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern))
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}; it must be 0 or more percentage points of accuracy")
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """The rows than which no other is both as fast (with reuse) and as accurate, from the fastest to the best."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern)):
+        if not found or row.accuracy.mean > found[-1].accuracy.mean:
+            found.append(row)
+    return found
+
+
+def study(
+    learner: MetaLearner,
+    tasks: TaskSource,
+    steps: Sequence[int] = (1, 5, 10),
+    *,
+    tolerance: float = 1.0,
+    best_quality: bool = False,
+    count: int = 600,
+    repetitions: int = 100,
+    inductive: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Section]:
+    """Judge and time every pattern on a trained learner, which stays as it is.
+
+    Patterns are chosen by validation classes alone, each against full adaptation in as many steps on the same tasks.
+
+    Args:
+        learner: trained on classes.
+        tasks: where validation and test tasks come from.
+        steps: numbers of adaptation steps.
+        tolerance: accuracy that may be lost against full adaptation, in percentage points.
+        best_quality: choose the most accurate pattern instead of the fastest within the tolerance.
+        count: validation tasks, and test tasks.
+        repetitions: adaptations timed for each pattern.
+        inductive: predict each query without seeing the others, as ``innerloop adapt`` does unless told otherwise.
+        progress: called with a line for each pattern done.
+
+    Returns:
+        A section for each number of steps, in order.
+
+    Raises:
+        ValueError: a number out of range, regression tasks, or a model without blocks that can move.
+    """
+    _check_tolerance(tolerance)
+    if not steps or min(steps) < 1:
+        raise ValueError(f"steps are {list(steps)}; give one or more numbers of 1 or more")
+    if count < 2 or repetitions < 2:
+        raise ValueError(f"{count} tasks and {repetitions} repetitions: both must be 2 or more, for an interval")
+    if tasks.ways is None:
+        raise ValueError(f"{tasks.name} is regression; patterns are chosen by accuracy, so they need classes")
+    steps = sorted(set(steps))
+    place = next(learner.model.parameters())
+    batch = tasks.batch("validation", 0, min(count, BATCH)).to(place.device, place.dtype)
+    supports = list(zip(*batch.support, strict=True))
+    forward = multiply_adds(learner.model, supports[0][0])
+
+    def accuracies(learner: MetaLearner, split: str, steps: int) -> Tensor:
+        batches = (tasks.batch(split, start, min(BATCH, count - start)) for start in range(0, count, BATCH))
+        return torch.cat([_accuracy(learner, batch, steps, inductive) for batch in batches])
+
+    patterns = patterns_for(movable_blocks(learner))
+    # the last pattern moves nothing: it is no step, of whatever could move
+    patterned = [with_pattern(learner, pattern) for pattern in patterns[:-1]]
+    patterned.append(patterned[0])
+
+    sections = []
+    for number in steps:
+        taken = [number] * (len(patterns) - 1) + [0]
+        values = []
+        for index, (each, some) in enumerate(zip(patterned, taken, strict=True)):
+            values.append(accuracies(each, "validation", some))
+            progress(f"{number} steps  pattern {index + 1}/{len(patterns)}  {patterns[index]}")
+        runs = [
+            adaptation(each, some, reuse)
+            for reuse in (False, True)
+            for each, some in zip(patterned, taken, strict=True)
+        ]
+        times = times_of(runs, supports, repetitions)
+        rows = [
+            Row(
+                pattern=pattern,
+                weights=sum(each.model.get_parameter(name).numel() for name in each.adapted) if some else 0,
+                accuracy=Estimate.of(found),
+                difference=Estimate.of(found - values[0]),
+                cost=predicted_cost(forward, pattern, number, reuse_prefix=False),
+                cost_reusing=predicted_cost(forward, pattern, number, reuse_prefix=True),
+                time=plain,
+                time_reusing=reusing,
+            )
+            for pattern, each, some, found, plain, reusing in zip(
+                patterns, patterned, taken, values, times[: len(patterns)], times[len(patterns) :], strict=True
+            )
+        ]
+        chosen = choose(rows, tolerance, best_quality)
+        both = patterned[0], patterned[rows.index(chosen)]
+        reference, found = (accuracies(each, "test", number) for each in both)
+        test = Confirmation(Estimate.of(reference), Estimate.of(found), Estimate.of(found - reference))
+        sections.append(Section(number, rows, chosen, test))
+    return sections
+
+
+def _accuracy(learner: MetaLearner, batch: Task, steps: int, inductive: bool) -> Tensor:
+    accuracy = learner.evaluate(batch, steps=steps, inductive=inductive).accuracy
+    assert accuracy is not None
+    return accuracy.double().cpu()
+
+
+def deployed(sections: Sequence[Section], steps: int) -> Section:
+    """The section of so many steps, the learner's own; where that was not measured, the one of the most steps."""
+    return next((section for section in sections if section.steps == steps), sections[-1])
+
+
+def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dict[str, Any]) -> Section:
+    """Write what was found to a run folder, ``patterns.json``, ``.md`` and ``.png``, and the choice, ``pattern.json``.
+
+    Args:
+        folder: of the run.
+        sections: as `study` returns them.
+        steps: the learner's own adaptation steps, with which the choice is to be used.
+        notes: how they were measured; ``tolerance`` among them.
+
+    Returns:
+        The section whose choice was written.
+    """
+    section = deployed(sections, steps)
+    results = save_results(
+        folder / RESULTS, {**notes, "sections": [_json(each) for each in sections], "deployed_steps": section.steps}
+    )
+    choice = {"pattern": section.chosen.pattern, "steps": section.steps, "test": _json(section)["test"]}
+    save_results(folder / CHOICE, {**notes, **choice})
+    plot(folder / PICTURE, sections, notes["tolerance"])
+    keys = (*notes, "command", "time", "commit", "versions", "machine")
+    made = "\n".join(f"* {key}: {results[key]}" for key in keys)
+    page = [f"# Patterns\n\n![Accuracy over adaptation time]({PICTURE})", *map(table, sections)]
+    (folder / PAGE).write_text("\n\n".join([*page, f"## How it was made\n\n{made}\n"]), encoding="utf-8")
+    return section
+
+
+def read_choice(path: Path) -> tuple[str, int]:
+    """The pattern and the number of adaptation steps of a ``pattern.json``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not what `save_study` writes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; innerloop patterns RUN writes it into the run folder")
+    try:
+        choice = json.loads(path.read_text(encoding="utf-8"))
+        return Blocks(str(choice["pattern"])).pattern, int(choice["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no pattern ({error}); write it anew with innerloop patterns RUN") from error
+
+
+def _json(section: Section) -> dict[str, Any]:
+    rows = [
+        row._asdict() | {"time": row.time._asdict(), "time_reusing": row.time_reusing._asdict()} for row in section.rows
+    ]
+    return {"steps": section.steps, "chosen": section.chosen.pattern, "test": section.test._asdict(), "rows": rows}
+
+
+def table(section: Section) -> str:
+    """A section in Markdown. Predicted and measured ratios are how many times faster than full adaptation."""
+    full = section.rows[0]
+    within = {row.pattern for row in frontier(section.rows[:-1])}
+    lines = [
+        f"## {section.steps} {'step' if section.steps == 1 else 'steps'}",
+        "",
+        "| pattern | accuracy, % | against full, points | weights | ms | faster | predicted "
+        "| ms, reusing | faster | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in section.rows:
+        name = f"**{row.pattern}**" if row.pattern == section.chosen.pattern else row.pattern
+        cells = [
+            name + (" *" if row.pattern in within else ""),
+            _points(row.accuracy),
+            _points(row.difference, "+"),
+            f"{row.weights:,}",
+            *(f"{1000 * row.time.median:.3g}", _ratio(full.time.median, row.time.median), _ratio(full.cost, row.cost)),
+            f"{1000 * row.time_reusing.median:.3g}",
+            _ratio(full.time_reusing.median, row.time_reusing.median),
+            _ratio(full.cost_reusing, row.cost_reusing),
+        ]
+        lines.append(f"| {' | '.join(cells if '1' in row.pattern else [*cells[:5], '', '', cells[7], '', ''])} |")
+    lines += ["", f"Bold: chosen. Star: on the frontier. {confirmation(section)}"]
+    return "\n".join(lines)
+
+
+def confirmation(section: Section) -> str:
+    """What became of a section's choice, in a sentence."""
+    full, chosen, test = section.rows[0], section.chosen, section.test
+    plain, reusing = (
+        _ratio(full.time.median, chosen.time.median),
+        _ratio(full.time_reusing.median, chosen.time_reusing.median),
+    )
+    text = (
+        f"{chosen.pattern} is {plain} times as fast as full adaptation, {reusing} times with reuse; on test tasks "
+        f"{_points(test.chosen)} % against {_points(test.full)} %, {_points(test.difference, '+')} points."
+    )
+    none = section.rows[-1]
+    if none.difference.mean >= chosen.difference.mean:
+        text += f" No adaptation at all is as good on validation tasks ({_points(none.accuracy)} %)."
+    return text
+
+
+def _points(estimate: Estimate, sign: str = "") -> str:
+    return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.interval:.2f}"
+
+
+def _ratio(full: float, part: float) -> str:
+    return f"{full / part:.3g}" if part else ""
+
+
+def plot(path: Path, sections: Sequence[Section], tolerance: float) -> None:
+    """Draw validation accuracy over adaptation time, a panel a number of steps, with the frontier marked."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5 * len(sections) + 0.5, 4.4), layout="constrained")
+        panels = figure.subplots(1, len(sections), sharey=True, squeeze=False)[0]
+        for axes, section in zip(panels, sections, strict=True):
+            _draw(axes, section, tolerance)
+        panels[0].set_ylabel("validation accuracy, %")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.savefig(path)
+
+
+def _draw(axes: Axes, section: Section, tolerance: float) -> None:
+    full, none = section.rows[0], section.rows[-1]
+    moving = [row for row in section.rows if "1" in row.pattern]
+
+    def milliseconds(rows: Sequence[Row]) -> list[float]:
+        return [1000 * row.time_reusing.median for row in rows]
+
+    def percent(rows: Sequence[Row]) -> list[float]:
+        return [100 * row.accuracy.mean for row in rows]
+
+    plain = [1000 * row.time.median for row in moving]
+    axes.plot(plain, percent(moving), "o", color=GREY, fillstyle="none", markersize=4, label="everything each step")
+    axes.plot(milliseconds(moving), percent(moving), "o", color=BLUE, markersize=4, label="prefix reused")
+    best = frontier(moving)
+    axes.plot(milliseconds(best), percent(best), "-", color=BLUE, label="frontier")
+    spread = [100 * row.accuracy.interval for row in best]
+    axes.errorbar(milliseconds(best), percent(best), spread, fmt="none", ecolor=BLUE, alpha=0.35)
+    axes.plot(
+        milliseconds([section.chosen]), percent([section.chosen]), "o", color=ORANGE, markersize=9, label="chosen"
+    )
+    axes.plot(milliseconds([full]), percent([full]), "s", color="black", markersize=6, label="full adaptation")
+    axes.axhline(
+        100 * full.accuracy.mean - tolerance, color=ORANGE, linestyle="--", label=f"full less {tolerance:g} points"
+    )
+    axes.axhline(100 * none.accuracy.mean, color=GREY, linestyle=":", label="no adaptation")
+    for row in {row.pattern: row for row in (*best, section.chosen, full)}.values():
+        place = 1000 * row.time_reusing.median, 100 * row.accuracy.mean
+        axes.annotate(row.pattern, place, (3, 6), textcoords="offset points", fontsize=8, rotation=45)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12)
+    axes.set_xlabel("time of one adaptation, ms")
+    axes.set_title(f"{section.steps} {'step' if section.steps == 1 else 'steps'}", loc="left", fontsize=10)

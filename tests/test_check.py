@@ -1,0 +1,254 @@
+"""The check of estimators against the exact meta-gradient: its numbers, its words and its command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import innerloop as il
+from innerloop.cli import main
+from innerloop.cli.check import _names
+from innerloop.inner import InnerSolver
+from innerloop.meta_gradient import MetaGradient
+from innerloop.studies import check
+from innerloop.studies.check import Row, Spread, lanczos
+from innerloop.tasks import TaskSource
+
+
+def linear_learner(inner: InnerSolver) -> il.MetaLearner:
+    """A linear model for the quadratic tasks, whose inner Hessian has eigenvalues from 0.5 to 8."""
+    return il.MetaLearner(nn.Linear(8, 1, bias=False).double(), inner=inner, loss=F.mse_loss)
+
+
+def network(**choices: object) -> il.MetaLearner:
+    """A small network for the sinusoids."""
+    model = il.models.MLP((1, 8, 8, 1), activation=nn.Tanh).double()
+    options = {"inner": il.SGD(lr=0.02, steps=4), "loss": F.mse_loss} | choices
+    return il.MetaLearner(model, **options)  # type: ignore[arg-type]
+
+
+def rows(learner: il.MetaLearner, tasks: TaskSource, *estimators: str | MetaGradient) -> dict[str, Row]:
+    return {row.name: row for row in check(learner, tasks, estimators, count=3).rows}
+
+
+def spread(found: Spread | None) -> Spread:
+    assert found is not None
+    return found
+
+
+def test_exact_estimators_have_no_error() -> None:
+    exact = ("window:1", "binomial:4", "truncated:4")
+    found = rows(network(), il.tasks.sinusoid(), "unrolled", "first-order", *exact)
+    assert spread(found["unrolled"].error).high == 0
+    for name in exact:
+        assert spread(found[name].error).high < 1e-12
+        assert spread(found[name].cosine).low > 1 - 1e-12
+        assert "agrees with the exact" in found[name].sentence
+    assert spread(found["first-order"].error).low > 1e-3
+    assert [found[name].products for name in ("unrolled", "window:1", "first-order")] == [4, 4, 0]
+
+
+def test_one_step_of_first_order_has_the_error_of_its_formula() -> None:
+    learner, tasks = linear_learner(il.SGD(lr=0.1, steps=1)), il.tasks.quadratic()
+    found = spread(check(learner, tasks, ["first-order"], count=1).rows[0].error)
+    (inputs, targets), (query, answers) = tasks.batch("train", 0, 1).to(dtype=torch.float64)
+    (h, c), (g, d) = (il.tasks.regression.quadratic_form(*pair) for pair in ((inputs, targets), (query, answers)))
+    start = learner.model.get_parameter("weight").detach()[0]
+    adapted = start - 0.1 * (h[0] @ start - c[0])
+    first = g[0] @ adapted - d[0]
+    exact = first - 0.1 * h[0] @ first
+    assert found.median == pytest.approx(((first - exact).norm() / exact.norm()).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("inner", "shift"),
+    [
+        (il.SGD(lr=0.05, steps=3), 0.0),
+        (il.Momentum(lr=0.05, steps=2, weight_decay=0.25, proximal=1.0), 1.25),
+    ],
+)
+def test_spectrum_of_the_quadratic_tasks(inner: InnerSolver, shift: float) -> None:
+    geometry = check(linear_learner(inner), il.tasks.quadratic(), ["unrolled"], count=2).geometry
+    assert spread(geometry.smallest).median == pytest.approx(0.5 + shift, rel=1e-5)  # tasks are rounded to float32
+    assert geometry.reach == pytest.approx(0.05 * (8 + shift), rel=1e-5)
+    assert "the inner problem is convex here" in str(geometry)
+
+
+def test_spectrum_of_a_network_is_that_of_its_whole_hessian() -> None:
+    learner, tasks = network(inner=il.LearnedRates(lr=0.01, steps=1, per="layer-step")), il.tasks.sinusoid()
+    with torch.no_grad():
+        learner.rates["head/bias"].fill_(0.03)
+    geometry = check(learner, tasks, ["unrolled"], count=1).geometry
+    (inputs, targets), _ = tasks.batch("train", 0, 1).to(dtype=torch.float64)
+    seen = []
+    for model in (learner.model, learner.adapt(inputs[0], targets[0])):
+        names = [name for name, _ in learner.model.named_parameters()]
+        sizes = [model.get_parameter(name).shape for name in names]
+
+        def loss(
+            flat: torch.Tensor, model: nn.Module = model, sizes: list[torch.Size] = sizes, names: list[str] = names
+        ) -> torch.Tensor:
+            parts = flat.split([size.numel() for size in sizes])
+            tree = {name: part.view(size) for name, part, size in zip(names, parts, sizes, strict=True)}
+            return F.mse_loss(torch.func.functional_call(model, tree, (inputs[0],)), targets[0])
+
+        flat = torch.cat([model.get_parameter(name).detach().flatten() for name in names])
+        seen.append(torch.linalg.eigvalsh(torch.func.hessian(loss)(flat)))
+    values = torch.cat(seen)
+    assert spread(geometry.largest).median == pytest.approx(values.abs().max().item(), rel=1e-6)
+    assert values.min().item() <= spread(geometry.smallest).median * (1 - 1e-9)
+    assert spread(geometry.smallest).median == pytest.approx(values.min().item(), rel=0.05)
+    assert geometry.rate == pytest.approx(0.03)
+    assert "not convex" in str(geometry)
+
+
+def test_lanczos_stops_where_nothing_is_left_and_passes_nan_on() -> None:
+    matrix = torch.diag(torch.tensor([-2.0, 1.0, 5.0], dtype=torch.float64))
+    start = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    assert lanczos(lambda x: matrix @ x, start, 3).tolist() == pytest.approx([-2, 5])
+    assert lanczos(lambda x: matrix @ x * torch.nan, start, 3).isnan().all()
+
+
+def test_sentences_name_the_cure() -> None:
+    learner = linear_learner(il.SGD(lr=0.1, steps=6))
+    found = rows(learner, il.tasks.quadratic(), "window:5", "binomial:1", "truncated:2", "first-order")
+    sentence = found["window:5"].sentence
+    assert "outside its safe range: 5 * lr * |H| = 4" in sentence
+    assert "use window:1 or an inner rate below 0.025" in sentence
+    assert "use binomial:2" in found["binomial:1"].sentence
+    assert "use truncated:3" in found["truncated:2"].sentence
+    assert "steps * lr * |H| = 4.8" in found["first-order"].sentence
+    unsolved = rows(linear_learner(il.SGD(lr=0.01, steps=2)), il.tasks.quadratic(), "implicit")
+    assert "take more inner steps, a larger rate or a larger proximal" in unsolved["implicit"].sentence
+    steep = rows(linear_learner(il.SGD(lr=0.2, steps=6)), il.tasks.quadratic(), "binomial:1")
+    assert "outside its safe range: lr * |H| = 1.6" in steep["binomial:1"].sentence
+    gentle = rows(linear_learner(il.SGD(lr=0.001, steps=6)), il.tasks.quadratic(), "window:2")
+    assert "range" not in gentle["window:2"].sentence
+
+
+def test_implicit_is_compared_on_its_own_inner_problem() -> None:
+    learner = linear_learner(il.SGD(lr=0.1, steps=300))
+    solved = il.Implicit(1.0, il.CG(iterations=8))
+    found = check(learner, il.tasks.quadratic(), ["unrolled", solved], count=2)
+    row = found.rows[1]
+    assert row.against == "unrolled with proximal 1"
+    assert spread(row.error).high < 1e-6
+    assert spread(row.residual).high < 1e-6
+    assert spread(row.unsolved).high < 1e-6
+    assert spread(found.geometry.smallest).median == pytest.approx(0.5, rel=1e-5)  # the learner's, without the term
+
+
+def test_memory_reduced_is_compared_in_the_backbone_alone() -> None:
+    learner = network(adapts=il.Head(), inner=il.SGD(lr=0.2, steps=400))
+    found = rows(learner, il.tasks.sinusoid(), il.MemoryReduced(il.CG(20), l2=0.5, warm_start="slot"))
+    (row,) = found.values()
+    assert row.against == "unrolled with weight decay 0.5, what is not adapted alone"
+    assert spread(row.error).high < 1e-6
+
+
+def test_an_indefinite_system_asks_for_a_larger_term() -> None:
+    found = rows(network(), il.tasks.sinusoid(), "implicit:0.001")
+    assert "not positive definite" in found["implicit:0.001"].sentence
+    assert "give proximal above" in found["implicit:0.001"].sentence
+
+
+def test_reptile_is_judged_by_its_direction() -> None:
+    row = rows(network(), il.tasks.sinusoid(), "reptile")["reptile"]
+    assert row.error is None
+    assert -1 <= spread(row.cosine).low <= spread(row.cosine).high <= 1
+    assert "no gradient of the query loss" in row.sentence
+
+
+def test_what_is_refused_gets_a_row_that_says_why() -> None:
+    found = rows(network(), il.tasks.sinusoid(), "memory-reduced", "unrolled")
+    assert found["memory-reduced"].cosine is None
+    assert "use adapts=Head()" in found["memory-reduced"].sentence
+    newton = rows(network(inner=il.NewtonCG(steps=2), meta_gradient=il.Implicit()), il.tasks.sinusoid(), "implicit")
+    assert "no exact meta-gradient to compare with" in str(newton["implicit"].refused)
+
+
+def test_an_inner_loop_that_diverges_is_reported() -> None:
+    found = check(linear_learner(il.SGD(lr=1e30, steps=20)), il.tasks.quadratic(), ["unrolled", "window:2"], count=2)
+    assert [row.failed for row in found.rows] == [2, 2]
+    assert "not finite" in found.rows[0].sentence
+    assert "not finite" in str(found.geometry)
+
+
+def test_the_learner_is_left_alone() -> None:
+    learner = network()
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    check(learner, il.tasks.sinusoid(), ["unrolled", "implicit"], count=1)
+    assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
+    assert all(parameter.grad is None for parameter in learner.parameters())
+    assert learner.training
+    assert learner.inner.proximal == 0
+    with pytest.raises(ValueError, match="1 task or more"):
+        check(learner, il.tasks.sinusoid(), count=0)
+
+
+def test_names_may_have_arguments() -> None:
+    assert _names("unrolled,implicit:2.0,10,window:2,mode=true_forward, first-order") == [
+        "unrolled",
+        "implicit:2.0,10",
+        "window:2,mode=true_forward",
+        "first-order",
+    ]
+
+
+TINY = ["--dataset=sinusoid", "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--device=cpu"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = tmp_path / "run", tmp_path / "settings.yaml"
+    options = ["--tasks-per-batch=2", "--steps=4", "--validate-every=2", "--validation-tasks=4", "--test-tasks=4"]
+    main(["train", f"--out={run}", *TINY, *options])
+    capsys.readouterr()
+    main(["check", str(run), "--estimators=unrolled,window:2,memory-reduced", "--tasks=3", "--precision=float64"])
+    shown = capsys.readouterr().out
+    assert "fresh weights: 3 train tasks, sinusoid" in shown
+    assert "trained weights: 3 train tasks" in shown
+    assert "memory-reduced is refused here" in shown
+    results = json.loads((run / "check.json").read_text())
+    assert results["settings"]["precision"] == "float64"
+    for point in ("fresh weights", "trained weights"):
+        assert [row["name"] for row in results[point]["rows"]] == ["unrolled", "window:2", "memory-reduced"]
+        assert results[point]["rows"][0]["error"]["high"] == 0
+        assert results[point]["rows"][1]["error"]["median"] > 0
+    fresh, trained = (results[point]["geometry"]["largest"]["median"] for point in ("fresh weights", "trained weights"))
+    assert fresh != trained
+    with Image.open(run / "check.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+    file.write_text(
+        "dataset: sinusoid\nmodel: mlp\nfilters: 8\ninner_lr: 0.01\ndevice: cpu\nmeta_gradient: binomial:2\n"
+    )
+    main(["check", str(file), "--tasks=1", f"--out={tmp_path}"])
+    results = json.loads((tmp_path / "check.json").read_text())
+    assert "trained weights" not in results
+    assert results["fresh weights"]["rows"][-1]["name"] == "binomial:2"
+
+    main(["check", str(file), "--tasks=1", "--estimators=memory-reduced", f"--out={tmp_path}"])
+    assert "memory-reduced is refused here" in capsys.readouterr().out
+
+    for wrong, message in (
+        (["--estimators=unroled"], "did you mean 'unrolled'"),
+        (["--estimators=window:0"], "whole number from 1"),
+        (["--tasks=0"], "1 or more"),
+        (["--split=exam"], "choose one of"),
+        ([f"--out={tmp_path / 'nowhere'}"], "is no folder"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["check", str(file), *wrong])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(tmp_path / "nothing")])
+    assert caught.value.code == 2
+    assert "does not exist" in capsys.readouterr().err

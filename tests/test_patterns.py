@@ -1,0 +1,390 @@
+"""Lambda patterns: work that is really skipped, the cost model, the choice, and the command."""
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import innerloop as il
+from innerloop.cli import main
+from innerloop.problem import Tree
+from innerloop.studies.patterns import (
+    Row,
+    Timing,
+    adaptation,
+    choose,
+    deployed,
+    frontier,
+    movable_blocks,
+    multiply_adds,
+    patterns_for,
+    predicted_cost,
+    read_choice,
+    study,
+    times_of,
+    with_pattern,
+)
+from innerloop.training import load_learner, read_run
+from innerloop.training.evaluation import Estimate
+
+PATTERNS = ["".join(bits) for bits in itertools.product("10", repeat=5)]
+MOVING = [pattern for pattern in PATTERNS if "1" in pattern]
+LR, STEPS = 0.1, 3
+BLOCKS = ["block1", "block2", "block3", "block4", "head"]
+
+
+def conv4() -> il.models.Conv4:
+    return il.models.Conv4(in_channels=1, ways=3, filters=4, size=20).double()
+
+
+def learner(adapts: object = None, inner: object = None) -> il.MetaLearner:
+    inner = inner or il.SGD(lr=LR, steps=STEPS)
+    return il.MetaLearner(conv4(), adapts=adapts, inner=inner).eval()  # type: ignore[arg-type]
+
+
+def support() -> tuple[Tensor, Tensor]:
+    return torch.rand(6, 1, 20, 20, dtype=torch.float64), torch.arange(3).repeat_interleave(2)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def masked(trained: il.MetaLearner, pattern: str, inputs: Tensor, targets: Tensor) -> Tree:
+    """The reference: all gradients in every step, by plain autograd, those of frozen blocks multiplied by 0."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in trained.model.named_parameters()}
+    moving = {block for block, bit in zip(BLOCKS, pattern, strict=True) if bit == "1"}
+    for _ in range(STEPS):
+        loss = nn.functional.cross_entropy(torch.func.functional_call(trained.model, params, (inputs,)), targets)
+        grads = torch.autograd.grad(loss, list(params.values()))
+        params = {
+            name: (p - LR * (name.split(".")[0] in moving) * g).detach().requires_grad_()
+            for (name, p), g in zip(params.items(), grads, strict=True)
+        }
+    return params
+
+
+@pytest.mark.parametrize(
+    ("filters", "size", "ratios"),
+    [
+        (64, 32, "1.00 1.38(1.45) 2.30(4.66) 2.76(10.4) 2.87(14.4) 2.76(10.4) 1.44(1.44) 1.00"),
+        (32, 32, "1.00 1.41(1.56) 2.27(4.87) 2.68(10.4) 2.78(13.9) 2.68(10.4) 1.39(1.39) 1.00"),
+        (32, 84, "1.00 1.42(1.56) 2.28(4.94) 2.69(10.6) 2.78(13.9) 2.69(10.6) 1.39(1.39) 1.00"),
+    ],
+)
+def test_the_cost_model_gives_the_published_ratios(filters: int, size: int, ratios: str) -> None:
+    rows = "11111 01111 00111 00011 00001 00010 10000 11110"
+    forward = multiply_adds(il.models.Conv4(filters=filters, size=size), torch.rand(2, 3, size, size))
+    for pattern, text in zip(rows.split(), ratios.split(), strict=True):
+        plain, _, reusing = text.rstrip(")").partition("(")
+        for reuse, printed in ((False, plain), (True, reusing)):
+            ratio = predicted_cost(forward, "11111", 5, reuse) / predicted_cost(forward, pattern, 5, reuse)
+            if printed:
+                assert f"{ratio:.{len(printed.partition('.')[2])}f}" == printed, (pattern, reuse)
+    assert predicted_cost(forward, "00000", 5, False) == 0
+
+
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    forward = multiply_adds(il.models.Conv4(), torch.rand(3, 3, 32, 32))
+    assert forward == [32 * 32 * 27 * 64, 16 * 16 * 576 * 64, 8 * 8 * 576 * 64, 4 * 4 * 576 * 64, 256 * 5]
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(8 * 9, 2))
+    assert multiply_adds(grouped, torch.rand(2, 4, 5, 5)) == [8 * 9 * 2 * 9, 8 * 9 * 2]
+    assert not any(module._forward_hooks for module in grouped.modules())
+
+
+@pytest.mark.parametrize("pattern", MOVING)
+def test_skipping_changes_nothing_and_frozen_blocks_stay(pattern: str) -> None:
+    trained = learner()
+    before, (inputs, targets) = state(trained), support()
+    patterned = with_pattern(trained, pattern)
+    expected = masked(trained, pattern, inputs, targets)
+    plain = adaptation(patterned, STEPS, reuse_prefix=False)(inputs, targets)
+    reusing = adaptation(patterned, STEPS)(inputs, targets)
+    adapted = patterned.adapt(inputs, targets)
+    assert plain.keys() == reusing.keys() == set(patterned.adapted)
+    for name, start in trained.model.named_parameters():
+        shipped = adapted.get_parameter(name)
+        if name in plain:
+            assert torch.equal(plain[name], reusing[name])
+            torch.testing.assert_close(plain[name], expected[name], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(shipped, plain[name], rtol=1e-12, atol=1e-14)
+            # a bias before batch norm has no gradient but rounding
+            assert name.endswith("conv.bias") or not torch.equal(plain[name], start)
+        else:
+            assert torch.equal(shipped, start)
+            assert torch.equal(expected[name], start)
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in (*trained.parameters(), *patterned.parameters()))
+
+
+def test_no_adaptation_computes_nothing() -> None:
+    trained = learner()
+    calls = []
+    trained.model.register_forward_hook(lambda *_: calls.append(1))
+    trained.model.get_submodule("block1").register_forward_hook(lambda *_: calls.append(1))
+    found = adaptation(trained, 0)(*support())
+    assert not calls
+    assert all(torch.equal(found[name], p) for name, p in trained.model.named_parameters())
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("pattern", ["11111", "01111", "00111", "00011", "00001", "00100", "01010", "11110"])
+def test_work_below_the_lowest_moving_block_is_skipped(pattern: str, reuse: bool) -> None:
+    patterned = with_pattern(learner(), pattern)
+    forward, backward = [0] * 5, [0] * 5
+    blocks = [patterned.model.get_submodule(name) for name in BLOCKS]
+    for place, block in enumerate(blocks):
+
+        def passed(module: nn.Module, given: tuple[Tensor], output: Tensor, place: int = place) -> None:
+            forward[place] += 1
+            if output.requires_grad:
+                output.register_hook(lambda grad: backward.__setitem__(place, backward[place] + 1))
+
+        block.register_forward_hook(passed)
+    adaptation(patterned, STEPS, reuse)(*support())
+    lowest = pattern.index("1")
+    assert forward == [1 if reuse else STEPS] * lowest + [STEPS] * (5 - lowest)
+    assert backward == [0] * lowest + [STEPS] * (5 - lowest)
+
+
+@pytest.mark.parametrize("pattern", ["00001", "00101", "11110"])
+def test_only_what_moves_is_differentiated_and_only_once(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patterned = with_pattern(learner(), pattern)
+    asked: list[int] = []
+    saved: set[tuple[int, ...]] = set()
+    original = torch.autograd.grad
+
+    def watched(outputs: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+        assert not options.get("create_graph")
+        assert not options.get("retain_graph")
+        asked.append(len(inputs))
+        grads = original(outputs, inputs, **options)
+        assert not any(grad.requires_grad for grad in grads)
+        return grads
+
+    def kept(value: Tensor) -> Tensor:
+        saved.add(tuple(value.shape))
+        return value
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda value: value):
+        found = adaptation(patterned, STEPS, reuse_prefix=False)(*support())
+    assert saved
+    assert asked == [len(patterned.adapted)] * STEPS
+    assert not any(value.requires_grad for value in found.values())
+    # the activations of block n are 20, 10, 5, 2 pixels wide inside
+    sides = {shape[-1] for shape in saved if len(shape) == 4 and shape[0] == 6}
+    lowest = pattern.index("1")
+    assert not sides & {20, 10, 5, 2} - {[20, 10, 5, 2, 1][place] for place in range(lowest, 5)}
+
+
+@pytest.mark.parametrize("inner", [il.Momentum(lr=LR, steps=2), il.Adam(lr=LR, steps=2), il.NewtonCG(steps=2)])
+def test_other_solvers_adapt_as_the_learner_does(inner: object) -> None:
+    meta_gradient = il.Implicit(proximal=1.0) if isinstance(inner, il.NewtonCG) else il.Unrolled()
+    trained = il.MetaLearner(conv4(), inner=inner, meta_gradient=meta_gradient).eval()  # type: ignore[arg-type]
+    patterned, given = with_pattern(trained, "00011"), support()
+    expected = patterned.adapt(*given, steps=4)
+    for name, value in adaptation(patterned, 4)(*given).items():
+        torch.testing.assert_close(value, expected.get_parameter(name), rtol=1e-9, atol=1e-11)
+
+
+def test_learned_rates_come_along_and_are_not_invented() -> None:
+    trained = learner(il.Blocks("00111"), il.LearnedRates(lr=0.1, steps=2))
+    with torch.no_grad():
+        for rate in trained.rates.values():
+            rate.copy_(torch.rand_like(rate))
+    patterned, given = with_pattern(trained, "00011"), support()
+    assert all(torch.equal(rate, trained.rates[name]) for name, rate in patterned.rates.items())
+    expected = patterned.adapt(*given)
+    for name, value in adaptation(patterned, 2)(*given).items():
+        torch.testing.assert_close(value, expected.get_parameter(name), rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=r"moves block2.conv.(weight|bias), for which training has learned no rate"):
+        with_pattern(trained, "01000")
+    assert movable_blocks(trained) == [False, False, True, True, True]
+    with pytest.raises(
+        ValueError, match=r"0 of 5 blocks can move; rates were learned for Named\(.*train with adapts everything"
+    ):
+        movable_blocks(learner(il.Named("*.bias"), il.LearnedRates(lr=0.1, steps=2)))
+    with pytest.raises(ValueError, match="does not say what its blocks are"):
+        movable_blocks(il.MetaLearner(nn.Linear(2, 2)))
+
+
+def test_the_patterns_tried() -> None:
+    assert sorted(patterns_for([True] * 5)) == sorted(PATTERNS)
+    assert patterns_for([False, True, True]) == ["011", "001", "010", "000"]
+    deep = patterns_for([True] * 10)
+    assert len(deep) == 20  # ten suffixes, ten single blocks of which the last is a suffix, and none
+    assert (deep[0], deep[-1]) == ("1" * 10, "0" * 10)
+    assert "0000000011" in deep
+    assert "0000100000" in deep
+
+
+def row(pattern: str, accuracy: float, seconds: float, full: float = 0.6) -> Row:
+    timing, exact = Timing(seconds, seconds, seconds), Estimate(accuracy, 0.0)
+    return Row(pattern, pattern.count("1"), exact, Estimate(accuracy - full, 0.0), 1, 1, timing, timing)
+
+
+def random_rows(seed: int) -> list[Row]:
+    generator = np.random.default_rng(seed)
+    return [row("11111", 0.6, 1.0)] + [
+        row(pattern, float(generator.choice([0.5, 0.57, 0.59, 0.6, 0.61])), float(generator.choice([0.2, 0.4, 2.0])))
+        for pattern in PATTERNS[1:]
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_obeys_its_rules(seed: int) -> None:
+    rows = random_rows(seed)
+    assert choose(rows, 0.0).accuracy.mean >= 0.6
+    chosen = [choose(rows, tolerance) for tolerance in (0.0, 0.5, 1.0, 2.0, 5.0, 100.0)]
+    times = [each.time_reusing.median for each in chosen]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == min(each.time_reusing.median for each in rows if "1" in each.pattern)
+    assert all("1" in each.pattern for each in chosen)
+    best = choose(rows, 0.0, best_quality=True)
+    assert best.accuracy.mean == max(each.accuracy.mean for each in rows if "1" in each.pattern)
+    shuffled = [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
+    assert choose(shuffled, 1.0) == chosen[2]
+    assert choose(shuffled, 1.0, best_quality=True) == best
+
+
+def test_ties_and_the_last_resort() -> None:
+    full = row("11111", 0.6, 1.0)
+    assert choose([full, row("00011", 0.5, 0.1), row("00000", 0.9, 0.0)], 1.0) == full
+    tied = [full, row("00111", 0.6, 0.5), row("00011", 0.6, 0.5), row("00001", 0.595, 0.5), row("00110", 0.6, 0.5)]
+    assert choose(tied, 1.0).pattern == "00011"
+    assert choose([*tied, row("00010", 0.6, 0.5), row("00001", 0.6, 0.5)], 1.0).pattern == "00001"
+    assert [each.pattern for each in frontier(tied)] == ["00011"]
+    assert [each.pattern for each in frontier([full, row("00001", 0.5, 0.1), row("10000", 0.5, 0.9)])] == [
+        "00001",
+        "11111",
+    ]
+    for tolerance in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be 0 or more percentage points"):
+            choose(tied, tolerance)
+
+
+def test_timing_warms_up_and_takes_turns() -> None:
+    seen: list[tuple[str, int]] = []
+    runs = [lambda inputs, _, name=name: seen.append((name, int(inputs))) for name in "ab"]
+    timings = times_of(runs, [(torch.tensor(n), torch.tensor(0)) for n in range(3)], 7)
+    assert len(seen) == 2 * 17
+    assert seen[:5] == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)]
+    assert all(0 <= timing.lower <= timing.median <= timing.upper for timing in timings)
+
+
+def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> None:
+    draw_classes(tmp_path, 16)
+    tasks = il.tasks.folder(tmp_path, ways=3, shots=2, queries=3, size=16, channels=1)
+    trained = il.MetaLearner(
+        il.models.Conv4(in_channels=1, ways=3, filters=4, downsample="stride", size=16), il.Blocks("00111")
+    )
+    trained.model.get_submodule("block1").eval()
+    trained.model.get_parameter("block2.conv.weight").requires_grad_(False)
+    before = state(trained)
+    modes = [module.training for module in trained.modules()]
+    flags = [p.requires_grad for p in trained.parameters()]
+    drawn: list[str] = []
+    batch = tasks.batch
+    tasks.batch = lambda split, start, count: drawn.append(split) or batch(split, start, count)  # type: ignore[func-returns-value, method-assign]
+    sections = study(trained, tasks, [2, 1], tolerance=100.0, count=6, repetitions=2)
+    # a section: validation tasks for 32 patterns, and only then test tasks, for full adaptation and the choice
+    assert drawn == ["validation"] + 2 * (["validation"] * 32 + ["test"] * 2)
+    assert [section.steps for section in sections] == [1, 2]
+    assert (deployed(sections, 1).steps, deployed(sections, 7).steps) == (1, 2)
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert [module.training for module in trained.modules()] == modes
+    assert [p.requires_grad for p in trained.parameters()] == flags
+    trained.eval()
+    values = {
+        pattern: trained_accuracy(with_pattern(trained, pattern), batch("validation", 0, 6))
+        for pattern in ("11111", "00011")
+    }
+    found = next(each for each in sections[1].rows if each.pattern == "00011")
+    assert found.accuracy == pytest.approx(Estimate.of(values["00011"]))
+    assert found.difference == pytest.approx(Estimate.of(values["00011"] - values["11111"]))
+    none = sections[1].rows[-1]
+    assert (none.pattern, none.weights, none.cost) == ("00000", 0, 0)
+    assert none.time.median < statistics.median(each.time.median for each in sections[1].rows) / 20
+    for steps, message in (([], "steps are"), ([0], "1 or more")):
+        with pytest.raises(ValueError, match=message):
+            study(trained, tasks, steps)
+    with pytest.raises(ValueError, match="they need classes"):
+        study(trained, il.tasks.sinusoid())
+
+
+def trained_accuracy(patterned: il.MetaLearner, batch: il.Task) -> Tensor:
+    accuracy = patterned.evaluate(batch, steps=2).accuracy
+    assert accuracy is not None
+    return accuracy.double()
+
+
+def draw_classes(folder: Path, classes: int) -> None:
+    for label in range(classes):
+        generator = np.random.default_rng(label)
+        (folder / f"class{label}").mkdir(parents=True)
+        shape = np.kron(generator.random((4, 4)) > 0.5, np.ones((4, 4)))
+        for number in range(6):
+            grey = 200 * shape + generator.normal(20, 40, (16, 16))
+            Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(folder / f"class{label}" / f"{number}.png")
+
+
+def test_the_command_from_a_run_to_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw_classes(tmp_path / "images", 16)
+    run = tmp_path / "run"
+    data = ["--dataset=folder", f"--data={tmp_path / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=3"]
+    model = ["--model=conv4", "--filters=4", "--downsample=stride", "--inner-lr=0.3", "--inner-steps=2"]
+    length = [
+        "--device=cpu",
+        "--tasks-per-batch=2",
+        "--steps=10",
+        "--validate-every=5",
+        "--validation-tasks=4",
+        "--test-tasks=4",
+    ]
+    method = ["--adapts=everything", "--inner=sgd", "--meta-gradient=first-order", "--threads=1"]
+    main(["train", f"--out={run}", *data, *model, *method, *length])
+    capsys.readouterr()
+    main(["patterns", str(run), "--tolerance=5", "--steps=1,2", "--tasks=8", "--repetitions=3"])
+    out = capsys.readouterr().out
+    assert "2 steps  pattern 32/32  00000" in out
+    results = json.loads((run / "patterns.json").read_text())
+    assert [len(section["rows"]) for section in results["sections"]] == [32, 32]
+    assert {"command", "commit", "machine", "versions", "threads", "predictions", "batch_norm_affine"} <= results.keys()
+    pattern, steps = read_choice(run / "pattern.json")
+    assert steps == 2
+    assert pattern == results["sections"][1]["chosen"]
+    assert f"{pattern} in 2 steps" in out
+    rows = {each["pattern"]: each for each in results["sections"][1]["rows"]}
+    assert rows["11111"]["difference"] == [0.0, 0.0]
+    assert 100 * rows[pattern]["difference"][0] >= -5
+    page = (run / "patterns.md").read_text()
+    assert page.count("\n| ") == 2 * 34  # a header, a rule and 32 patterns
+    assert f"**{pattern}**" in page
+    pixels = np.asarray(Image.open(run / "patterns.png").convert("L"))
+    assert min(pixels.shape) > 300
+    assert len(np.unique(pixels)) > 50
+    restored, _ = load_learner(run, read_run(run))
+    assert with_pattern(restored, pattern).adapted
+
+    (run / "pattern.json").write_text('{"pattern": "0x1", "steps": 2}')
+    with pytest.raises(ValueError, match="holds no pattern"):
+        read_choice(run / "pattern.json")
+    for arguments, cure in (
+        (["--steps=1,x"], "give whole numbers separated by commas"),
+        (["--steps=0"], "1 or more"),
+        (["--tolerance=-1"], "must be 0 or more percentage points"),
+        (["--tasks=1"], "both must be 2 or more"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["patterns", str(run), *arguments])
+        error = capsys.readouterr().err
+        assert cure in error
+        assert error.count("\n") == 1
