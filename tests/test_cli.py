@@ -277,7 +277,10 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
             ["train", "--dataset=folder", "--data={images}", "--ways=5", "--queries=2"],
             "4 classes, fewer than the 5 ways",
         ),
-        (["train", "--dataset=folder", "--data={images}", "--ways=2"], "8 images, fewer than the 1 shots + 15 queries"),
+        (
+            ["train", "--dataset=folder", "--data={images}", "--ways=2", "--queries=15"],
+            "8 images, fewer than the 1 shots + 15 queries",
+        ),
         (["train", "--device=cuda"], "choose --device cpu"),
         (
             ["train", "--dataset=sinusoid", "--model=mlp", "--meta-gradient=reptile", "--multi-step-loss=9"],

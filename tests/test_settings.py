@@ -80,7 +80,7 @@ def test_every_field_is_an_option_with_help() -> None:
 
 
 def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
-    assert (Settings().ways, Settings().shots, Settings().queries) == (5, 1, 15)
+    assert (Settings().ways, Settings().shots, Settings().queries) == (5, 1, 5)
     sinusoid = Settings(dataset="sinusoid", shots=7)
     assert (sinusoid.ways, sinusoid.shots, sinusoid.queries) == (None, 7, 10)
 
