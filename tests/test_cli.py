@@ -283,7 +283,14 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         ),
         (["train", "--device=cuda"], "choose --device cpu"),
         (
-            ["train", "--dataset=sinusoid", "--model=mlp", "--meta-gradient=reptile", "--multi-step-loss=9"],
+            [
+                "train",
+                "--dataset=sinusoid",
+                "--adapts=everything",
+                *TINY,
+                "--meta-gradient=reptile",
+                "--multi-step-loss=9",
+            ],
             "leave step_weights out",
         ),
         (["train", "--config=nowhere.yaml"], "nowhere.yaml does not exist"),

@@ -19,6 +19,7 @@ from innerloop.meta_gradient import (
     hypergradient,
 )
 from innerloop.problem import Problem, Task
+from innerloop.studies import check
 from innerloop.training import fit
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "Window",
+    "check",
     "fit",
     "hypergradient",
     "models",

@@ -265,8 +265,8 @@ class MetaLearner(nn.Module):
                 f"adapt() was given {len(inputs)} inputs and {len(targets)} targets: give one target an input"
             )
         place = next(self.model.parameters())
-        # the support set stands in for queries, which there are none of
-        task = Task((inputs, targets), (inputs, targets)).to(place.device, place.dtype)
+        task = Task((inputs, targets), (inputs[:0], targets[:0])).to(place.device, place.dtype)
+        task = task._replace(query=task.support)  # there are no queries; see _reduce
         with torch.no_grad(), second_order_kernels(self._recurrent):
             problem, meta, task, _ = self._reduce(task, self._meta(), True, self._seed(), differentiate=False)
             changed = bind(problem, meta, task.support, self.inner, self._learned()).run(steps)
@@ -361,6 +361,8 @@ class MetaLearner(nn.Module):
         prefix, rows = self._prefix, None if transductive else len(inputs)
 
         def features(tree: Tree) -> Tree:
+            if transductive and task.query is task.support:  # adapt() has no queries, and nothing is computed twice
+                return dict.fromkeys((_SUPPORT, _QUERY), prefix(tree, inputs))
             with statistics_from_first(self.model, rows):
                 query = prefix(tree, task.query[0])
             return {_SUPPORT: prefix(tree, inputs) if rows is None else query[:rows], _QUERY: query}
