@@ -146,7 +146,7 @@ def draw(results: dict, steps: list[int], path: Path) -> None:
         axes.plot(shown, [row[str(s)]["mib"] for s in shown], "o-", label=method)
     axes.set(xlabel="inner steps", ylabel="peak memory of a meta-step, MiB", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="center right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
