@@ -77,7 +77,7 @@ class MetaLearner(nn.Module):
         batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics) or ``"frozen"``
             (the model's stored statistics). See ``innerloop.batch_norm``.
         chunk_size: how many tasks are computed at once; bounds memory and changes no result. None takes 8 on the CPU,
-            where more is slower, and all on an accelerator. 1 computes task by task.
+            where neither fewer nor more was best throughout, and all on an accelerator. 1 computes task by task.
         reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left
             out by itself where the blocks are not known or random (dropout).
 
