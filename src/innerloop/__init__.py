@@ -19,7 +19,7 @@ from innerloop.meta_gradient import (
     hypergradient,
 )
 from innerloop.problem import Problem, Task
-from innerloop.studies import check
+from innerloop.studies import check, compare
 from innerloop.training import fit
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "Unrolled",
     "Window",
     "check",
+    "compare",
     "fit",
     "hypergradient",
     "models",

@@ -6,11 +6,19 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from innerloop.cli import adapt, check, data, evaluate, patterns, train
+from innerloop.cli import adapt, check, compare, data, evaluate, patterns, train
 from innerloop.cli.arguments import Parser, UsageError
 from innerloop.training import Diverged
 
-COMMANDS = {"train": train, "evaluate": evaluate, "adapt": adapt, "check": check, "patterns": patterns, "data": data}
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "adapt": adapt,
+    "compare": compare,
+    "patterns": patterns,
+    "check": check,
+    "data": data,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,131 @@
+"""Train methods side by side on the same tasks, model and budget, and say which to use.
+
+Every method has its paper's settings (innerloop train --method), unless an option here sets one for all of them, or
+--set for one of them. Writes report.html, report.md, comparison.json and all runs to a folder; an interrupted
+comparison goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.studies.compare import MEMORY_STEPS, METHODS, SHARE, Plan, carry_out, plan, read_plan
+from innerloop.studies.comparison import recommend
+from innerloop.studies.comparison_report import PAGE
+from innerloop.training.methods import METHODS as KNOWN
+from innerloop.training.settings import Settings, flag
+
+USAGE = "[--methods NAME,NAME,...] [--budget TIME] [options]"
+OWN = ("seed", "minutes", "validate_every")  # the comparison's business
+UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="new folder [runs/compare-<what and when>]")
+    parser.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the comparison in this folder")
+    parser.add_argument(
+        "--methods", metavar="NAME,...", default=",".join(METHODS),
+        help=f"{', '.join(f'{name}:{each.example}' if each.example else name for name, each in KNOWN.items())} "
+        f"[{','.join(METHODS)}]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", metavar="TIME",
+        help="of outer steps for each method and seed, such as 90s, 10m or 1h; none: --steps, the same for all [5m]",
+    )  # fmt: skip
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="trainings of each method [1]")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="trainings at once; timings are taken alone [1]"
+    )
+    parser.add_argument(
+        "--set", metavar="METHOD.SETTING=VALUE", action="append", default=[],
+        help="a setting of one method, such as maml.inner-lr=0.1; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", metavar="X", type=float, default=SHARE,
+        help=f"share of the best validation accuracy whose time is asked for [{SHARE}]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-steps", metavar="N,N,...", default=",".join(map(str, MEMORY_STEPS)),
+        help=f"inner steps at which memory is measured [{','.join(map(str, MEMORY_STEPS))}]",
+    )  # fmt: skip
+    add_settings(parser, {each.name for each in fields(Settings)} - set(OWN))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, train, test and report."""
+    with usage_errors():
+        if arguments.resume:
+            found, folder = _resumed(arguments), arguments.resume
+        else:
+            found = _plan(arguments)
+            folder = arguments.out or _default_folder(found)
+        try:
+            comparison = carry_out(found, folder, arguments.jobs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; go on with: innerloop compare --resume {folder}") from None
+    for name, why in comparison.failed.items():
+        print(f"{name} could not be trained: {why}")
+    print(recommend(comparison).text)
+    print(f"report: {folder / PAGE}")
+
+
+def _resumed(arguments: argparse.Namespace) -> Plan:
+    if given := [flag(name) for name in given_settings(arguments)]:
+        raise UsageError(f"--resume takes all from the folder; leave --{given[0]} out")
+    return read_plan(arguments.resume)
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    settings = given_settings(arguments)
+    if arguments.budget and "steps" in settings:
+        raise UsageError("--budget and --steps both bound the training; give one of them")
+    budget = arguments.budget or (None if "steps" in settings else "5m")
+    return plan(
+        _names(arguments.methods),
+        minutes=None if budget is None else _minutes(budget),
+        seeds=arguments.seeds,
+        memory_steps=_numbers(arguments.memory_steps),
+        share=arguments.share,
+        changes=_changes(arguments.set),
+        **settings,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _names(text)]
+    except ValueError:
+        raise UsageError(f"--memory-steps is {text!r}; give whole numbers separated by commas") from None
+
+
+def _minutes(text: str) -> float:
+    found = re.fullmatch(r"(\d+\.?\d*)([smh])", text)
+    if not found:
+        raise UsageError(f"--budget is {text!r}; give a number and its unit, such as 90s, 10m or 1h")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _changes(given: list[str]) -> dict[str, dict[str, Any]]:
+    changes: dict[str, dict[str, Any]] = {}
+    for text in given:
+        found = re.fullmatch(r"(.+)\.([\w-]+)=(.*)", text)
+        if not found:
+            raise UsageError(f"--set {text!r}; write METHOD.SETTING=VALUE, such as maml.inner-lr=0.1")
+        changes.setdefault(found[1], {})[found[2].replace("-", "_")] = found[3]
+    return changes
+
+
+def _default_folder(found: Plan) -> Path:
+    first = next(iter(found.methods.values()))
+    return Path("runs", f"compare-{first.dataset}-{datetime.now():%Y%m%d-%H%M%S}")

@@ -1,0 +1,340 @@
+"""Methods side by side: the same tasks, model and budget, and what each costs (arXiv 2412.12030, section 5, widened).
+
+First every method is measured alone, one process after another: seconds and peak memory of a meta-step, curvature
+products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that nothing which else
+runs on the machine, other trainings of the study among it, can change a result or a timing. Then every method is
+trained and tested with every seed, by `innerloop train`, in a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from innerloop.studies.comparison import Comparison, Entry, Point
+from innerloop.studies.comparison_report import write_report
+from innerloop.studies.costs import Cost, cost, save_tasks
+from innerloop.studies.trainings import Training, train_all
+from innerloop.tasks import SOURCES
+from innerloop.training.evaluation import Estimate
+from innerloop.training.fit import METRICS, Diverged
+from innerloop.training.logs import read_records
+from innerloop.training.methods import method, method_settings
+from innerloop.training.report import task_words
+from innerloop.training.runs import RESULTS, provenance, save_results
+from innerloop.training.settings import Settings, flag
+
+METHODS = ("maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil")
+STUDY, COSTS, RUNS, TASKS = "study.json", "costs", "runs", "tasks.safetensors"
+SHARE = 0.9
+MEMORY_STEPS = (1, 5, 20)
+VALIDATIONS = 12
+SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for which a target must hold
+STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t, from 2 degrees of freedom
+
+# What a method chooses; the comparison holds all else equal.
+CHOSEN = (
+    "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient",
+    "multi_step_loss", "optimizer", "outer_lr", "batch_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and how long.
+
+    Attributes:
+        methods: settings by the name of the method, steps and seed aside.
+        minutes: of outer steps that each method has; None where ``steps`` bounds it.
+        seeds: trainings of each method, with seeds 0, 1, ...
+        memory_steps: numbers of inner steps at which memory is measured, besides the method's own.
+        share: of the best validation accuracy, whose time is asked for.
+    """
+
+    methods: dict[str, Settings]
+    minutes: float | None
+    seeds: int
+    memory_steps: tuple[int, ...]
+    share: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For the study's folder, from which it can be continued."""
+        return {**vars(self), "methods": {name: asdict(settings) for name, settings in self.methods.items()}}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Plan:
+        """The plan that `as_json` made."""
+        methods = {name: Settings(**settings) for name, settings in found["methods"].items()}
+        return cls(**{**found, "methods": methods, "memory_steps": tuple(found["memory_steps"])})
+
+
+def plan(
+    methods: Sequence[str] = METHODS,
+    *,
+    minutes: float | None = None,
+    seeds: int = 1,
+    memory_steps: Sequence[int] = MEMORY_STEPS,
+    share: float = SHARE,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    **settings: Any,
+) -> Plan:
+    """Check and complete what is to be compared.
+
+    Args:
+        methods: names of `innerloop.training.methods.METHODS`, with an argument behind a colon where one takes it.
+        minutes: of outer steps for each method; None takes ``steps`` of the settings, the same for all.
+        seeds: trainings of each method.
+        memory_steps: numbers of inner steps at which memory is measured, besides each method's own.
+        share: of the best validation accuracy, whose time is asked for.
+        changes: settings of single methods, by the method's name, that win over all others.
+        **settings: for all methods, winning over what the methods set; see `innerloop.training.settings.Settings`.
+
+    Raises:
+        ValueError: unknown methods or settings, values out of range, the same method twice, or changes to a method
+            that is not compared.
+    """
+    changes = changes or {}
+    if len(set(methods)) < len(methods) or not methods:
+        raise ValueError(f"methods are {', '.join(methods) or 'none'}; name each once")
+    if odd := sorted(changes.keys() - set(methods)):
+        raise ValueError(f"{odd[0]!r} is changed but not compared; methods are {', '.join(methods)}")
+    if seeds < 1:
+        raise ValueError(f"{seeds} seeds; give 1 or more")
+    if not 0 < share < 1:
+        raise ValueError(f"the share is {share}; it must lie between 0 and 1")
+    if odd_numbers := [number for number in memory_steps if number < 1]:
+        raise ValueError(f"memory at {odd_numbers[0]} inner steps; give 1 or more")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"a budget of {minutes} minutes; it must be above 0")
+    dataset = settings.get("dataset", Settings.dataset)
+    if dataset in SOURCES and "ways" not in inspect.signature(SOURCES[dataset]).parameters:
+        raise ValueError(f"{dataset} is regression; methods are compared by accuracy, so they need classes")
+    found = {}
+    for name in methods:
+        chosen = {**method_settings(name, dataset), **settings, **changes.get(name, {})}
+        try:
+            found[name] = Settings(**chosen)
+        except TypeError as error:
+            raise ValueError(f"method {name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"method {name}: {error}") from error
+    return Plan(found, minutes, seeds, tuple(memory_steps), share)
+
+
+def compare(
+    methods: Sequence[str] = METHODS,
+    *,
+    folder: str | Path,
+    minutes: float | None = None,
+    seeds: int = 1,
+    jobs: int = 1,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Train, test and measure methods side by side, and write the report to a folder.
+
+    Called again with the same folder and plan, an interrupted study goes on where it stopped.
+
+    Args:
+        methods: names as for ``innerloop train --method``, such as ``"maml"`` or ``"window:5"``.
+        folder: where ``report.html``, ``report.md``, ``comparison.json``, the figures and all runs go.
+        minutes: of outer steps for each method and seed; None takes ``steps`` of the settings, the same for all.
+        seeds: trainings of each method.
+        jobs: trainings at once. Timings are taken before, alone, and do not depend on it.
+        progress: show a progress bar; where there is no terminal, a line now and then.
+        **options: ``memory_steps``, ``share``, ``changes`` and settings, as `plan` takes them.
+
+    Returns:
+        What was found; ``failed`` names the methods whose training diverged.
+
+    Raises:
+        ValueError: what `plan` refuses, or a folder that holds another study.
+        Diverged: no method could be trained.
+    """
+    return carry_out(plan(methods, minutes=minutes, seeds=seeds, **options), Path(folder), jobs, progress)
+
+
+def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) -> Comparison:
+    """Do what a plan says, or the rest of it; as `compare`."""
+    if jobs < 1:
+        raise ValueError(f"{jobs} jobs; give 1 or more")
+    _claim(folder, plan)
+    console = Console(highlight=False, soft_wrap=True, quiet=not progress)
+    if not (folder / TASKS).exists():
+        save_tasks(folder / TASKS, next(iter(plan.methods.values())))
+    costs = {name: _cost(folder, name, plan, console) for name in plan.methods}
+    trainings = {}
+    for name, settings in plan.methods.items():
+        steps = settings.steps
+        if plan.minutes is not None:
+            steps = max(1, int(60 * plan.minutes / costs[name].meta_step.median))
+        every = math.ceil(steps / VALIDATIONS)
+        for seed in range(plan.seeds):
+            own = replace(settings, steps=steps, validate_every=every, seed=seed)
+            place = folder / RUNS / _folder_name(name) / f"seed-{seed}"
+            trainings[name, seed] = Training(place, f"{name}, seed {seed}", own)
+    diverged = train_all(list(trainings.values()), jobs, console)
+    failed = {name: diverged[each.folder] for (name, _), each in trainings.items() if each.folder in diverged}
+    if len(failed) == len(plan.methods):
+        raise Diverged(f"no method could be trained; {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
+    kept = {
+        name: [trainings[name, seed].folder for seed in range(plan.seeds)]
+        for name in plan.methods
+        if name not in failed
+    }
+    comparison = _collect(plan, kept, costs, failed)
+    write_report(folder, comparison)
+    return comparison
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a study.
+
+    Raises:
+        FileNotFoundError: the folder holds no study.
+    """
+    if not (folder / STUDY).is_file():
+        raise FileNotFoundError(f"{folder} holds no comparison (no {STUDY}); name one that innerloop compare has begun")
+    return Plan.of(json.loads((folder / STUDY).read_text(encoding="utf-8")))
+
+
+def _claim(folder: Path, plan: Plan) -> None:
+    if (folder / STUDY).is_file():
+        if read_plan(folder) != plan:
+            raise ValueError(
+                f"{folder} holds another comparison; continue it with --resume {folder}, or name a new folder"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something that is not a comparison; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _folder_name(method: str) -> str:
+    return method.replace(":", "-")
+
+
+def _cost(folder: Path, name: str, plan: Plan, console: Console) -> Cost:
+    file = folder / COSTS / f"{_folder_name(name)}.json"
+    if not file.exists():
+        console.print(f"measuring {name}")
+        try:
+            found = cost(plan.methods[name], folder / TASKS, plan.memory_steps)
+        except RuntimeError as error:
+            raise ValueError(f"method {name} cannot be measured: {error}") from None
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(".part")
+        save_results(partial, found.as_json())
+        partial.replace(file)
+    return Cost.of(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _collect(
+    plan: Plan, kept: Mapping[str, Sequence[Path]], costs: Mapping[str, Cost], failed: dict[str, str]
+) -> Comparison:
+    """From the run folders of each method to what they show together."""
+    results = {
+        name: [json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in folders]
+        for name, folders in kept.items()
+    }
+    curves = {name: _curve(folders, costs[name].meta_step.median) for name, folders in kept.items()}
+    target = plan.share * max(point.accuracy for curve in curves.values() for point in curve)
+    differing = [
+        setting for setting in CHOSEN if len({getattr(settings, setting) for settings in plan.methods.values()}) > 1
+    ]
+    entries = []
+    for name, found in results.items():
+        settings, known, mine = plan.methods[name], method(name), costs[name]
+        protocols = {
+            protocol: [each["test"][protocol] for each in found if protocol in each["test"]]
+            for protocol in ("transductive", "inductive")
+        }
+        judged = protocols["transductive"] or protocols["inductive"]
+        entries.append(
+            Entry(
+                method=name,
+                title=known.title + (f" {name.partition(':')[2]}" if ":" in name else ""),
+                paper=known.paper,
+                differs={flag(each): str(getattr(settings, each)).lower() for each in differing},
+                steps=found[0]["training"]["step"],
+                transductive=_over_seeds(protocols["transductive"]) if protocols["transductive"] else None,
+                inductive=_over_seeds(protocols["inductive"]),
+                seeds=[scores["accuracy"][0] for scores in judged],
+                curve=curves[name],
+                reached=time_to(curves[name], target),
+                meta_step=mine.meta_step,
+                memory=mine.memory_at[settings.inner_steps],
+                memory_at=mine.memory_at,
+                products=mine.products,
+                adaptation=mine.adaptation,
+            )
+        )
+    first = next(iter(plan.methods.values()))
+    steps = f"{first.steps:,} outer steps"
+    minutes = plan.minutes and f"{plan.minutes:g} {'minute' if plan.minutes == 1 else 'minutes'} of outer steps"
+    return Comparison(
+        tasks=task_words(first),
+        budget=minutes or steps,
+        test_tasks=first.test_tasks,
+        share=plan.share,
+        target=target,
+        nearest_neighbour=Estimate(*next(iter(results.values()))[0]["test"]["nearest_neighbour"]),
+        entries=entries,
+        failed=failed,
+        made=provenance(),
+    )
+
+
+def _curve(folders: Sequence[Path], seconds: float) -> list[Point]:
+    """The validations of all seeds of a method, together; ``seconds`` of one outer step."""
+    runs = [
+        {each["step"]: each["accuracy"] for each in read_records(folder / METRICS) if each["kind"] == "validation"}
+        for folder in folders
+    ]
+    return [
+        Point(step, step * seconds, statistics.fmean(found), min(found), max(found))
+        for step in runs[0]
+        if len(found := [run[step] for run in runs if step in run]) == len(runs)
+    ]
+
+
+def _over_seeds(scores: Sequence[dict[str, Any]]) -> Estimate:
+    """The mean of the seeds' accuracies.
+
+    Its 95 % interval is that of the test tasks of all seeds together or, from three seeds on where it is wider, that of
+    the seeds themselves (Student's t).
+    """
+    means: tuple[float, ...]
+    halves: tuple[float, ...]
+    means, halves = zip(*(each["accuracy"] for each in scores), strict=True)
+    over_tasks = math.hypot(*halves) / len(halves)
+    over_seeds = 0.0
+    if len(means) >= 3:
+        quantile = STUDENT[min(len(means) - 3, len(STUDENT) - 1)]
+        over_seeds = quantile * statistics.stdev(means) / math.sqrt(len(means))
+    return Estimate(statistics.fmean(means), max(over_tasks, over_seeds))
+
+
+def time_to(curve: Sequence[Point], target: float) -> float | None:
+    """Seconds at the first validation from which the accuracy, averaged over three, stays above a target for five more.
+
+    None if never; towards the end of the curve as many are averaged and asked as there are. (The measure of arXiv
+    2412.12030, smoothing and staying after its authors' notes.)
+    """
+    means = [
+        statistics.fmean(point.accuracy for point in curve[max(0, place - SMOOTHING + 1) : place + 1])
+        for place in range(len(curve))
+    ]
+    for place, point in enumerate(curve):
+        if all(mean >= target for mean in means[place : place + STAYS + 1]):
+            return point.seconds
+    return None

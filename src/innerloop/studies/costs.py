@@ -1,0 +1,142 @@
+"""What a method costs, measured alone in fresh processes, so that no number leaks into another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop.learner import MetaLearner
+from innerloop.problem import Task
+from innerloop.studies.comparison import Timing
+from innerloop.studies.measure import peak_memory, quiet_environment, time_of
+from innerloop.training.build import arithmetic, build_learner, build_tasks
+from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.settings import Settings
+
+SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, something is repeated to be timed
+
+
+class Cost(NamedTuple):
+    """What one method costs.
+
+    Attributes:
+        meta_step: seconds of one.
+        memory_at: peak bytes of a meta-step above model and tasks, by the number of inner steps.
+        products: curvature products of a task's meta-gradient.
+        adaptation: seconds of adapting to one task.
+    """
+
+    meta_step: Timing
+    memory_at: dict[int, int]
+    products: float
+    adaptation: Timing
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        return self._asdict()
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Cost:
+        """The cost that `as_json` made, after a file."""
+        memory_at = {int(number): size for number, size in found["memory_at"].items()}
+        return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
+
+
+def save_tasks(path: Path, settings: Settings) -> None:
+    """Keep one batch of training tasks in a file, so that the processes that measure need not load a data set."""
+    tasks = build_tasks(settings)
+    (x, y), (a, b) = tasks.batch("train", 0, settings.tasks_per_batch)
+    shape = {"input_shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
+    save_weights(path, {"support": x, "support_targets": y, "query": a, "query_targets": b}, shape)
+
+
+def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
+    """Measure a method.
+
+    Args:
+        settings: of the method.
+        tasks: file that `save_tasks` has written.
+        memory_steps: numbers of inner steps at which memory is measured, besides those of the settings.
+
+    Raises:
+        RuntimeError: the method failed.
+    """
+    found = _in_fresh_process(settings, tasks, everything=True)
+    memory_at = {settings.inner_steps: found.pop("memory")}
+    for steps in memory_steps:
+        if steps not in memory_at:
+            other = replace(settings, inner_steps=steps)
+            memory_at[steps] = _in_fresh_process(other, tasks, everything=False)["memory"]
+    return Cost.of(found | {"memory_at": dict(sorted(memory_at.items()))})
+
+
+def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict[str, Any]:
+    code = "import sys; from innerloop.studies.costs import measure_here; measure_here(sys.argv[1])"
+    asked = json.dumps({"settings": asdict(settings), "tasks": str(tasks), "everything": everything})
+    command = [sys.executable, "-c", code, asked]
+    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_here(asked: str) -> None:
+    """Measure in this process, which should be a fresh one, and write what was found to standard output as JSON."""
+    what = json.loads(asked)
+    settings = Settings(**what["settings"])
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    tensors, shape = load_weights(Path(what["tasks"]))
+    learner = _learner(settings, shape)
+    place = next(learner.parameters())
+    task = Task((tensors["support"], tensors["support_targets"]), (tensors["query"], tensors["query_targets"]))
+    batch = task.to(place.device, place.dtype)
+    with arithmetic(settings):
+        found = _measure(learner, batch, _learner(replace(settings, inner_steps=1), shape), what["everything"])
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _learner(settings: Settings, shape: dict[str, Any]) -> MetaLearner:
+    return build_learner(settings, tuple(shape["input_shape"]), shape["outputs"], shape["regression"])
+
+
+def _measure(learner: MetaLearner, batch: Task, short: MetaLearner, everything: bool) -> dict[str, Any]:
+    device = batch.support[0].device
+    short.meta_step(_first(batch))  # libraries load their kernels on first use; that is not the method's memory
+    short.zero_grad(set_to_none=True)
+    products: list[Tensor] = []
+
+    def meta_step() -> None:
+        products[:] = [learner.meta_step(batch).diagnostics["curvature_products"]]
+
+    found: dict[str, Any] = {"memory": peak_memory(meta_step, device)}
+    if everything:
+        inputs, targets = (tensor[0] for tensor in batch.support)
+        found["meta_step"] = _timed(meta_step, device)
+        found["products"] = products[0].item()
+        learner.eval()
+        found["adaptation"] = _timed(lambda: learner.adapt(inputs, targets), device)
+    return found
+
+
+def _first(batch: Task) -> Task:
+    """A batch of the first task alone."""
+    return Task(*((inputs[:1], targets[:1]) for inputs, targets in batch))
+
+
+def _timed(function: Callable[[], object], device: torch.device) -> Timing:
+    """Some seconds' worth of calls, at least three."""
+    began = time.perf_counter()
+    function()
+    once = time.perf_counter() - began
+    return time_of(function, max(3, min(MOST_REPETITIONS, int(SECONDS / once))), device)

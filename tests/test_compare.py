@@ -1,0 +1,183 @@
+"""Comparisons: what is planned, measured, trained and made of it."""
+
+import importlib
+import json
+import math
+import time
+
+import pytest
+from rich.console import Console
+
+from innerloop.cli import main
+from innerloop.studies import trainings
+from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
+from innerloop.studies.comparison import Point, Timing
+from innerloop.studies.comparison_report import read
+from innerloop.studies.costs import Cost, cost, save_tasks
+from innerloop.training.settings import Settings
+
+studies = importlib.import_module("innerloop.studies.compare")  # the package has the function under this name
+TINY = {
+    "filters": 2, "ways": 3, "queries": 3, "validation_tasks": 6, "test_tasks": 8, "threads": 1, "inner_steps": 2,
+    "tasks_per_batch": 2,
+}  # fmt: skip
+COST = Cost(Timing(0.5, 0.4, 0.6), {2: 1000}, 2.0, Timing(0.01, 0.01, 0.01))
+
+
+def curve(*accuracies):
+    return [Point(10 * place, float(place), each, each, each) for place, each in enumerate(accuracies, 1)]
+
+
+def test_a_method_reaches_the_target_where_its_smoothed_curve_begins_to_stay_above():
+    assert time_to(curve(0.2, 0.9, 0.2, 0.8, 0.8, 0.8, 0.8), 0.62) == 6.0  # the fifth mean, 0.6, is below
+    assert time_to(curve(0.7, 0.7), 0.6) == 1.0
+    assert time_to(curve(0.7, 0.1, 0.1), 0.6) is None
+    assert time_to([], 0.6) is None
+
+
+def test_the_interval_over_seeds_is_the_wider_of_tasks_and_seeds():
+    alike = [{"accuracy": [0.5, 0.03]}] * 3
+    found = studies._over_seeds(alike)
+    assert found.mean == pytest.approx(0.5)
+    assert found.interval == pytest.approx(0.03 / math.sqrt(3))
+    apart = [{"accuracy": [value, 0.001]} for value in (0.4, 0.5, 0.6)]
+    assert studies._over_seeds(apart).interval == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
+    pair = [{"accuracy": [value, 0.04]} for value in (0.4, 0.6)]
+    assert studies._over_seeds(pair).interval == pytest.approx(0.04 / math.sqrt(2))
+
+
+def test_settings_of_one_method_win_over_those_of_all_and_those_over_the_methods_own():
+    found = plan(["maml", "anil"], changes={"anil": {"inner_lr": "0.2"}}, inner_lr=0.3, **TINY).methods
+    assert (found["maml"].inner_lr, found["anil"].inner_lr) == (0.3, 0.2)
+    assert (found["maml"].adapts, found["anil"].adapts) == ("everything", "head")
+
+
+def test_a_plan_survives_its_file():
+    found = plan(["window:2", "reptile"], minutes=2.0, seeds=3, **TINY)
+    assert Plan.of(json.loads(json.dumps(found.as_json()))) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["maml", "maml"]}, "each once"),
+        ({"methods": []}, "each once"),
+        ({"methods": ["mamml"]}, "did you mean 'maml'"),
+        ({"methods": ["maml"], "changes": {"anil": {}}}, "'anil' is changed but not compared"),
+        ({"methods": ["maml"], "inner_lr": -1.0}, "method maml: inner-lr is -1.0"),
+        ({"methods": ["maml"], "colour": 1}, "method maml: .*colour"),
+        ({"methods": ["maml"], "seeds": 0}, "0 seeds"),
+        ({"methods": ["maml"], "minutes": 0.0}, "must be above 0"),
+        ({"methods": ["maml"], "share": 1.5}, "between 0 and 1"),
+        ({"methods": ["maml"], "memory_steps": [0]}, "memory at 0 inner steps"),
+        ({"methods": ["maml"], "dataset": "sinusoid"}, "regression"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "10"], "such as 90s, 10m or 1h"),
+        (["--budget", "1m", "--steps", "10"], "give one of them"),
+        (["--set", "maml:inner"], "METHOD.SETTING=VALUE"),
+        (["--memory-steps", "1,x"], "whole numbers"),
+        (["--resume", "nowhere"], "holds no comparison"),
+        (["--resume", "nowhere", "--ways", "3"], "leave --ways out"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_read(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_costs_are_measured(tmp_path):
+    settings = Settings(adapts="everything", inner="sgd", meta_gradient="unrolled", **TINY)
+    save_tasks(tmp_path / "tasks.safetensors", settings)
+    found = cost(settings, tmp_path / "tasks.safetensors", (1,))
+    assert found.products == 2
+    assert set(found.memory_at) == {1, 2}
+    assert all(size > 0 for size in found.memory_at.values())
+    assert 0 < found.adaptation.median < 10
+    assert Cost.of(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_a_comparison_on_the_command_line(tmp_path, capsys):
+    folder = tmp_path / "study"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    main(["compare", "--out", str(folder), "--methods", "maml,anil", "--steps", "4", "--memory-steps", "2", *options])
+    found = read(folder / "comparison.json")
+    assert [entry.method for entry in found.entries] == ["maml", "anil"]
+    assert [entry.steps for entry in found.entries] == [4, 4]
+    assert [point.step for point in found.entries[0].curve] == [1, 2, 3, 4]
+    assert found.entries[0].curve[1].seconds == pytest.approx(2 * found.entries[0].meta_step.median)
+    assert found.entries[0].differs["adapts"] == "everything"
+    assert "Recommended" in capsys.readouterr().out
+    assert (folder / "report.html").stat().st_size > 10_000
+
+    report = (folder / "report.html").stat().st_mtime_ns
+    trained = (folder / "runs" / "maml" / "seed-0" / "results.json").stat().st_mtime_ns
+    main(["compare", "--resume", str(folder)])
+    assert (folder / "report.html").stat().st_mtime_ns > report
+    assert (folder / "runs" / "maml" / "seed-0" / "results.json").stat().st_mtime_ns == trained
+    with pytest.raises(SystemExit):
+        main(["compare", "--out", str(folder), "--methods", "maml", "--steps", "4", *options])
+    assert "holds another comparison" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Costs without measuring."""
+    monkeypatch.setattr(studies, "cost", lambda *_: COST)
+
+
+def test_a_budget_of_time_becomes_steps_and_an_interruption_loses_nothing(tmp_path, monkeypatch, measured):
+    asked = []
+
+    def interrupted(runs, jobs, console):
+        asked.extend(runs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies, "train_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(["maml", "anil"], folder=tmp_path / "study", minutes=0.05, seeds=2, jobs=2, progress=False, **TINY)
+    assert [each.settings.steps for each in asked] == [6] * 4  # 3 seconds of 0.5 each
+    assert [each.settings.seed for each in asked] == [0, 1, 0, 1]
+    assert len({each.folder for each in asked}) == 4
+    again = read_plan(tmp_path / "study")
+    assert again == plan(["maml", "anil"], minutes=0.05, seeds=2, **TINY)
+    monkeypatch.setattr(studies, "cost", lambda *_: pytest.fail("measured twice"))
+    with pytest.raises(KeyboardInterrupt):
+        studies.carry_out(again, tmp_path / "study", progress=False)
+
+
+def test_a_method_that_diverges_is_named_and_the_others_are_compared(tmp_path, measured):
+    found = compare(
+        ["maml", "anil"], folder=tmp_path / "study", steps=3, progress=False, changes={"maml": {"inner_lr": 1e30}},
+        **TINY,
+    )  # fmt: skip
+    assert [entry.method for entry in found.entries] == ["anil"]
+    assert "outer step 1" in found.failed["maml"]
+    assert found.failed["maml"] in (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+
+
+def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch):
+    settings = Settings(steps=100_000, validate_every=100_000, **TINY)
+    runs = [trainings.Training(tmp_path / name, name, settings) for name in ("a", "b")]
+    sleep = time.sleep
+
+    def nap(seconds):
+        sleep(seconds)
+        if all((each.folder / "metrics.jsonl").exists() for each in runs):
+            monkeypatch.undo()  # whatever waits for the trainings sleeps as well
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", nap)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.train_all(runs, 2, Console(quiet=True))
+    assert all((each.folder / "last.safetensors").exists() for each in runs)

@@ -1,0 +1,493 @@
+"""The report of a comparison: the recommendation, the JSON, the pages, the pictures, and a browser that opens it."""
+
+import io
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from innerloop.studies.comparison import (
+    RULE,
+    Comparison,
+    Entry,
+    Point,
+    Timing,
+    duration,
+    percent,
+    recommend,
+    size,
+    words,
+)
+from innerloop.studies.comparison_report import frontier, read, summary_figure, table, write_report
+from innerloop.training.evaluation import Estimate
+
+MIB = 2**20
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+QUIET += "--disable-component-update --disable-sync"
+
+
+def entry(title: str, accuracy: float = 0.5, **changes: Any) -> Entry:
+    interval = changes.pop("interval", 0.006)
+    plain = Entry(
+        method=title.lower(),
+        title=title,
+        paper="Finn et al. 2017, arXiv 1703.03400",
+        differs={"inner rate": "0.01"},
+        steps=1500,
+        transductive=Estimate(accuracy, interval),
+        inductive=Estimate(accuracy - 0.02, interval),
+        seeds=[accuracy - 0.01, accuracy + 0.01],
+        curve=[
+            Point(s, s / 10, accuracy - 20 / s, accuracy - 22 / s, accuracy - 19 / s) for s in range(100, 1501, 100)
+        ],
+        reached=60.0,
+        meta_step=Timing(0.1, 0.09, 0.12),
+        memory=120 * MIB,
+        memory_at={1: 30 * MIB, 5: 120 * MIB, 10: 220 * MIB},
+        products=5.0,
+        adaptation=Timing(0.012, 0.011, 0.013),
+    )
+    return plain._replace(**changes)
+
+
+def comparison(*entries: Entry) -> Comparison:
+    return Comparison(
+        tasks="glyphs, 5-way 1-shot",
+        budget="5 minutes of outer steps",
+        test_tasks=1000,
+        share=0.9,
+        target=0.45,
+        nearest_neighbour=Estimate(0.331, 0.005),
+        entries=list(entries),
+        made={
+            "command": "innerloop compare --methods maml,anil",
+            "commit": None,
+            "versions": {"python": "3.12.1"},
+            "machine": {"cores": 2, "gpu": None},
+        },
+    )
+
+
+THREE = comparison(
+    entry("MAML", 0.523, products=25.0),
+    entry("ANIL <b>|x", 0.519, reached=35.0, memory=38 * MIB, differs={"adapts": "head & tail"}),
+    entry("Reptile", 0.451, transductive=None, reached=None, products=0.0, paper="our own", memory_at={}),
+)
+
+
+def many(count: int) -> Comparison:
+    """So many methods, some of them crowded."""
+    draw = np.random.RandomState(count)
+    titles = ["MAML", "First-order MAML", "ANIL", "iMAML", "Memory-reduced", "Window of 5 steps", "Reptile", "BOIL"]
+    titles += ["MAML++", "iMAML, Hessian-free", "Truncated, 2 steps", "Binomial, 3 terms"]
+    return comparison(
+        *(
+            entry(
+                title,
+                0.5 + 0.03 * draw.rand() ** 2 - 0.06 * (title == "Reptile"),
+                memory=int(MIB * 30 * 6 ** draw.rand()),
+                reached=None if title in ("Reptile", "BOIL") else 40 * 6 ** draw.rand(),
+            )
+            for title in titles[:count]
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------- recommendation
+
+
+def test_of_the_accurate_methods_the_one_that_is_soonest_is_recommended() -> None:
+    found = recommend(
+        comparison(
+            entry("MAML", 0.523, reached=90.0),
+            entry("ANIL", 0.519, reached=50.0),  # 0.4 points below, the interval of the difference is 0.85
+            entry("BOIL", 0.516),
+            entry("FOMAML", 0.510, reached=10.0),
+        )
+    )
+    assert [each.title for each in found.candidates] == ["MAML", "ANIL", "BOIL"]
+    assert (found.best.title, found.chosen.title) == ("MAML", "ANIL")
+    assert found.text == (
+        "Recommended: ANIL. The best test accuracy is 52.30 ± 0.60 % (MAML); not below it by more than the 95 % "
+        "interval of the difference are ANIL and BOIL. Its own is 51.90 ± 0.60 %. Of these 3, ANIL is the first to "
+        "stay above 45.00 % validation accuracy, after 50 s of outer steps (next: BOIL, 60 s)."
+    )
+
+
+@pytest.mark.parametrize(("other", "candidates"), [(0.4930, 2), (0.4929, 1)])
+def test_the_interval_of_a_difference_is_the_root_of_the_sum_of_squares(other: float, candidates: int) -> None:
+    methods = entry("A", 0.5, interval=0.003), entry("B", other, interval=math.sqrt(0.00705**2 - 0.003**2))
+    assert len(recommend(comparison(*methods)).candidates) == candidates
+
+
+def test_whoever_reaches_the_target_at_all_comes_first_and_ties_go_to_the_faster_step() -> None:
+    fast, slow = Timing(0.1, 0.1, 0.1), Timing(0.2, 0.2, 0.2)
+    late, never = entry("late", reached=500.0, meta_step=slow), entry("never", reached=None, meta_step=fast)
+    found = recommend(comparison(never, late))
+    assert found.chosen is late
+    assert "after 500 s of outer steps (the others never do)" in found.text
+    tied = entry("tied", reached=500.0, meta_step=fast)
+    assert recommend(comparison(late, tied)).chosen is tied
+
+
+def test_where_nobody_reaches_the_target_the_fastest_step_is_recommended() -> None:
+    fast = entry("fast", reached=None, meta_step=Timing(0.05, 0.04, 0.06))
+    found = recommend(comparison(entry("slow", reached=None), fast))
+    assert found.chosen is fast
+    assert "None of these stays above 45.00 %" in found.text
+    assert "fast has the fastest meta-step, 50 ms (next: slow, 100 ms)." in found.text
+
+
+@pytest.mark.parametrize(
+    ("reached", "time"),
+    [
+        (60.0, "It stays above 45.00 % validation accuracy after 60 s of outer steps."),
+        (None, "It does not stay above 45.00 % validation accuracy; a meta-step takes 100 ms."),
+    ],
+)
+def test_a_single_method_is_not_called_the_best(reached: float | None, time: str) -> None:
+    text = recommend(comparison(entry("MAML", reached=reached))).text
+    assert text == f"Recommended: MAML. It is the only method compared; its test accuracy is 50.00 ± 0.60 %. {time}"
+
+
+def test_methods_that_failed_are_told(tmp_path: Path) -> None:
+    found = comparison(entry("MAML"))._replace(failed={"anil": "the loss is <NaN> at outer step 3"})
+    assert "It is the only method that could be trained;" in recommend(found).text
+    write_report(tmp_path, found)
+    assert read(tmp_path / "comparison.json") == found
+    told = "anil could not be trained: the loss is <NaN> at outer step 3."
+    assert told in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert told in unescape((tmp_path / "report.html").read_text(encoding="utf-8")).replace("\xa0", " ")
+
+
+def test_methods_that_save_memory_or_adaptation_time_are_named() -> None:
+    light = entry("light", memory=40 * MIB, reached=70.0)
+    quick = entry("quick", adaptation=Timing(0.003, 0.003, 0.003), reached=80.0)
+    found = recommend(comparison(entry("MAML"), light, quick))
+    assert (found.chosen.title, found.lightest, found.quickest) == ("MAML", light, quick)
+    assert "If memory binds: light, 40 MiB instead of 120 MiB." in found.text
+    assert "If adaptation must be fast: quick, 3 ms instead of 12 ms." in found.text
+
+
+def test_a_method_that_saves_next_to_nothing_is_not_named() -> None:
+    found = recommend(comparison(entry("MAML"), entry("B", memory=119 * MIB, reached=70.0)))
+    assert found.lightest is found.quickest is found.chosen
+    assert "instead of" not in found.text
+
+
+def test_a_saving_that_costs_accuracy_says_how_much() -> None:
+    found = recommend(comparison(entry("MAML", 0.53), entry("FOMAML", 0.50, memory=40 * MIB)))
+    assert found.lightest is found.chosen
+    assert "is the best, by more than the 95 % interval of the difference (next: FOMAML, 50.00 ± 0.60 %)" in found.text
+    assert "If memory binds: FOMAML, 40 MiB instead of 120 MiB, at 50.00 ± 0.60 % test accuracy." in found.text
+
+
+def test_unknown_intervals_count_as_zero() -> None:
+    best, other = entry("A", 0.51, interval=math.nan, reached=90.0), entry("B", 0.50, interval=math.nan)
+    found = recommend(comparison(other, best))
+    assert found.candidates == [best]
+    assert "Its test accuracy, 51.00 %, is the best" in found.text
+
+
+def test_without_a_transductive_accuracy_the_inductive_one_counts() -> None:
+    alone = entry("alone", 0.9, transductive=None, inductive=Estimate(0.40, 0.006))
+    assert recommend(comparison(entry("MAML"), alone)).best.title == "MAML"
+
+
+def test_no_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds no methods"):
+        recommend(comparison())
+
+
+def test_numbers_as_text() -> None:
+    assert percent(Estimate(0.52314, 0.00601)) == "52.31 ± 0.60 %"
+    assert percent(Estimate(0.5, math.nan)) == "50.00 %"
+    assert [size(count) for count in (512, 40.25 * MIB, 1023 * MIB, 1.25 * 2**30)] == [
+        "0.5 KiB",
+        "40.2 MiB",
+        "1,023 MiB",
+        "1.25 GiB",
+    ]
+    assert [duration(seconds) for seconds in (0.0001234, 0.0123, 1.0, 35.24, 1234.0)] == [
+        "0.123 ms",
+        "12.3 ms",
+        "1 s",
+        "35.2 s",
+        "1,234 s",
+    ]
+    assert [words(names) for names in ([], ["A"], ["A", "B"], ["A", "B", "C"])] == ["", "A", "A and B", "A, B and C"]
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison") / "report"
+    write_report(folder, THREE)
+    return folder
+
+
+def test_json_gives_the_comparison_back(folder: Path) -> None:
+    assert read(folder / "comparison.json") == THREE._replace(
+        made=json.loads(json.dumps(THREE.made))  # provenance is JSON already
+    )
+
+
+def test_json_is_strict_and_keeps_unknown_intervals(tmp_path: Path) -> None:
+    write_report(tmp_path, comparison(entry("A", interval=math.nan, memory_at={}, curve=[])))
+    text = (tmp_path / "comparison.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["entries"][0]["transductive"]["interval"] is None
+    again = read(tmp_path / "comparison.json").entries[0]
+    assert math.isnan(again.accuracy.interval)
+    assert again.accuracy.mean == 0.5
+    assert not (tmp_path / "memory.png").exists()
+    assert "## Memory" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_is_no_comparison_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    with pytest.raises(FileNotFoundError, match="innerloop compare"):
+        read(path)
+    for content in ("{}", "[]", "3", "nonsense", '{"nearest_neighbour": {"mean": 1}}'):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="holds no comparison"):
+            read(path)
+
+
+def test_the_best_of_each_column_is_marked() -> None:
+    shown = table(THREE)
+    best = {name: [row[place].best for row in shown.rows] for place, name in enumerate(shown.head)}
+    assert best["transductive"] == [True, False, False]
+    assert best["to target"] == best["memory"] == [False, True, False]
+    assert best["products"] == [False, False, True]
+    assert best["meta-step"] == [True, True, True]
+    assert not any(best["outer steps"] + best["each seed"] + best["method"])
+    assert not any(cell.best for row in table(comparison(entry("MAML"))).rows for cell in row)
+
+
+def test_a_bare_arxiv_number_becomes_a_link(tmp_path: Path) -> None:
+    write_report(tmp_path, comparison(entry("A", paper="1909.09157"), entry("B", paper="ours")))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "[A](https://arxiv.org/abs/1909.09157)" in text
+    assert "| [arXiv 1909.09157](https://arxiv.org/abs/1909.09157) |" in text
+    assert "| ours |" in text
+
+
+def test_columns_without_numbers_are_left_out() -> None:
+    alone = entry("A", transductive=None, seeds=[0.5])
+    assert not {"transductive", "each seed"} & set(table(comparison(alone, alone)).head)
+
+
+def test_markdown_has_its_pictures_and_regular_tables(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert pictures == ["summary.png", "learning.png", "memory.png"]
+    assert all(Image.open(folder / name).width >= 600 for name in pictures)
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+    assert recommend(THREE).text.partition(". ")[2] in text
+    assert RULE in text
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and text; complains of elements that do not close."""
+
+    VOID = frozenset({"meta", "img", "source", "br", "link", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+def test_html_is_one_regular_file(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert page.all("html")[0]["lang"] == "en"
+    assert not page.all("script", "link", "iframe", "object")
+    loaded = [str(each.get("src") or each.get("srcset")) for each in page.all("img", "source")]
+    assert len(loaded) == 10  # five panels, each light and dark
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in loaded)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert {each["href"] for each in page.all("a")} == {"https://arxiv.org/abs/1703.03400"}
+    assert all(len(each["alt"] or "") > 40 for each in page.all("img"))
+    assert {each["scope"] for each in page.all("th")} == {"col", "row"}
+    assert "ANIL <b>|x" in page.text
+    assert "head & tail" in page.text
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_frontier_is_what_nothing_else_beats() -> None:
+    points = [(3.0, 0.5), (1.0, 0.4), (1.0, 0.3), (2.0, 0.4), (4.0, 0.5), (5.0, 0.6)]
+    assert frontier(points) == [(1.0, 0.4), (3.0, 0.5), (5.0, 0.6)]
+    assert frontier([]) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 12])
+def test_names_in_the_summary_overlap_neither_each_other_nor_the_frame(count: int) -> None:
+    figure = summary_figure(many(count))
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert len(boxes) == count
+        for box in boxes:
+            assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+            assert frame.y0 <= box.y0 < box.y1 <= frame.y1
+        for one, other in itertools.combinations(boxes, 2):
+            across = min(one.x1, other.x1) - max(one.x0, other.x0)
+            along = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert min(across, along) <= 2  # pixels
+
+
+def test_whoever_never_reaches_the_target_stands_apart_and_not_on_the_frontier() -> None:
+    figure = summary_figure(THREE)
+    names = [text.get_text() for text in figure.axes[1].get_xticklabels()]
+    assert names[-1] == "never"
+    line = next(line for line in figure.axes[1].lines if line.get_label() == "frontier")
+    assert list(np.asarray(line.get_xdata())) == [35.0, 60.0, 60.0]
+    nobody = summary_figure(comparison(entry("A", reached=None), entry("B", reached=None)))
+    assert [text.get_text() for text in nobody.axes[1].get_xticklabels()] == ["never"]
+
+
+def test_numbers_at_zero_can_be_drawn() -> None:
+    zero = entry("A", reached=0.0, memory=0, interval=math.nan, meta_step=Timing(0.01, 0.01, 0.01))
+    figure = summary_figure(comparison(zero, entry("B")))
+    positions = [
+        next(float(x) for line in axes.lines if line.get_marker() == "o" for x in np.asarray(line.get_xdata()))
+        for axes in figure.axes
+    ]
+    assert positions == [1.0, 0.01]
+
+
+def test_a_dark_summary_is_dark_wherever_it_is_saved() -> None:
+    def pixels(figure: Figure) -> Any:
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        return np.asarray(Image.open(content).convert("L"))
+
+    light, dark = (pixels(summary_figure(THREE, dark=dark)) for dark in (False, True))
+    assert light.shape == dark.shape
+    assert np.median(light) > 240
+    assert np.median(dark) < 40
+    assert sum(to_rgb(summary_figure(THREE, dark=True).axes[0].xaxis.label.get_color())) > 2
+
+
+# ---------------------------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"needs a browser: one of {', '.join(BROWSERS)}")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=QUIET.split())
+        yield browser
+        browser.close()
+
+
+# The lowest contrast (WCAG 2.2) of any element that holds text itself, and the element's text.
+CONTRAST = """() => {
+  const channels = text => text.match(/[0-9.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const background = element => {
+    for (; element; element = element.parentElement) {
+      const colour = channels(getComputedStyle(element).backgroundColor);
+      if (colour.length == 3 || colour[3] == 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  return [...document.body.querySelectorAll("*")]
+    .filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+    .map(e => {
+      const pair = [light(channels(getComputedStyle(e).color)), light(background(e))].sort((a, b) => b - a);
+      return [(pair[0] + 0.05) / (pair[1] + 0.05), e.textContent];
+    })
+    .sort((a, b) => a[0] - b[0])[0];
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_report_in_light_and_dark(browser: Any, folder: Path, width: int) -> None:
+    sources, brightness = {}, {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, offline=True)
+        page = context.new_page()
+        faults: list[str] = []
+        page.on("console", lambda message, faults=faults: faults.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+        page.on("requestfailed", lambda request, faults=faults: faults.append(f"failed: {request.url[:80]}"))
+        page.on(
+            "request",
+            lambda request, faults=faults: (
+                None if request.url.startswith(("file:", "data:")) else faults.append(request.url)
+            ),
+        )
+        page.goto((folder / "report.html").as_uri())
+        assert faults == []
+        root = "document.documentElement"
+        assert page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth")
+        images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width, i.currentSrc])")
+        assert len(images) == 5
+        assert all(complete and natural > 0 and shown > 300 for complete, natural, shown, _ in images)
+        lowest, text = page.evaluate(CONTRAST)
+        assert lowest >= 4.5, text
+        sources[scheme] = [address for *_, address in images]
+        pictures = [page.screenshot(), page.locator("img").first.screenshot()]
+        brightness[scheme] = [np.median(np.asarray(Image.open(io.BytesIO(each)).convert("L"))) for each in pictures]
+        context.close()
+    assert not set(sources["light"]) & set(sources["dark"])
+    assert min(brightness["light"]) > 240
+    assert max(brightness["dark"]) < 40
+    assert brightness["dark"][0] == brightness["dark"][1]  # pictures stand on the page's own colour
+
+
+def test_paper_is_light_and_holds_the_whole_report(browser: Any, folder: Path) -> None:
+    page = browser.new_page(color_scheme="dark", viewport={"width": 720, "height": 1000})
+    page.goto((folder / "report.html").as_uri())
+    dark = page.evaluate("document.images[0].currentSrc")
+    page.emulate_media(media="print")
+    page.wait_for_function("dark => document.images[0].currentSrc != dark", arg=dark)
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    boxes = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth, e.clientWidth])")
+    assert all(content <= shown for content, shown in boxes)
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()
