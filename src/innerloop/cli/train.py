@@ -20,6 +20,7 @@ from innerloop.training.build import arithmetic, build_learner, build_optimizer,
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import LAST, fit, multi_step_weights
+from innerloop.training.methods import METHODS, method_settings
 from innerloop.training.report import describe, task_words, write_report
 from innerloop.training.runs import SETTINGS, new_run, read_run
 from innerloop.training.settings import Settings, flag, read_config
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="settings in YAML, JSON or TOML; options win over it"
     )
+    parser.add_argument(
+        "--method", metavar="NAME",
+        help=f"a method with its paper's settings; configuration and options win over it ({', '.join(METHODS)})",
+    )  # fmt: skip
     add_settings(parser)
 
 
@@ -75,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
                 optimizer=optimizer,
                 scheduler=scheduler,
                 clip=settings.clip,
-                multi_step_loss=settings.multi_step_loss,
+                multi_step_loss=settings.multi_step_steps,
                 validate_every=settings.validate_every,
                 validation_tasks=settings.validation_tasks,
                 patience=settings.patience,
@@ -110,9 +115,11 @@ def _try_out(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Non
 def _settings(arguments: argparse.Namespace) -> Settings:
     given = given_settings(arguments)
     if arguments.resume is None:
-        return Settings(**(read_config(arguments.config) if arguments.config else {}) | given)
-    if arguments.out or arguments.config:
-        raise UsageError("--resume takes its settings from the run folder; leave --out and --config out")
+        given = (read_config(arguments.config) if arguments.config else {}) | given
+        preset = method_settings(arguments.method, given.get("dataset", Settings.dataset)) if arguments.method else {}
+        return Settings(**preset | given)
+    if arguments.out or arguments.config or arguments.method:
+        raise UsageError("--resume takes its settings from the run folder; leave --out, --config and --method out")
     for name in given.keys() - set(FREE):
         raise UsageError(f"--{flag(name)} cannot change when a run is continued, only {', '.join(map(flag, FREE))} can")
     return replace(read_run(arguments.resume), **given)

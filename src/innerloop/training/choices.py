@@ -25,6 +25,7 @@ from innerloop.meta_gradient import (
     FirstOrder,
     Implicit,
     MemoryReduced,
+    Mixed,
     Reptile,
     Truncated,
     Unrolled,
@@ -35,9 +36,20 @@ from innerloop.models import MLP, Conv4, ResNet12
 Table = Mapping[str, Callable[..., Any]]
 
 
+def blocks(pattern: str, batch_norm: bool = True) -> Blocks:
+    """``Blocks``, so that a table can be typed, ``blocks:11111/00011``: a row for each inner step."""
+    rows = pattern.split("/")
+    return Blocks(rows if len(rows) > 1 else pattern, batch_norm)
+
+
 def learned_rates(per: str = "parameter", **options: Any) -> LearnedRates:
     """``LearnedRates``, so that ``learned-rates:layer-step`` can be typed."""
     return LearnedRates(per=per, **options)  # type: ignore[arg-type]  # an unknown one is refused there
+
+
+def adam(beta1: float = 0.9, beta2: float = 0.999, **options: Any) -> Adam:
+    """``Adam``, so that ``adam:beta1=0`` can be typed."""
+    return Adam(betas=(beta1, beta2), **options)
 
 
 def implicit(proximal: float = 2.0, iterations: int = 5) -> Implicit:
@@ -45,16 +57,33 @@ def implicit(proximal: float = 2.0, iterations: int = 5) -> Implicit:
     return Implicit(proximal, CG(iterations))
 
 
-def memory_reduced(l2: float = 0.05, iterations: int = 20) -> MemoryReduced:
-    """``MemoryReduced`` with so many iterations of conjugate gradient, every task from a cold start."""
-    return MemoryReduced(CG(iterations), l2)
+def memory_reduced(l2: float = 0.05, iterations: int = 20, warm_start: str = "none") -> MemoryReduced:
+    """``MemoryReduced`` with so many iterations of conjugate gradient."""
+    if warm_start == "task":
+        raise ValueError(
+            "memory-reduced:warm_start=task resumes tasks that come again, and those of a training stream never do: "
+            "choose slot or none, or call MetaLearner.meta_step with task_ids in a training loop of your own"
+        )
+    return MemoryReduced(CG(iterations), l2, warm_start)  # type: ignore[arg-type]  # an unknown one is refused there
 
 
-ADAPTS: Table = {"everything": Everything, "head": Head, "body": Body, "blocks": Blocks, "named": Named}
+def mixed(*unweighted: str, **weights: str) -> Mixed:
+    """``Mixed``, typed as ``mixed:1=0.2,5=0.8``: horizons and their weights."""
+    try:
+        if unweighted or not weights:
+            raise ValueError
+        shares = {int(horizon): float(weight) for horizon, weight in weights.items()}
+    except ValueError:
+        given = [*unweighted, *(f"{horizon}={weight}" for horizon, weight in weights.items())]
+        raise ValueError(f"mixed takes horizon=weight, as in mixed:1=0.2,5=0.8, not {','.join(given)!r}") from None
+    return Mixed(tuple(shares), tuple(shares.values()))
+
+
+ADAPTS: Table = {"everything": Everything, "head": Head, "body": Body, "blocks": blocks, "named": Named}
 INNER: Table = {
     "sgd": SGD,
     "momentum": Momentum,
-    "adam": Adam,
+    "adam": adam,
     "learned-rates": learned_rates,
     "newton-cg": NewtonCG,
 }
@@ -65,6 +94,7 @@ META_GRADIENT: Table = {
     "reptile": Reptile,
     "window": Window,
     "binomial": Binomial,
+    "mixed": mixed,
     "implicit": implicit,
     "memory-reduced": memory_reduced,
 }
@@ -89,7 +119,12 @@ def cosine(floor: float = 0.0) -> Callable[[float], float]:
     return lambda progress: floor + (1 - floor) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-SCHEDULE: Table = {"constant": constant, "cosine": cosine}
+def linear(floor: float = 0.0) -> Callable[[float], float]:
+    """The outer rate falls evenly to ``floor`` times what was given."""
+    return lambda progress: floor + (1 - floor) * (1 - min(progress, 1.0))
+
+
+SCHEDULE: Table = {"constant": constant, "cosine": cosine, "linear": linear}
 """The outer rate's factor as a function of the share of the steps done."""
 
 

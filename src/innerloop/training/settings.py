@@ -136,7 +136,9 @@ class Settings:
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
-    multi_step_loss: int | None = option(None, "anneal MAML++'s multi-step loss over so many outer steps", at_least=1)
+    multi_step_loss: float | None = option(
+        None, "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all", above=0
+    )
     batch_norm: str = option("batch", "statistics of batch norm", names=("batch", "task", "frozen"))
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER)
@@ -181,6 +183,12 @@ class Settings:
             make("inner", INNER, self.inner, lr=self.inner_lr, steps=self.inner_steps, **inner),
             make("meta-gradient", META_GRADIENT, self.meta_gradient),
         )
+
+    @property
+    def multi_step_steps(self) -> int | None:
+        """The outer steps over which the multi-step loss is annealed."""
+        share = self.multi_step_loss
+        return None if share is None else math.ceil(share * self.steps if share < 1 else share)
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, which ``--config`` reads as well."""

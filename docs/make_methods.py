@@ -1,0 +1,105 @@
+"""Write methods.md, the table of the named methods: ``python docs/make_methods.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from innerloop.training.build import INK
+from innerloop.training.methods import METHODS, Method
+from innerloop.training.settings import Settings, flag
+
+PAGE = Path(__file__).with_name("methods.md")
+CHARACTERS, PICTURES = INK[0], "cifar_fs"  # one data set of each of the two variants
+SHOWN = {"adapts", "inner", "inner_lr", "inner_steps", "test_steps", "meta_gradient", "optimizer", "outer_lr"}
+
+INTRO = """# The named methods
+
+A name stands for all that a paper chooses: what adapts, how, by which meta-gradient, and at which inner and outer
+rates. Tasks, model, tasks a batch and the outer schedule stay yours.
+
+```
+innerloop train --method anil --dataset fc100 --data DATA            # options given as well win over the method's
+innerloop compare --methods maml,anil,window:5,lambda:00001 --dataset cifar_fs --data DATA --budget 10m
+```
+
+Names with a colon take an argument: `window:5`. In Python:
+
+```python
+from innerloop.training.methods import method_settings
+from innerloop.training.settings import Settings
+
+settings = Settings(dataset="cifar_fs", **method_settings("window:5", "cifar_fs"))
+adapts, inner, meta_gradient = settings.method()
+print(adapts, inner, meta_gradient, settings.outer_lr, sep="\\n")
+```
+
+```text
+Everything()
+SGD(lr=0.01, steps=5, test_steps=None, weight_decay=0.0, proximal=0.0)
+Window(size=5, mode='frozen')
+0.001
+```
+
+Those are what `il.MetaLearner` and an outer optimiser take. `il.compare(["anil", "window:5"], folder="study",
+minutes=10)` compares methods. This page is made by `python docs/make_methods.py`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([INTRO, *_settings(), "", *_sources(), ""])
+
+
+def _settings() -> list[str]:
+    return [
+        "## What they set",
+        "",
+        f"Where a cell has two lines, the first is for {' and '.join(INK)}, the second for all other tasks.",
+        "Names are those of the settings. *inner*: solver, rate, steps, and those of evaluation where they differ;",
+        "*outer*: optimiser, rate, and whatever else is set. A name with a second form takes an argument, and its row",
+        "is that of the bare name.",
+        "",
+        "| name | method | paper | adapts | inner | meta-gradient | outer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(_row(name, each) for name, each in METHODS.items()),
+    ]
+
+
+def _row(name: str, each: Method) -> str:
+    variants = [Settings(**{"dataset": each_set, **each.settings_for(each_set)}) for each_set in (CHARACTERS, PICTURES)]
+    rest = sorted({*each.settings, *each.characters, *each.pictures} - SHOWN)
+    cells = [
+        [f"`{settings.adapts}`" for settings in variants],
+        [_inner(settings) for settings in variants],
+        [f"`{settings.meta_gradient}`" for settings in variants],
+        [_outer(settings, rest) for settings in variants],
+    ]
+    names = f"`{name}`" + (f", `{name}:{each.example}`" if each.argument else "")
+    paper = f"[{each.paper}](https://arxiv.org/abs/{each.paper})"
+    return f"| {' | '.join([names, each.title, paper, *('<br>'.join(dict.fromkeys(cell)) for cell in cells)])} |"
+
+
+def _inner(settings: Settings) -> str:
+    test = "" if settings.test_steps is None else f", {settings.test_steps} in evaluation"
+    steps = f"{settings.inner_steps} step{'s' * (settings.inner_steps > 1)}"
+    return f"`{settings.inner}` at {settings.inner_lr:g}, {steps}{test}"
+
+
+def _outer(settings: Settings, rest: list[str]) -> str:
+    return ", ".join(
+        [f"`{settings.optimizer}` at {settings.outer_lr:g}", *(f"{flag(x)} {getattr(settings, x)}" for x in rest)]
+    )
+
+
+def _sources() -> list[str]:
+    return [
+        "## Where the hyper-parameters come from",
+        "",
+        "| name | source |",
+        "| --- | --- |",
+        *(f"| `{name}` | {each.source} |" for name, each in METHODS.items()),
+    ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
