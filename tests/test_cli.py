@@ -189,6 +189,48 @@ def test_adapt_to_single_images_without_classes(place: Path, capsys: pytest.Capt
     assert [(row["file"], row["class"]) for row in rows] == [(str(image), "") for image in images]
 
 
+def write_choice(path: Path, pattern: str, steps: int = 5, affine: bool = True) -> Path:
+    """A file such as ``innerloop patterns`` writes."""
+    path.write_text(json.dumps({"pattern": pattern, "steps": steps, "batch_norm_affine": affine}))
+    return path
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_adapt_moves_the_blocks_of_a_pattern_alone(
+    place: Path, tmp_path: Path, affine: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice, out = write_choice(tmp_path / "pattern.json", "00011", 5, affine), tmp_path / "out"
+    arguments = [f"--support={place / 'few'}", "--query", str(place / "more"), f"--pattern={choice}", f"--out={out}"]
+    main(["adapt", str(place / "run"), *arguments])
+    named = "Blocks('00011')" if affine else "Blocks('00011', batch_norm=False)"
+    assert f"adapted to 4 classes, 12 images, in 5 steps of {named};" in capsys.readouterr().out
+    trained, adapted = load_file(place / "run" / "best.safetensors"), load_adapted(out)[0]
+    changed = {name for name, value in adapted.named_parameters() if not torch.equal(value, trained[f"model.{name}"])}
+    norm = {"block4.norm.weight", "block4.norm.bias"}
+    # a bias before batch norm has no gradient but rounding
+    assert changed - {"block4.conv.bias"} == {"block4.conv.weight", "head.weight", "head.bias"} | (
+        norm if affine else set()
+    )
+    notes = json.loads((out / "adapted.json").read_text())
+    assert (notes["adapts"], notes["adaptation_steps"]) == (named, 5)
+    main(["adapt", str(place / "run"), *arguments, "--test-steps=2"])
+    assert f"in 2 steps of {named};" in capsys.readouterr().out
+
+
+def test_a_pattern_without_the_head_wants_as_many_classes_as_in_training(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choice = write_choice(tmp_path / "pattern.json", "11110")
+    shutil.copytree(place / "few", tmp_path / "few")
+    arguments = [f"--support={tmp_path / 'few'}", f"--query={place / 'more' / 'class1'}", f"--pattern={choice}"]
+    arguments += [f"--out={tmp_path / 'out'}"]
+    error = refused(capsys, "adapt", str(place / "run"), *arguments)
+    assert "leaves the head alone, which is for 3 classes, not 4: give 3 classes, or a pattern that ends in 1" in error
+    shutil.rmtree(tmp_path / "few" / "class0")
+    main(["adapt", str(place / "run"), *arguments])
+    assert "adapted to 3 classes, 9 images, in 5 steps of Blocks('11110')" in capsys.readouterr().out
+
+
 def test_a_head_that_is_not_adapted_cannot_grow(place: Path, tmp_path: Path) -> None:
     data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
     main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *data, *TINY, *SHORT])
@@ -296,7 +338,7 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         (["train", "--config=nowhere.yaml"], "nowhere.yaml does not exist"),
         (["train", "--resume=nowhere"], "nowhere is no run folder"),
         (["train", "--resume={run}", "--inner-lr=1"], "--inner-lr cannot change when a run is continued, only steps,"),
-        (["train", "--resume={run}", "--out=other"], "leave --out and --config out"),
+        (["train", "--resume={run}", "--out=other"], "leave --out, --config and --method out"),
         (
             ["train", "--out={run}", "--dataset=sinusoid", "--model=mlp"],
             "already holds a run; continue it with --resume",
@@ -313,6 +355,11 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         (["adapt", "{run}", "--support={few}", "--query={broken}"], "cannot read the image"),
         (["adapt", "{run}", "--support={few}", "--query={images}"], "classes that --support has not: class10, class11"),
         (["adapt", "{run}", "--support={few}", "--query={more}", "--format=xml"], "choose one of csv, json"),
+        (
+            ["adapt", "{run}", "--support={few}", "--query={more}", "--pattern=nowhere"],
+            "innerloop patterns RUN writes it",
+        ),
+        (["adapt", "{run}", "--support={few}", "--query={more}", "--pattern={broken}"], "holds no pattern"),
         (["data", "glyph"], "did you mean 'glyphs'?"),
     ],
 )

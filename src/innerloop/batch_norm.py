@@ -83,6 +83,13 @@ def convert(model: nn.Module, mode: BatchNormMode) -> None:
             )
 
 
+def affine_names(model: nn.Module) -> set[str]:
+    """Names in ``model.named_parameters()`` of batch norm's scales and shifts, whether it is converted or not."""
+    layers = [module for module in model.modules() if isinstance(module, (TaskBatchNorm, _BatchNorm))]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
 def freeze(model: nn.Module) -> None:
     """Keep remaining batch-norm layers (those of mode ``frozen``) on their stored statistics."""
     for module in model.modules():

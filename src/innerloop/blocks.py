@@ -49,14 +49,15 @@ class Chain:
 
     def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._parts = [
+        self.parts = parts
+        self._named = [
             (part, {local: names[id(parameter)] for local, parameter in part.named_parameters()}) for part in parts
         ]
         self.names = parameter_names(model, parts)
 
     def __call__(self, tree: Tree, inputs: Tensor) -> Tensor:
         """Pass the inputs through the parts; parameters that the tree does not name keep their own values."""
-        for part, names in self._parts:
+        for part, names in self._named:
             values = {local: tree[name] for local, name in names.items() if name in tree}
             inputs = functional_call(part, values, (inputs,))
         return inputs

@@ -52,9 +52,12 @@ class Problem:
             ``(scalar, extra)`` instead; ``extra``, any tree of tensors, then comes back in the result.
         seed: where the inner loss draws random numbers (dropout), a seed for them: step ``k`` always draws from
             ``seed + k``, so that a step recomputed is the same step. None if the inner loss draws none.
+        moves: where not all parameters move in all inner steps, the names of those that do in step 0, 1, ...; the last
+            holds for all further steps. The others stand still in that step, and their part of the solver's state too.
     """
 
     start: Callable[[Tree], Tree]
     inner_loss: Callable[[Tree, Tree, Batch], Tensor]
     outer_loss: Callable[[Tree, Tree, Batch], Any]
     seed: int | None = None
+    moves: tuple[frozenset[str], ...] = ()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
 from innerloop.training.choices import check_name
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transductive", action="store_true", help="predict all queries together, so that batch norm sees all of them"
     )
+    parser.add_argument(
+        "--pattern", metavar="FILE", type=Path,
+        help="a pattern.json of innerloop patterns: move its blocks alone, in its number of steps",
+    )  # fmt: skip
     add_settings(parser, ("test_steps", "device", "threads"), run=True)
 
 
@@ -52,7 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         check_name("format", arguments.format, ("csv", "json"))
         check_name("invert", arguments.invert, ("auto", "yes", "no"))
-        settings = replace(read_run(arguments.run), **given_settings(arguments))
+        settings, blocks = read_run(arguments.run), None
+        if arguments.pattern is not None:
+            blocks, steps = read_choice(arguments.pattern)
+            settings = replace(settings, test_steps=steps)
+        settings = replace(settings, **given_settings(arguments))
         if settings.threads:
             torch.set_num_threads(settings.threads)
         support = class_folders(arguments.support)
@@ -71,6 +80,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"{arguments.run} was trained on {settings.dataset}, which has no images; adapt needs a run on images"
             )
+        if blocks is not None:
+            if blocks.rows[-1][-1] == "0" and trained["ways"] != len(names):
+                raise UsageError(
+                    f"{arguments.pattern} leaves the head alone, which is for {trained['ways']} classes, not "
+                    f"{len(names)}: give {trained['ways']} classes, or a pattern that ends in 1"
+                )
+            learner = with_pattern(learner, blocks)
         invert = inverts(settings, arguments.invert)
         files = [file for each in support.values() for file in each]
         inputs = read_images(files, trained["input_shape"], invert)
@@ -89,6 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         "invert": invert,
         "head": trained["head"],
         "adaptation_steps": learner.inner.adaptation_steps,
+        "adapts": repr(learner.adapts),
         "predictions": protocol,
         **provenance(),
     }
@@ -97,7 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
     (_write_csv if arguments.format == "csv" else _write_json)(predictions, query, names, probabilities.tolist())
 
     print(
-        f"adapted to {len(names)} classes, {len(files)} images, in {notes['adaptation_steps']} steps; {notes['head']}"
+        f"adapted to {len(names)} classes, {len(files)} images, in {notes['adaptation_steps']} steps of "
+        f"{notes['adapts']}; {notes['head']}"
     )
     print(f"predicted {len(query)} images ({protocol}): {predictions}")
     known = [

@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best-quality", action="store_true", help="choose the most accurate pattern instead of the fastest"
     )
+    parser.add_argument(
+        "--batch-norm-affine", metavar="BOOL", choices=("true", "false"), default="true",
+        help="batch norm's scale and shift move with their block (true, false) [true]",
+    )  # fmt: skip
     parser.add_argument("--inductive", action="store_true", help="predict each query without seeing the others")
     add_settings(parser, ("data", "device", "threads", "chunk_size"), run=True)
 
@@ -63,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
                 count=arguments.count,
                 repetitions=arguments.repetitions,
                 inductive=arguments.inductive,
+                batch_norm=arguments.batch_norm_affine == "true",
                 progress=lambda line: print(line, flush=True),
             )
     notes = {
@@ -72,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": arguments.count,
         "repetitions": arguments.repetitions,
         "predictions": "inductive" if arguments.inductive else "transductive",
-        "batch_norm_affine": "moves with its block",
+        "batch_norm_affine": arguments.batch_norm_affine == "true",
         "device": str(next(learner.parameters()).device),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,

@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from innerloop.adapts import Blocks
-from innerloop.blocks import Chain, blocks_of, parameter_names
-from innerloop.inner import InnerLoop
+from innerloop.batch_norm import affine_names
+from innerloop.blocks import blocks_of, parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
-from innerloop.problem import Problem, Task, Tree
+from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training.evaluation import Estimate
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
@@ -116,11 +117,15 @@ def patterns_for(movable: Sequence[bool]) -> list[str]:
     return sorted(masked, key=lambda row: (-row.count("1"), row))
 
 
-def movable_blocks(learner: MetaLearner) -> list[bool]:
+def movable_blocks(learner: MetaLearner, batch_norm: bool = True) -> list[bool]:
     """For each block of the learner's model whether it can move.
 
     A block cannot where all of it is frozen, nor where a learned rate is missing: rates exist only for what moved in
     training.
+
+    Args:
+        learner: any.
+        batch_norm: batch norm's scale and shift move with their block.
 
     Raises:
         ValueError: the model names no blocks, or fewer than two of them can move, so that there is nothing to choose.
@@ -132,6 +137,8 @@ def movable_blocks(learner: MetaLearner) -> list[bool]:
             "attribute `blocks` (its sub-modules in forward order)"
         )
     trainable = {name for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
+    if not batch_norm:
+        trainable -= affine_names(learner.model)
     names = [trainable.intersection(parameter_names(learner.model, block)) for block in blocks]
     movable = [bool(each) and (not learner.rates or each <= set(learner.adapted)) for each in names]
     if sum(movable) < 2:
@@ -145,83 +152,37 @@ def movable_blocks(learner: MetaLearner) -> list[bool]:
     return movable
 
 
-def with_pattern(learner: MetaLearner, pattern: str) -> MetaLearner:
+def with_pattern(learner: MetaLearner, blocks: Blocks, reuse_prefix: bool = True) -> MetaLearner:
     """A trained learner, in evaluation mode, in which only the blocks of a pattern move; it shares all weights.
+
+    Args:
+        learner: trained, its model a chain of blocks.
+        blocks: which of them move.
+        reuse_prefix: compute what lies below the lowest moving block once, not in every step.
 
     Raises:
         ValueError: the pattern does not fit the model, or lets something move for which no rate was learned.
     """
     found = MetaLearner(
         learner.model,
-        adapts=Blocks(pattern),
+        adapts=blocks,
         inner=learner.inner,
         # never trained, so the cheapest that takes the solver
         meta_gradient=FirstOrder() if learner.inner.differentiable else learner.meta_gradient,
         loss=learner.loss,
         batch_norm=learner.batch_norm,
         chunk_size=learner.chunk_size,
+        reuse_prefix=reuse_prefix,
     )
     if lacking := [name for name in found.rates if name not in learner.rates]:
         raise ValueError(
-            f"pattern {pattern} moves {lacking[0].replace('/', '.')}, for which training has learned no rate: choose a "
+            f"{blocks!r} moves {lacking[0].replace('/', '.')}, for which training has learned no rate: choose a "
             "pattern within what moved in training, or train with rates that are not learned"
         )
     trained = dict(learner.named_parameters())
     for name, parameter in found.named_parameters():
         parameter.data = trained[name].data
     return found.eval()
-
-
-def adaptation(learner: MetaLearner, steps: int, reuse_prefix: bool = True) -> Callable[[Tensor, Tensor], Tree]:
-    """The inner loop of ``learner.adapt`` alone: no query pass and no copy of the model.
-
-    Gradients are taken by plain autograd of the parameters that move alone, without ``create_graph``, so neither weight
-    gradients of frozen blocks, nor anything below the lowest moving block, nor a graph of the backward pass is made.
-
-    Args:
-        learner: in evaluation mode, its model a chain of blocks.
-        steps: inner steps.
-        reuse_prefix: compute what lies below the lowest moving block once, not in every step.
-
-    Returns:
-        From support inputs ``[examples, ...]`` and targets ``[examples]``, on the learner's device, to the parameters
-        that moved, by name.
-    """
-    blocks = blocks_of(learner.model) or []
-    moving = set(learner.adapted)
-    lowest = next(place for place, block in enumerate(blocks) if moving & set(parameter_names(learner.model, block)))
-    cut = lowest if reuse_prefix else 0
-    below, above = (
-        Chain(learner.model, [part for block in some for part in block]) for some in (blocks[:cut], blocks[cut:])
-    )
-    tree = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
-    start = {name: tree[name] for name in learner.adapted}
-    rates = {name.replace("/", "."): rate.detach() for name, rate in learner.rates.items()}
-
-    def loss(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return learner.loss(above({**meta, **params}, batch[0]), batch[1])
-
-    problem = Problem(lambda _: start, loss, loss)
-
-    def run(inputs: Tensor, targets: Tensor) -> Tree:
-        if not steps:
-            return start
-        with torch.no_grad():
-            support = below(tree, inputs), targets
-            return _FirstOrderLoop(problem, tree, support, learner.inner, rates, start).run(steps)
-
-    return run
-
-
-class _FirstOrderLoop(InnerLoop):
-    """An inner loop whose gradients cannot be differentiated again; ``torch.func.grad`` always prepares for that."""
-
-    def gradient(self, step: int, params: Tree) -> tuple[Tree, Tensor]:
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-        with torch.enable_grad():
-            loss = self.problem.inner_loss(leaves, self.meta, self.support)
-        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
 def multiply_adds(model: nn.Module, inputs: Tensor) -> list[int]:
@@ -349,6 +310,7 @@ def study(
     count: int = 600,
     repetitions: int = 100,
     inductive: bool = False,
+    batch_norm: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Section]:
     """Judge and time every pattern on a trained learner, which stays as it is.
@@ -364,6 +326,7 @@ def study(
         count: validation tasks, and test tasks.
         repetitions: adaptations timed for each pattern.
         inductive: predict each query without seeing the others, as ``innerloop adapt`` does unless told otherwise.
+        batch_norm: batch norm's scale and shift move with their block; False leaves them out in every pattern.
         progress: called with a line for each pattern done.
 
     Returns:
@@ -389,10 +352,10 @@ def study(
         batches = (tasks.batch(split, start, min(BATCH, count - start)) for start in range(0, count, BATCH))
         return torch.cat([_accuracy(learner, batch, steps, inductive) for batch in batches])
 
-    patterns = patterns_for(movable_blocks(learner))
+    patterns = patterns_for(movable_blocks(learner, batch_norm))
     # the last pattern moves nothing: it is no step, of whatever could move
-    patterned = [with_pattern(learner, pattern) for pattern in patterns[:-1]]
-    patterned.append(patterned[0])
+    moving = [Blocks(pattern, batch_norm) for pattern in (*patterns[:-1], patterns[0])]
+    patterned, plain = ([with_pattern(learner, blocks, reuse) for blocks in moving] for reuse in (True, False))
 
     sections = []
     for number in steps:
@@ -402,9 +365,9 @@ def study(
             values.append(accuracies(each, "validation", some))
             progress(f"{number} steps  pattern {index + 1}/{len(patterns)}  {patterns[index]}")
         runs = [
-            adaptation(each, some, reuse)
-            for reuse in (False, True)
-            for each, some in zip(patterned, taken, strict=True)
+            partial(each.adapted_parameters, steps=some)
+            for learners in (plain, patterned)
+            for each, some in zip(learners, taken, strict=True)
         ]
         times = times_of(runs, supports, repetitions)
         rows = [
@@ -415,10 +378,10 @@ def study(
                 difference=Estimate.of(found - values[0]),
                 cost=predicted_cost(forward, pattern, number, reuse_prefix=False),
                 cost_reusing=predicted_cost(forward, pattern, number, reuse_prefix=True),
-                time=plain,
+                time=computing,
                 time_reusing=reusing,
             )
-            for pattern, each, some, found, plain, reusing in zip(
+            for pattern, each, some, found, computing, reusing in zip(
                 patterns, patterned, taken, values, times[: len(patterns)], times[len(patterns) :], strict=True
             )
         ]
@@ -448,7 +411,7 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
         folder: of the run.
         sections: as `study` returns them.
         steps: the learner's own adaptation steps, with which the choice is to be used.
-        notes: how they were measured; ``tolerance`` among them.
+        notes: how they were measured; ``tolerance`` and ``batch_norm_affine``, a boolean, among them.
 
     Returns:
         The section whose choice was written.
@@ -467,7 +430,7 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
     return section
 
 
-def read_choice(path: Path) -> tuple[str, int]:
+def read_choice(path: Path) -> tuple[Blocks, int]:
     """The pattern and the number of adaptation steps of a ``pattern.json``.
 
     Raises:
@@ -478,7 +441,9 @@ def read_choice(path: Path) -> tuple[str, int]:
         raise FileNotFoundError(f"{path} does not exist; innerloop patterns RUN writes it into the run folder")
     try:
         choice = json.loads(path.read_text(encoding="utf-8"))
-        return Blocks(str(choice["pattern"])).pattern, int(choice["steps"])
+        if not isinstance(choice["batch_norm_affine"], bool):
+            raise ValueError(f"batch_norm_affine is {choice['batch_norm_affine']!r}, not true or false")
+        return Blocks(str(choice["pattern"]), choice["batch_norm_affine"]), int(choice["steps"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no pattern ({error}); write it anew with innerloop patterns RUN") from error
 
