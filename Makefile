@@ -1,11 +1,13 @@
-# `make train` and `make test` are the two commands; both first make .venv, once.
+# `make train` and `make test` are the two commands, `make experiments-quick` the third; all first make .venv, once.
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup train test clean
+EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step
+
+.PHONY: setup train test experiments-quick clean
 
 setup: .venv/.installed
 
@@ -19,6 +21,10 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The claims of the five papers, each in the direction that it has on a small task.
+experiments-quick: setup
+	set -e; for each in $(EXPERIMENTS); do OMP_NUM_THREADS=1 $(BIN)/python experiments/$$each/run.py --quick; done
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
