@@ -1,41 +1,83 @@
-"""Peak memory and time of one meta-step against the number of inner steps, each measured in a process of its own.
+"""Peak memory and time of one meta-step, each cell measured in a process of its own.
 
     python benchmarks/memory.py                     # the committed figures: CPU, 1 to 100 inner steps
     python benchmarks/memory.py --device cuda --steps 1 5 20
+    python benchmarks/memory.py --quick --out FOLDER    # small, and all in one process
 
-Writes memory-<device>.json, .md and .png beside this file. Peak memory is what the process gains over the loaded
-model and
-data: the resident high-water mark on the CPU, the allocator's on a GPU.
+Three tables: against the inner steps for every method, and at 20 inner steps against the iterations of conjugate
+gradient and against the window. Writes memory-<device>.json, .md and .png beside this file. Peak memory is what a
+meta-step gains over the loaded model and data: resident memory of the process on the CPU, the allocator's on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
 import innerloop as il
+from innerloop.studies.measure import peak_memory, quiet_environment, time_of
 
-LR = 0.1
-ESTIMATORS: dict[str, Callable[[], il.meta_gradient.MetaGradient]] = {
-    "first-order": il.FirstOrder,
-    "unrolled": il.Unrolled,
-    "unrolled, snapshots thinned": lambda: il.Unrolled(keep_every="sqrt"),
-    "truncated:1": lambda: il.Truncated(1),
+LR, PROXIMAL, L2 = 0.1, 2.0, 0.05
+AUTOGRAD = "autograd"  # rows that begin so go back through the recorded inner loop, without the library
+
+# What each row hands to MetaLearner, by the iterations of conjugate gradient and the window size.
+ROWS: dict[str, Any] = {
+    "first-order": lambda cg, window: {"meta_gradient": il.FirstOrder()},
+    "reptile": lambda cg, window: {"meta_gradient": il.Reptile()},
+    "unrolled": lambda cg, window: {"meta_gradient": il.Unrolled()},
+    "unrolled, snapshots thinned": lambda cg, window: {"meta_gradient": il.Unrolled(keep_every="sqrt")},
+    "truncated:1": lambda cg, window: {"meta_gradient": il.Truncated(1)},
+    "mixed:1=0.2,3=0.3,5=0.5": lambda cg, window: {"meta_gradient": il.Mixed((1, 3, 5), (0.2, 0.3, 0.5))},
+    "binomial:2": lambda cg, window: {"meta_gradient": il.Binomial(2)},
+    "window, frozen": lambda cg, window: {"meta_gradient": il.Window(window)},
+    "window, true forward": lambda cg, window: {"meta_gradient": il.Window(window, "true_forward")},
+    "implicit": lambda cg, window: {"meta_gradient": il.Implicit(PROXIMAL, il.CG(cg))},
+    "memory-reduced": lambda cg, window: {"adapts": il.Head(), "meta_gradient": il.MemoryReduced(il.CG(cg), L2)},
+    "ANIL, features once": lambda cg, window: {"adapts": il.Head()},
+    "ANIL, features every step": lambda cg, window: {"adapts": il.Head(), "reuse_prefix": False},
+    "autograd": lambda cg, window: {},
+    "autograd, ANIL, features once": lambda cg, window: {"adapts": il.Head()},
+    "autograd, ANIL, features every step": lambda cg, window: {"adapts": il.Head(), "reuse_prefix": False},
 }
-METHODS = (*ESTIMATORS, "autograd through the loop")
+CG, WINDOW = 5, 5  # where they do not vary
+SOLVING, WINDOWED = ("implicit", "memory-reduced"), ("window, frozen", "window, true forward")
+
+
+class Cell(NamedTuple):
+    """One measurement: a row of a table, and what varies."""
+
+    row: str
+    steps: int
+    cg: int = CG
+    window: int = WINDOW
+
+
+class Table(NamedTuple):
+    """A row a method, a column a value of what varies."""
+
+    title: str
+    varies: str
+    cells: dict[str, dict[int, Cell]]
+
+
+def tables(args: argparse.Namespace) -> list[Table]:
+    """What is to be measured."""
+    iterations = {row: {n: Cell(row, args.fixed_steps, cg=n) for n in args.iterations} for row in SOLVING}
+    windows = {row: {n: Cell(row, args.fixed_steps, window=n) for n in args.windows} for row in WINDOWED}
+    return [
+        Table("Inner steps", "inner steps", {row: {n: Cell(row, n) for n in args.steps} for row in args.methods}),
+        Table("Iterations of conjugate gradient", "iterations", iterations),
+        Table("Steps in a window", "window", windows),
+    ]
 
 
 def batch(tasks: int, shots: int, device: str) -> il.Task:
@@ -49,71 +91,81 @@ def batch(tasks: int, shots: int, device: str) -> il.Task:
     return il.Task(part(shots), part(5)).to(device)
 
 
-def autograd_step(learner: il.MetaLearner, tasks: il.Task, steps: int) -> None:
-    """The same meta-gradient by back-propagation through the recorded inner loop, task after task."""
-    model = learner.model
-    count = len(tasks.support[1])
+def build(cell: Cell, filters: int, chunk: int, device: str) -> il.MetaLearner:
+    """The learner of a cell."""
+    torch.manual_seed(0)
+    model = il.models.Conv4(in_channels=1, ways=5, filters=filters)
+    inner = il.SGD(lr=LR, steps=cell.steps)
+    return il.MetaLearner(model, inner=inner, chunk_size=chunk, **ROWS[cell.row](cell.cg, cell.window)).to(device)
+
+
+def autograd_step(learner: il.MetaLearner, tasks: il.Task, features_once: bool) -> None:
+    """The exact meta-gradient by back-propagation through the recorded inner loop, task after task."""
+    model, count = learner.model, len(tasks.support[1])
+    body, head = model[:-1], model[-1]
+    prefix = list(model.named_children())[-1][0] + "."
     for task in range(count):
         (inputs, targets), (query, wanted) = ((x[task], y[task]) for x, y in tasks)
-        params = dict(model.named_parameters())
-        for _ in range(steps):
-            loss = F.cross_entropy(functional_call(model, params, (inputs,)), targets)
+        params = {name: model.get_parameter(name) for name in learner.adapted}
+        features = body(inputs) if features_once else inputs
+        for _ in range(learner.inner.steps):
+            if features_once:
+                own = {name.removeprefix(prefix): value for name, value in params.items()}
+                loss = F.cross_entropy(functional_call(head, own, (features,)), targets)
+            else:
+                loss = F.cross_entropy(functional_call(model, params, (inputs,)), targets)
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
         (F.cross_entropy(functional_call(model, params, (query,)), wanted) / count).backward()
 
 
-def measure(method: str, steps: int, args: argparse.Namespace) -> dict[str, float]:
+def measure(cell: Cell, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory in MiB above the start, and median seconds, of one meta-step in this process."""
-    torch.manual_seed(0)
-    model = il.models.Conv4(in_channels=1, ways=5, filters=args.filters)
-    estimator = ESTIMATORS.get(method, il.Unrolled)()
-    learner = il.MetaLearner(model, inner=il.SGD(lr=LR, steps=steps), meta_gradient=estimator, chunk_size=args.chunk)
-    learner.to(args.device)
+    learner = build(cell, args.filters, args.chunk, args.device)
     tasks = batch(args.tasks, args.shots, args.device)
 
-    def meta_step() -> None:
-        if method in ESTIMATORS:
-            learner.meta_step(tasks)
+    def meta_step(learner: il.MetaLearner, tasks: il.Task) -> None:
+        if cell.row.startswith(AUTOGRAD):
+            autograd_step(learner, tasks, cell.row.endswith("once"))
         else:
-            autograd_step(learner, tasks, steps)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+            learner.meta_step(tasks)
 
     # Libraries load their kernels on first use; that is not the meta-step's memory.
-    small = il.MetaLearner(il.models.Conv4(in_channels=1, ways=5, filters=2), inner=il.SGD(lr=LR, steps=1)).to(
-        args.device
-    )
-    small.meta_step(batch(1, 1, args.device))
-    before = peak(args.device)
-    meta_step()
-    gained = peak(args.device) - before
-    norm = sum(float(p.grad.square().sum()) for p in learner.parameters()) ** 0.5
-    seconds = []
-    for _ in range(args.repeats):
-        begin = time.perf_counter()
-        meta_step()
-        seconds.append(time.perf_counter() - begin)
-    return {"mib": gained / 2**20, "seconds": statistics.median(seconds), "gradient_norm": norm}
+    meta_step(build(cell._replace(steps=2), 2, 1, args.device), batch(1, 1, args.device))
+    gained = peak_memory(lambda: meta_step(learner, tasks), args.device)
+    norm = sum(float(p.grad.square().sum()) for p in learner.parameters() if p.grad is not None) ** 0.5
+    found = {"mib": gained / 2**20, "gradient_norm": norm}
+    if args.repeats:
+        found["seconds"] = time_of(lambda: meta_step(learner, tasks), args.repeats, args.device).median
+    return found
 
 
-def peak(device: str) -> int:
-    """High-water mark in bytes."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def in_fresh_process(method: str, steps: int) -> dict[str, float]:
-    """Run this file again for one row, where freed memory goes back to the system at once and the mark is honest."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", method, str(steps)]
-    quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
+def in_fresh_process(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Run this file again for some cells."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", json.dumps(cells)]
+    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
     if done.returncode:
-        return {
-            "failed": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit {done.returncode}"
-        }
+        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]
+        return [{"failed": reason}] * len(cells)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def activations(args: argparse.Namespace) -> float:
+    """MiB that autograd keeps of one pass of a support set through the body."""
+    model = il.models.Conv4(in_channels=1, ways=5, filters=args.filters)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model[:-1](batch(1, args.shots, "cpu").support[0][0])
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del out
+    return sum(kept.values()) / 2**20
 
 
 def commit() -> str:
@@ -124,55 +176,94 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def table(results: dict, steps: list[int], key: str, form: str) -> str:
-    """A Markdown table of one figure."""
-    lines = ["| inner steps | " + " | ".join(map(str, steps)) + " |", "| --- " * (len(steps) + 1) + "|"]
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def markdown(varies: str, results: Results, key: str, form: str) -> str:
+    """A table of one figure."""
+    columns = list(next(iter(results.values())))
+    lines = [f"| {varies} | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for method, row in results.items():
-        cells = [format(row[str(s)][key], form) if key in row[str(s)] else "failed" for s in steps]
+        cells = [format(row[n][key], form) if key in row[n] else "failed" for n in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(results: dict, steps: list[int], path: Path) -> None:
+def growth(varies: str, results: Results) -> str:
+    """How much memory each row gains from its first column to its last, in words."""
+    lines = []
+    for method, row in results.items():
+        found = [(int(n), cell["mib"]) for n, cell in row.items() if "mib" in cell]
+        if len(found) > 1:
+            (first, low), (last, high) = found[0], found[-1]
+            slope = (high - low) / (last - first)
+            each = f"{slope:.2f} MiB" if abs(slope) >= 0.1 else f"{1024 * slope:.0f} KiB"
+            lines.append(f"* {method}: {high - low:+.1f} MiB from {varies} {first} to {last}, {each} each")
+    return "\n".join(lines)
+
+
+def draw(results: Results, path: Path) -> None:
     """Memory against steps, one line a method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for method, row in results.items():
-        shown = [s for s in steps if "mib" in row[str(s)]]
-        axes.plot(shown, [row[str(s)]["mib"] for s in shown], "o-", label=method)
+    figure, axes = plt.subplots(figsize=(7.2, 5.6), layout="constrained")
+    for number, (method, row) in enumerate(results.items()):
+        shown = [(int(n), cell["mib"]) for n, cell in row.items() if "mib" in cell]
+        style = "--" if method.startswith(AUTOGRAD) else "-"
+        axes.plot(*zip(*shown, strict=True), style, marker="osv^D"[number // 4], color=f"C{number % 10}", label=method)
     axes.set(xlabel="inner steps", ylabel="peak memory of a meta-step, MiB", yscale="log")
     axes.grid(alpha=0.3)
-    figure.legend(frameon=False, loc="outside upper center", ncols=3)
+    figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def main() -> None:
-    """Measure every row and write the result files."""
+def parse() -> argparse.Namespace:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 5, 20, 50, 100])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--iterations", type=int, nargs="+", default=[1, 5, 20, 80], help="of conjugate gradient")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 5, 10, 20])
+    parser.add_argument("--fixed-steps", type=int, default=20, help="inner steps where something else varies")
     parser.add_argument("--tasks", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=1, help="tasks computed at once")
     parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--filters", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=1, help="meta-steps timed after the measured one")
+    parser.add_argument("--repeats", type=int, default=3, help="meta-steps timed, 2 or more; 0 for none")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="few steps, 8 filters, no times, all in one process")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.iterations, args.windows, args.fixed_steps = [1, 6, 11], [1, 20], [1, 5], 5
+        args.filters, args.shots, args.repeats = 8, 5, 0
+    return args
+
+
+def main() -> None:
+    """Measure every row and write the result files."""
+    args = parse()
     if args.only:
-        print(json.dumps(measure(args.only[0], int(args.only[1]), args)))
+        print(json.dumps([measure(Cell(*cell), args) for cell in json.loads(args.only)]))
         return
 
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for method in args.methods:
-        for steps in args.steps:
-            results.setdefault(method, {})[str(steps)] = in_fresh_process(method, steps)
-            print(method, steps, results[method][str(steps)], flush=True)
+    asked = tables(args)
+    cells = list(dict.fromkeys(cell for table in asked for row in table.cells.values() for cell in row.values()))
+    found: dict[Cell, dict[str, Any]] = {}
+    for group in [cells] if args.quick else [[cell] for cell in cells]:
+        found.update(zip(group, in_fresh_process(group), strict=True))
+        for cell in group:
+            print(*cell, found[cell], flush=True)
+    results: dict[str, Results] = {
+        table.title: {row: {str(n): found[cell] for n, cell in cells.items()} for row, cells in table.cells.items()}
+        for table in asked
+    }
+
     accelerator = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     record = {
         "command": "python benchmarks/memory.py " + " ".join(sys.argv[1:]),
@@ -180,27 +271,32 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
         "setting": f"Conv4, {args.filters} filters, 28x28, 5-way {args.shots}-shot, 5 queries a class, "
-        f"{args.tasks} tasks, {args.chunk} at once, SGD inside, float32",
+        f"{args.tasks} tasks, {args.chunk} at once, SGD inside, float32; where they do not vary, "
+        f"{args.fixed_steps} inner steps, {CG} iterations of conjugate gradient, windows of {WINDOW}",
+        "support_activations_mib": activations(args),
         "results": results,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"memory-{args.device}"
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    text = f"""# Memory of one meta-step against inner steps
+    text = f"""# Memory of one meta-step
 
-{record["setting"]}. Peak memory above the loaded model, MiB, each cell a fresh process:
-
-{table(results, args.steps, "mib", ".0f")}
-
-Seconds of one meta-step:
-
-{table(results, args.steps, "seconds", ".2f")}
-
+{record["setting"]}. Peak memory above the loaded model in MiB.
+Autograd keeps {record["support_activations_mib"]:.2f} MiB of activations of one pass of a support set through the body.
+"""
+    for table in asked:
+        name = table.varies
+        text += f"\n## {table.title}\n\n{markdown(name, results[table.title], 'mib', '.1f')}\n\n"
+        text += growth(name, results[table.title]) + "\n"
+    if args.repeats:
+        seconds = markdown("inner steps", results["Inner steps"], "seconds", ".2f")
+        text += f"\n## Seconds of one meta-step\n\n{seconds}\n"
+    text += f"""
 Made by `{record["command"].strip()}` at commit {record["commit"]}, Python {platform.python_version()}, torch
 {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, accelerator: {accelerator}.
 """
     stem.with_suffix(".md").write_text(text)
-    draw(results, args.steps, stem.with_suffix(".png"))
+    draw(results["Inner steps"], stem.with_suffix(".png"))
     print(text)
 
 

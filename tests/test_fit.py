@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import innerloop as il
+from innerloop.meta_gradient import Mixed
 from innerloop.tasks import Episodes, ImageSet
 from innerloop.training import Diverged, Fitted, evaluate, fit
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
+from innerloop.training.choices import META_GRADIENT, make
 from innerloop.training.fit import multi_step_weights
 from innerloop.training.logs import Record, read_records
 
@@ -114,6 +116,41 @@ def test_a_killed_run_resumes_bit_for_bit(tasks: Episodes, tmp_path: Path, outer
     first, second = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "killed"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_killed_run_keeps_its_warm_starts(tasks: Episodes, tmp_path: Path) -> None:
+    def session(folder: Path, warm_start: str, stop: int | None = None) -> il.MetaLearner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.ReLU(), nn.Linear(12, 3))
+        estimator = make("meta-gradient", META_GRADIENT, f"memory-reduced:0.1,2,warm_start={warm_start}")
+        learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.3, steps=1), estimator)
+
+        def kill(record: Record) -> None:
+            if record["step"] == stop:
+                raise Killed
+
+        options: dict[str, Any] = dict(steps=8, tasks_per_batch=3, validate_every=3, validation_tasks=2, progress=False)
+        fit(learner, tasks, folder=folder, resume=True, log=kill, **options)
+        return learner
+
+    with pytest.raises(Killed):
+        session(tmp_path / "killed", "slot", 5)
+    session(tmp_path / "killed", "slot")
+    session(tmp_path / "whole", "slot")
+    session(tmp_path / "cold", "none")
+    killed, whole, cold = (load_file(tmp_path / name / "last.safetensors") for name in ("killed", "whole", "cold"))
+    assert killed.keys() == whole.keys() > cold.keys()
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    body = "learner/model.1.weight"
+    assert not torch.equal(whole[body], cold[body])
+    assert "warm_starts/0/2/solution/3.weight" in whole
+
+    states = load_checkpoint(tmp_path / "killed" / "last.safetensors")
+    states["warm_starts"][1] = states["warm_starts"][0]
+    states["progress"]["step"] = 7
+    save_checkpoint(tmp_path / "killed" / "last.safetensors", states)
+    with pytest.raises(ValueError, match="holds the warm starts of 2 processes, not 1; resume it with as many"):
+        session(tmp_path / "killed", "slot")
 
 
 def test_evaluation_is_without_dropout_and_leaves_the_modes(tasks: Episodes) -> None:
@@ -285,3 +322,26 @@ def test_metrics_are_json_lines_and_tensorboard(tasks: Episodes, tmp_path: Path)
     assert [event.step for event in events.Scalars("validation/accuracy")] == [5, 10]
     (last,) = events.Scalars("train/loss")
     assert last.value == pytest.approx([record["loss"] for record in records if record["kind"] == "train"][-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memory-reduced:warm_start=task", "those of a training stream never do: choose slot or none"),
+        ("memory-reduced:warm_start=always", "choose 'none', 'slot' or 'task'"),
+        ("mixed", "^mixed takes horizon=weight, as in mixed:1=0.2,5=0.8, not ''$"),
+        ("mixed:1,5", "not '1,5'$"),
+        ("mixed:1=half,5=0.5", "not '1=half,5=0.5'$"),
+        ("mixed:1=0.2,5=0.2", "their sum 1"),
+    ],
+)
+def test_estimators_that_cannot_be_typed(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("meta-gradient", META_GRADIENT, text)
+
+
+def test_estimators_that_can_be_typed() -> None:
+    assert make("meta-gradient", META_GRADIENT, "mixed:1=0.2,3=0.3, 5=0.5") == Mixed((1, 3, 5), (0.2, 0.3, 0.5))
+    assert make("meta-gradient", META_GRADIENT, "memory-reduced:0.1,warm_start=slot") == il.MemoryReduced(
+        l2=0.1, warm_start="slot"
+    )

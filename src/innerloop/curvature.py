@@ -16,6 +16,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from innerloop.problem import Batch, Problem, Tree
 
 _without_forward_mode: weakref.WeakSet[Callable[..., Tensor]] = weakref.WeakSet()
+_observer: ContextVar[Callable[[int, Tree, tuple[Tree, Tree]], None] | None] = ContextVar("observer", default=None)
 
 
 def gradient(problem: Problem, params: Tree, meta: Tree, support: Batch, step: int = 0) -> tuple[Tree, Tensor]:
@@ -62,6 +64,26 @@ def curvature(
     Returns:
         ``H w``, a tree like ``params``, and ``B w``, a tree like ``meta``.
     """
+    products = _products(problem, params, meta, support, direction, step)
+    observe = _observer.get()
+    if observe is not None:
+        observe(step, direction, products)
+    return products
+
+
+@contextlib.contextmanager
+def observed(observe: Callable[[int, Tree, tuple[Tree, Tree]], None]) -> Iterator[None]:
+    """Within the block, call ``observe(step, direction, products)`` after every `curvature`, also inside vmap."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _products(
+    problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int
+) -> tuple[Tree, Tree]:
     if problem.inner_loss not in _without_forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
@@ -70,7 +92,7 @@ def curvature(
                 raise
             # The loss could be differentiated once, so forward mode is what it lacks.
             reason = str(error).splitlines()[0]
-            warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=2)
+            warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=3)
             _without_forward_mode.add(problem.inner_loss)
     return _reverse_over_reverse(problem, params, meta, support, direction, step)
 

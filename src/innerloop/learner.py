@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from innerloop.adapts import Adapts, Everything
+from innerloop.adapts import Adapts, Blocks, Everything
 from innerloop.batch_norm import BatchNormMode, convert, freeze, statistics_from_first, to_torch
 from innerloop.blocks import Chain, blocks_of, parameter_names
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import SGD, InnerSolver, bind
-from innerloop.meta_gradient import MemoryReduced, MetaGradient, Unrolled, WarmStarts
+from innerloop.meta_gradient import MemoryReduced, MetaGradient, Result, Unrolled, WarmStarts
+from innerloop.meta_gradient.failures import fault
+from innerloop.meta_gradient.hypergradient import refuse_moves
 from innerloop.problem import Batch, Problem, Task, Tree
 
 Out = TypeVar("Out")
@@ -68,6 +70,9 @@ class MetaLearner(nn.Module):
     Batch norm takes the statistics of the batch at hand (``batch_norm="batch"``, the papers' way): the support set's
     in the inner loop, those of all queries together for the outer loss.
 
+    With ``MemoryReduced(warm_start=...)``, ``warm_starts`` holds where tasks were left; it is no part of the learner's
+    ``state_dict()``, and has its own ``state_dict()`` and ``load_state_dict()``. `innerloop.fit` keeps both.
+
     Args:
         model: any module that maps a batch of inputs to outputs.
         adapts: which parameters move in the inner loop.
@@ -115,9 +120,13 @@ class MetaLearner(nn.Module):
         self.adapted = tuple(name for name in trainable if name in selected)
         if not self.adapted:
             raise ValueError(f"{self.adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
-        self.inner = self.meta_gradient.prepare(
-            inner if inner is not None else SGD(lr=0.1, steps=5), partial=len(self.adapted) < len(trainable)
-        )
+        moves = self.adapts.moves(self.model) if isinstance(self.adapts, Blocks) else ()
+        moves = tuple(row.intersection(self.adapted) for row in moves)
+        if not all(moves):
+            raise ValueError(f"{self.adapts!r} has a row of frozen parameters alone: unfreeze some, or leave it out")
+        inner = inner if inner is not None else SGD(lr=0.1, steps=5)
+        refuse_moves(self.meta_gradient, inner, moves)
+        self.inner = self.meta_gradient.prepare(inner, partial=len(self.adapted) < len(trainable))
 
         rates = self.inner.learned({name: self.model.get_parameter(name).detach() for name in self.adapted})
         # torch allows no dot in a parameter's own name
@@ -132,9 +141,9 @@ class MetaLearner(nn.Module):
         estimator = self.meta_gradient
         resumes = isinstance(estimator, MemoryReduced) and estimator.warm_start != "none"
         self._resumes = cast(MemoryReduced, estimator) if resumes else None
-        self._warm = WarmStarts()
+        self.warm_starts = WarmStarts()
         self._problems = {
-            transductive: Problem(self._start, self._inner_loss, outer_loss)
+            transductive: Problem(self._start, self._inner_loss, outer_loss, moves=moves)
             for transductive, outer_loss in ((True, self._transductive_outer_loss), (False, self._inductive_outer_loss))
         }
 
@@ -154,28 +163,21 @@ class MetaLearner(nn.Module):
                 under its name begins where it was left.
 
         Returns:
-            Query loss, accuracy and diagnostics, averaged over the tasks.
+            Query loss, accuracy and diagnostics, averaged over the tasks. Where they or the gradient are not finite,
+            `diagnose` tells why.
 
         Raises:
             ValueError: the batch is not a batch of tasks, or its ``task_ids`` are missing or of another number.
         """
         batch = self._checked(batch)
         meta, learned = self._meta(), self._learned()
-        transductive = self.batch_norm != "task"
         keys, begin = self._begin(len(batch.support[1]), task_ids, meta)
 
         def task_gradient(inputs: tuple[Task, Any], seed: int | None) -> Any:
-            left: Any
-            (task, begin), left = inputs, ()
-            problem, reduced, reduced_task, carry = self._reduce(task, meta, transductive, seed, differentiate=True)
-            if self._resumes is not None:
-                result, left = self._resumes.resume(problem, reduced, reduced_task, self.inner, begin)
-            else:
-                arguments = problem, reduced, reduced_task, self.inner, learned, step_weights
-                result = self.meta_gradient.estimate(*arguments)
-            grad = result.grad if carry is None else carry(result.grad)
+            task, begin = inputs
+            result, left = self._estimate(task, begin, meta, learned, step_weights, seed)
             accuracy = _accuracy(result.extra, task)
-            return (grad, result.learned_grad, result.loss, accuracy, result.diagnostics), left
+            return (result.grad, result.learned_grad, result.loss, accuracy, result.diagnostics), left
 
         total: Any = None
         ends: list[Any] = []
@@ -184,7 +186,7 @@ class MetaLearner(nn.Module):
                 mean = torch.utils._pytree.tree_map(lambda value, share=share: share * value.mean(0), out)
                 total = mean if total is None else torch.utils._pytree.tree_map(torch.add, total, mean)
                 ends.append(left)
-        self._warm.store(keys, torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *ends))
+        self.warm_starts.store(keys, torch.utils._pytree.tree_map(lambda *parts: torch.cat(parts), *ends))
         grad, learned_grad, loss, accuracy, diagnostics = total
         for name, value in grad.items():
             if self._learns_start or name not in self.adapted:
@@ -192,6 +194,48 @@ class MetaLearner(nn.Module):
         for name, value in learned_grad.items():
             _accumulate(self.rates[name.replace(".", "/")], value)
         return Metrics(loss, accuracy[0] if accuracy else None, diagnostics)
+
+    def diagnose(
+        self,
+        batch: Task,
+        step_weights: Sequence[float] | None = None,
+        task_ids: Sequence[Hashable] | None = None,
+    ) -> str | None:
+        """Why the meta-gradient of a batch is not finite: the first task at fault, and what in it is the first.
+
+        Call it where `meta_step` gave such a loss or gradient, with the same arguments. It computes the meta-gradient
+        again, task by task, and changes nothing.
+
+        Returns:
+            A clause; None where every task is finite by itself. So it can be if what went wrong was drawn at random
+            (dropout), or was in ``.grad`` before.
+
+        Raises:
+            ValueError: as in ``meta_step``.
+        """
+        for name, parameter in self.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the learner's own {name} is not finite: go back to weights that are"
+        batch = self._checked(batch)
+        meta, learned = self._meta(), self._learned()
+        tasks = len(batch.support[1])
+        _, begin = self._begin(tasks, task_ids, meta)
+        found: dict[int, str] = {}
+        with torch.no_grad(), second_order_kernels(self._recurrent):
+            for place in range(tasks):
+                one = torch.utils._pytree.tree_map(lambda value, place=place: value[place], (batch, begin))
+
+                def estimate(task: Task = one[0], start: Any = one[1]) -> Result:
+                    return self._estimate(task, start, meta, learned, step_weights, self._seed())[0]
+
+                if reason := fault(estimate, one[0], self.inner.steps):
+                    found[place] = reason
+        if not found:
+            return None
+        place, reason = next(iter(found.items()))
+        name = "" if task_ids is None else f" ({task_ids[place]!r})"
+        others = f"; of {tasks} tasks {len(found)} fail" if len(found) > 1 else ""
+        return f"in task {place} of the batch{name} {reason}{others}"
 
     def evaluate(
         self, batch: Task, steps: int | None = None, inductive: bool = False, curve: bool = False
@@ -259,17 +303,8 @@ class MetaLearner(nn.Module):
         Raises:
             ValueError: inputs and targets of different lengths, or ``steps`` negative.
         """
-        steps = self._steps(steps)
-        if len(inputs) != len(targets):
-            raise ValueError(
-                f"adapt() was given {len(inputs)} inputs and {len(targets)} targets: give one target an input"
-            )
-        place = next(self.model.parameters())
-        task = Task((inputs, targets), (inputs[:0], targets[:0])).to(place.device, place.dtype)
-        task = task._replace(query=task.support)  # there are no queries; see _reduce
+        changed = self.adapted_parameters(inputs, targets, steps)
         with torch.no_grad(), second_order_kernels(self._recurrent):
-            problem, meta, task, _ = self._reduce(task, self._meta(), True, self._seed(), differentiate=False)
-            changed = bind(problem, meta, task.support, self.inner, self._learned()).run(steps)
 
             def shared(parameter: Tensor) -> nn.Parameter:
                 return nn.Parameter(parameter.detach(), requires_grad=False)
@@ -278,8 +313,30 @@ class MetaLearner(nn.Module):
             own |= {id(self.model.get_parameter(name)): shared(value) for name, value in changed.items()}
             own |= {id(buffer): buffer for buffer in self.model.buffers()}
             adapted = copy.deepcopy(self.model, own).eval()
-            to_torch(adapted, task.support[0] if inductive or self.batch_norm == "task" else None)
+            support = self._single(inputs, targets).support[0]
+            to_torch(adapted, support if inductive or self.batch_norm == "task" else None)
         return adapted
+
+    def adapted_parameters(self, inputs: Tensor, targets: Tensor, steps: int | None = None) -> Tree:
+        """What `adapt` changes in the model, by name: all that has to be kept of a task.
+
+        Gradients are plain autograd's, so that no graph of a backward pass is made, of what moves alone.
+
+        Args:
+            inputs: support inputs, ``[ways * shots, ...]``; no task dimension.
+            targets: support targets, ``[ways * shots]``.
+            steps: inner steps; None takes the solver's ``test_steps``.
+
+        Raises:
+            ValueError: inputs and targets of different lengths, or ``steps`` negative.
+        """
+        steps = self._steps(steps)
+        with torch.inference_mode(False), torch.no_grad(), second_order_kernels(self._recurrent):
+            task, meta = self._single(inputs, targets), self._meta()
+            if not steps:
+                return self._start(meta)
+            problem, meta, task, _ = self._reduce(task, meta, True, self._seed(), differentiate=False)
+            return bind(problem, meta, task.support, self.inner, self._learned(), first_order=True).run(steps)
 
     def train(self, mode: bool = True) -> MetaLearner:
         """Switch the model's dropout and the like on or off; batch norm follows ``batch_norm`` alone."""
@@ -294,10 +351,10 @@ class MetaLearner(nn.Module):
 
     # The bilevel problem of one task.
 
-    def _forward(self, params: Tree, meta: Tree, inputs: Tensor) -> Tensor:
+    def _forward(self, params: Tree, meta: Tree, inputs: Tensor, features: Tensor | None) -> Tensor:
         tree = {**meta, **params}
-        if self._suffix is not None:
-            return self._suffix(tree, inputs)
+        if features is not None and self._suffix is not None:
+            return self._suffix(tree, features)
         return functional_call(self.model, tree, (inputs,))
 
     def _start(self, meta: Tree) -> Tree:
@@ -308,7 +365,7 @@ class MetaLearner(nn.Module):
         features = meta.pop(_SUPPORT, None)
         meta.pop(_QUERY, None)
         inputs, targets = batch
-        return self.loss(self._forward(params, meta, inputs if features is None else features), targets)
+        return self.loss(self._forward(params, meta, inputs, features), targets)
 
     def _outer_loss(self, params: Tree, meta: Tree, batch: Batch, rows: int | None) -> tuple[Tensor, Tensor]:
         meta = dict(meta)
@@ -316,7 +373,7 @@ class MetaLearner(nn.Module):
         features = meta.pop(_QUERY, None)
         inputs, targets = batch
         with statistics_from_first(self.model, rows):
-            outputs = self._forward(params, meta, inputs if features is None else features)
+            outputs = self._forward(params, meta, inputs, features)
         outputs = outputs[rows:] if rows else outputs
         return self.loss(outputs, targets), outputs.detach()
 
@@ -337,7 +394,7 @@ class MetaLearner(nn.Module):
             place for place, block in enumerate(blocks) if set(parameter_names(self.model, block)) & set(self.adapted)
         )
         below, above = ([part for block in some for part in block] for some in (blocks[:lowest], blocks[lowest:]))
-        if not below or _random(below):
+        if not below:
             return None, None
         return Chain(self.model, below), Chain(self.model, above)
 
@@ -356,7 +413,7 @@ class MetaLearner(nn.Module):
         inputs = task.support[0]
         if not transductive:
             task = task._replace(query=(torch.cat([inputs, task.query[0]]), task.query[1]))
-        if self._prefix is None or self._suffix is None:
+        if self._prefix is None or self._suffix is None or _random(self._prefix.parts):
             return problem, meta, task, None
         prefix, rows = self._prefix, None if transductive else len(inputs)
 
@@ -381,6 +438,26 @@ class MetaLearner(nn.Module):
             return total
 
         return problem, above | found, task, carry
+
+    def _estimate(
+        self,
+        task: Task,
+        begin: Any,
+        meta: Tree,
+        learned: Tree,
+        step_weights: Sequence[float] | None,
+        seed: int | None,
+    ) -> tuple[Result, Any]:
+        """The meta-gradient of one task in the model's parameters, and where a warm start leaves the task."""
+        transductive = self.batch_norm != "task"
+        problem, reduced, reduced_task, carry = self._reduce(task, meta, transductive, seed, differentiate=True)
+        left: Any = ()
+        if self._resumes is not None:
+            result, left = self._resumes.resume(problem, reduced, reduced_task, self.inner, begin)
+        else:
+            arguments = problem, reduced, reduced_task, self.inner, learned, step_weights
+            result = self.meta_gradient.estimate(*arguments)
+        return result if carry is None else result._replace(grad=carry(result.grad)), left
 
     # Batches of tasks.
 
@@ -439,7 +516,19 @@ class MetaLearner(nn.Module):
         keys = range(tasks) if task_ids is None else task_ids
         if len(keys) != tasks:
             raise ValueError(f"{len(keys)} task_ids were given for {tasks} tasks: give one a task")
-        return keys, self._warm.gather(keys, self._resumes.cold(self._problems[True], meta))
+        return keys, self.warm_starts.gather(keys, self._resumes.cold(self._problems[True], meta))
+
+    def _single(self, inputs: Tensor, targets: Tensor) -> Task:
+        """One task for adaptation, which has no queries; see _reduce."""
+        if len(inputs) != len(targets):
+            raise ValueError(
+                f"adapt() was given {len(inputs)} inputs and {len(targets)} targets: give one target an input"
+            )
+        place = next(self.model.parameters())
+        # autograd keeps no tensor that was made in inference mode
+        inputs, targets = (part.clone() if part.is_inference() else part for part in (inputs, targets))
+        support = Task((inputs, targets), ()).to(place.device, place.dtype).support
+        return Task(support, support)
 
     def _checked(self, batch: Task) -> Task:
         support, query = (tuple(part) for part in batch)

@@ -26,7 +26,8 @@ class Info(NamedTuple):
         residual: norm of ``b - (M + shift I) x`` over that of ``b``; 0 where ``b`` is 0, NaN if a product was.
         iterations: how many were taken before a stop, all of them with finite numbers: a solve whose result is not
             finite broke down in the next one.
-        negative_curvature: 1 if a direction along which the matrix does not curve upwards was met, else 0.
+        negative_curvature: 1 if a direction along which the matrix does not curve upwards was met, which is so of an
+            indefinite matrix and of a singular one, else 0.
         products: how many products were computed, those after a stop included.
     """
 

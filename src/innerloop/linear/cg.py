@@ -21,8 +21,9 @@ class CG:
     """The default: needs no step size and finds the best solution that its products can give.
 
     It stops, keeping what it has, once the residual is at the tolerance (a converged solve would go on to 0/0), and
-    where ``p.Ap <= 0``: the matrix is not positive definite there and going on would leave the minimum that the system
-    describes. If that happens in the first iteration of a solve from 0 there is nothing to keep, and ``b`` is returned.
+    where ``p.Ap / p.p`` is not above 0 or within the rounding error of the largest one met: the matrix is indefinite or
+    singular, and going on would leave the minimum that the system describes, or divide by what should be 0. If that
+    happens in the first iteration of a solve from 0 there is nothing to keep, and ``b`` is returned.
 
     Attributes:
         iterations: at most so many, one product each, 1 or more. All products are computed, stopped or not.
@@ -60,11 +61,13 @@ class CG:
         p, size = r, r @ r
         # written so that NaN stays active and shows in the result
         active = ~(size <= enough)
-        iterations, negative = torch.zeros_like(size), torch.zeros_like(active)
+        iterations, negative, largest = torch.zeros_like(size), torch.zeros_like(active), torch.zeros_like(size)
         for iteration in range(self.iterations):
             image = product(p) + shift * p
             curve = p @ image
-            stop = active & (curve <= 0)
+            square = p @ p
+            stop = active & (curve <= 16 * floor * largest * square)
+            largest = torch.maximum(largest, curve / torch.where(square > 0, square, 1.0))
             if iteration == 0:
                 x = torch.where(stop & (x == 0).all(), b, x)
             negative, active = negative | stop, active & ~stop

@@ -57,6 +57,9 @@ class Nystrom:
             raise ValueError("Nystrom needs something on the diagonal: give Nystrom(damping=...) above 0, or use CG")
         rows = random.Random(self.seed).sample(range(len(b)), min(self.rank, len(b)))
         picked = torch.stack([product(_unit(b, row)) for row in rows])
+        # eigh raises on NaN, for all tasks of a batch; so it gets none, and the solution has it again
+        broken = ~picked.isfinite().all()
+        picked = torch.where(broken, 0.0, picked)
         values, vectors = torch.linalg.eigh(picked[:, rows])
         noise = len(rows) * torch.finfo(b.dtype).eps * values.abs().max()
         kept = values > noise
@@ -66,7 +69,7 @@ class Nystrom:
 
         r = b if start is None else b - product(start) - shift * start
         x = (r - factor.mT @ torch.linalg.solve(small, factor @ r)) / shift
-        x = x if start is None else start + x
+        x = torch.where(broken, torch.nan, x if start is None else start + x)
         residual = relative_norm(b - product(x) - shift * x, b)
         negative = (values < -noise).any().to(b.dtype)
         return x, Info(residual, torch.ones_like(residual), negative, len(rows) + 1 + (start is not None))

@@ -147,7 +147,8 @@ def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangen
 
     def updates(params: Tree, grad: Tree, state: Any, learned: Tree, start: Tree) -> tuple[Tree, Any]:
         for step in steps:
-            params, state = loop.solver.update(step, params, grad, state, learned, start)
+            after = loop.solver.update(step, params, grad, state, learned, start)
+            params, state = loop.hold(step, (params, state), after)
         return params, state
 
     back = torch.func.vjp(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)[1]

@@ -38,6 +38,9 @@ class MetaGradient(Protocol):
     second_order: ClassVar[bool]
     """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""
 
+    stepless: ClassVar[str]
+    """Why it cannot follow steps in which different parameters move, as in "shares one gradient"; empty if it can."""
+
     def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """The inner solver that this estimator wants in place of the one given; most take it as it is.
 

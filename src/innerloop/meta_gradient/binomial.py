@@ -65,6 +65,7 @@ class Binomial:
     damping: float | Literal["released"] = 1.0
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -22,6 +22,7 @@ class FirstOrder:
     """
 
     second_order: ClassVar[bool] = False
+    stepless: ClassVar[str] = ""
 
     def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse solvers whose steps cannot be differentiated."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 import torch
 
 from innerloop.curvature import second_order_kernels
@@ -33,11 +35,33 @@ def hypergradient(
         ``grad`` (a tree like ``meta``), ``loss``, ``params``, ``diagnostics`` and more: see ``Result``.
 
     Raises:
-        ValueError: the estimator refuses the solver.
+        ValueError: the estimator refuses the solver, or the problem's ``moves``.
     """
     estimator = estimator if estimator is not None else Unrolled()
+    refuse_moves(estimator, inner, problem.moves)
     inner = estimator.prepare(inner, partial=None)
     with torch.no_grad(), second_order_kernels():
         if learned is None:
             learned = inner.learned(problem.start(meta))
         return estimator.estimate(problem, meta, task, inner, learned)
+
+
+def refuse_moves(estimator: MetaGradient, solver: InnerSolver, moves: Sequence[Container[str]]) -> None:
+    """Refuse what cannot follow steps in which different parameters move.
+
+    Raises:
+        ValueError: an estimator that does not go back step by step, or a solver that looks beyond the gradient of what
+            moves, and ``moves`` that are not empty.
+    """
+    if moves and estimator.stepless:
+        raise ValueError(
+            f"{type(estimator).__name__} {estimator.stepless}, so it cannot follow a table in which other parameters "
+            "move in other steps: use Unrolled(), Truncated() or FirstOrder(), or one pattern for all steps, such as "
+            "Blocks('00011')"
+        )
+    if moves and not solver.differentiable:
+        raise ValueError(
+            f"{type(solver).__name__} chooses its direction for all parameters together, so it cannot follow a table "
+            "in which other parameters move in other steps: use SGD, Momentum or Adam, or one pattern for all steps, "
+            "such as Blocks('00011')"
+        )

@@ -54,6 +54,7 @@ class Implicit:
     released_variant: bool = False
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = "differentiates the solution, not the steps to it"
 
     def __post_init__(self) -> None:
         """Check the ranges."""

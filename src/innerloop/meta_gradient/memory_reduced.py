@@ -13,16 +13,18 @@ and v held constant: one pass through the backbone, however many inner steps and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
 from innerloop.linear import CG, LinearSolver
 from innerloop.meta_gradient.adjoint import adapt, outer_gradient, zeros
 from innerloop.meta_gradient.base import Result
+from innerloop.meta_gradient.failures import finite
 from innerloop.meta_gradient.implicit import refuse_learned_rates, refuse_step_weights, respond
 from innerloop.problem import Problem, Task, Tree
 
@@ -59,6 +61,7 @@ class MemoryReduced:
     warm_start: Literal["none", "slot", "task"] = "none"
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = "differentiates the solution, not the steps to it"
     learn_start: ClassVar[bool] = False
 
     @classmethod
@@ -136,8 +139,13 @@ class MemoryReduced:
         return Warm(start, zeros(start))
 
     def resume(self, problem: Problem, meta: Tree, task: Task, solver: InnerSolver, warm: Warm) -> tuple[Result, Warm]:
-        """The meta-gradient of one task from where it was left, and where it is left now."""
-        return self._from(problem, meta, task, solver, warm.params, warm.solution)
+        """The meta-gradient of one task from where it was left, and where it is left now.
+
+        A task in which something is not finite is left where it was.
+        """
+        result, left = self._from(problem, meta, task, solver, warm.params, warm.solution)
+        whole = finite((result.grad, result.loss, left))
+        return result, torch.utils._pytree.tree_map(lambda new, old: torch.where(whole, new, old), left, warm)
 
     def _from(
         self, problem: Problem, meta: Tree, task: Task, solver: InnerSolver, start: Tree, solution: Tree | None
@@ -154,7 +162,7 @@ class MemoryReduced:
 class WarmStarts:
     """Where tasks were left, by key: the place in the batch, or whatever names a task that recurs.
 
-    Holds twice the adapted parameters for every key seen.
+    Holds twice the adapted parameters for every key seen. Saved and loaded like an optimiser's state.
     """
 
     def __init__(self) -> None:
@@ -163,9 +171,21 @@ class WarmStarts:
     def gather(self, keys: Sequence[Hashable], cold: Warm) -> Warm:
         """Where the tasks of a batch begin, stacked in the order of the keys; ``cold`` for a key not seen."""
         found = [self._left.get(key, cold) for key in keys]
-        return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *found)
+
+        def stack(like: Tensor, *parts: Tensor) -> Tensor:
+            return torch.stack([part.to(like) for part in parts])  # what was loaded may lie on another device
+
+        return torch.utils._pytree.tree_map(stack, cold, *found)
 
     def store(self, keys: Sequence[Hashable], left: Warm) -> None:
         """Keep where the tasks of a batch were left, stacked likewise."""
         for place, key in enumerate(keys):
             self._left[key] = torch.utils._pytree.tree_map(lambda value, place=place: value[place].clone(), left)
+
+    def state_dict(self) -> dict[Hashable, dict[str, Tree]]:
+        """Where every task was left, in dicts and tensors alone."""
+        return {key: left._asdict() for key, left in self._left.items()}
+
+    def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Tree]]) -> None:
+        """Take over what ``state_dict`` gave, in place of what is held."""
+        self._left = {key: Warm(**left) for key, left in state.items()}

@@ -46,6 +46,7 @@ class Mixed:
     weights: tuple[float, ...]
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check the ranges; lists will do where tuples are meant."""

@@ -25,6 +25,7 @@ class Reptile:
     """
 
     second_order: ClassVar[bool] = False
+    stepless: ClassVar[str] = ""
 
     def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """Refuse what Reptile has no signal for.

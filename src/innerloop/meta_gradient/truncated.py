@@ -29,6 +29,7 @@ class Truncated:
     horizon: int
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check the range."""

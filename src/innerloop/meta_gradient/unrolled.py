@@ -40,6 +40,7 @@ class Unrolled:
     learn_start: bool = True
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check the range."""

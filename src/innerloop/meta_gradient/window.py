@@ -61,6 +61,7 @@ class Window:
     mode: Literal["frozen", "true_forward"] = "frozen"
 
     second_order: ClassVar[bool] = True
+    stepless: ClassVar[str] = "shares one gradient between steps"
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from innerloop.learner import MetaLearner
+from innerloop.meta_gradient import MemoryReduced
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training import processes
@@ -101,7 +103,8 @@ def fit(
 
     Raises:
         ValueError: a setting outside its range, or a folder that already holds a run while ``resume`` is False.
-        Diverged: loss or gradient not finite; the last checkpoint stays as it was.
+        Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
+            checkpoint stay as they were.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
     """
     _check_positive(
@@ -124,7 +127,7 @@ def fit(
     began = time.monotonic() - at.seconds
     limit = math.inf if minutes is None else 60 * minutes
     share = tasks_per_batch // processes.world()
-    late = at.seconds >= limit
+    late, warned = at.seconds >= limit, False
     with ExitStack() as stack, _deferred_interrupts() as interrupted:
         logs: list[Log] = [log] if log else []
         if processes.rank() == 0 and run.folder:
@@ -146,6 +149,9 @@ def fit(
             # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
             flags = [float(interrupted()), float(time.monotonic() - began >= limit)]
             record, flags = run.step(batch, weights, clip, flags)
+            if not warned and record.get("negative_curvature"):
+                warned = True
+                _warn_of_curvature(learner, at.step, record["negative_curvature"])
             stop, late = (flag > 0 for flag in flags)
             tell("train", record)
             due = at.step % validate_every == 0 or at.step == steps or late
@@ -220,7 +226,8 @@ class _Run:
         )
         if not (math.isfinite(record["loss"]) and math.isfinite(size)):
             raise Diverged(
-                f"outer step {self.progress.step + 1}: loss {record['loss']:.4g}, norm of its gradient {size:.4g}; "
+                f"outer step {self.progress.step + 1}: loss {record['loss']:.4g}, norm of its gradient {size:.4g}"
+                f"{self._cause(batch, weights)}; "
                 f"lower the inner rate, then the outer one, or clip the gradient{self.saved and f' ({self.saved})'}"
             )
         if clip is not None:
@@ -230,6 +237,18 @@ class _Run:
             self.scheduler.step()
         self.progress.step += 1
         return record, means[len(values) :]
+
+    def _cause(self, batch: Task, weights: list[float] | None) -> str:
+        """What `MetaLearner.diagnose` finds, on the first process that finds something."""
+        self.optimizer.zero_grad()
+        mine = self.learner.diagnose(batch, weights)
+        share, tasks = len(batch.support[1]), len(batch.support[1]) * processes.world()
+        for rank, reason in enumerate(processes.gather([mine])):
+            if reason is not None:
+                first = self.progress.step * tasks + rank * share
+                whose = f" of process {rank}" if processes.world() > 1 else ""
+                return f"; {reason} (the batch{whose} is tasks {first} to {first + share - 1} of the training stream)"
+        return ""
 
     def validate(self, tasks: TaskSource, count: int) -> Record:
         """Score the learner on the validation split, keep its weights if they are the best yet, and return a record."""
@@ -252,6 +271,7 @@ class _Run:
         """Write the checkpoint, on rank 0 and where there is a folder."""
         if self.folder:
             self.saved = f"the checkpoint of step {self.progress.step} is in {self.folder}"
+        warm_starts = processes.gather([self.learner.warm_starts.state_dict()])
         if self.folder and processes.rank() == 0:
             save_checkpoint(
                 self.folder / LAST,
@@ -262,6 +282,7 @@ class _Run:
                     "best": self.best_weights or {},
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+                    "warm_starts": dict(enumerate(warm_starts)),
                 },
             )
 
@@ -281,6 +302,13 @@ class _Run:
         self.optimizer.load_state_dict(states["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(states["scheduler"])
+        warm_starts = states.get("warm_starts", {})
+        if any(warm_starts.values()) and len(warm_starts) != processes.world():
+            raise ValueError(
+                f"{self.folder} holds the warm starts of {len(warm_starts)} processes, not {processes.world()}; "
+                "resume it with as many"
+            )
+        self.learner.warm_starts.load_state_dict(warm_starts.get(processes.rank(), {}))
 
     def _kinds(self) -> dict[str, str]:
         return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
@@ -307,6 +335,17 @@ def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _warn_of_curvature(learner: MetaLearner, step: int, share: float) -> None:
+    cure = "l2" if isinstance(learner.meta_gradient, MemoryReduced) else "proximal"
+    name = type(learner.meta_gradient).__name__
+    warnings.warn(
+        f"outer step {step}: in {share:.0%} of the tasks the linear solve of {name} met a direction in which the inner "
+        f"problem does not curve upwards, and stopped there; give a larger {cure}, or more inner steps. Later steps "
+        "are counted as negative_curvature in the log",
+        stacklevel=3,
+    )
 
 
 def _check_positive(**settings: float | None) -> None:

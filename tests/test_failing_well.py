@@ -1,0 +1,249 @@
+"""What is not finite is named, by task and by place, and never reaches the weights or a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import innerloop as il
+from innerloop.linear import CG, LinearSolver, Neumann, Nystrom
+from innerloop.meta_gradient import Implicit, MemoryReduced, MetaGradient, Mixed
+from innerloop.tasks import TaskSource
+from innerloop.training import Diverged, fit
+from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.choices import META_GRADIENT, make
+from innerloop.training.logs import Record
+
+TASKS, BAD = 4, 2
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    """Differentiable once where output and target agree, and not twice."""
+    difference = output - target
+    return (difference.abs().pow(1.5) + difference.square()).mean()
+
+
+class Sums(TaskSource):
+    """Regression of weighted sums; from task ``first_bad`` on, every fourth task is spoilt."""
+
+    name, input_shape, ways, output_size = "sums", (2,), None, 1
+
+    def __init__(self, kind: str | None = None, first_bad: int = 0) -> None:
+        self.kind, self.first_bad = kind, first_bad
+
+    def batch(self, split: str, start: int, count: int) -> il.Task:
+        tasks = [self.task(split, index) for index in range(start, start + count)]
+        return il.Task(*(tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*tasks, strict=True)))
+
+    def task(self, split: str, index: int) -> il.Task:
+        generator = torch.Generator().manual_seed(index)
+        inputs = torch.randn(8, 2, generator=generator)
+        targets = inputs @ torch.randn(2, 1, generator=generator)
+        support, query = (inputs[:4], targets[:4]), (inputs[4:], targets[4:])
+        if split == "train" and index >= self.first_bad and index % TASKS == BAD:
+            match self.kind:
+                case "data":
+                    query = (query[0], query[1].fill_(math.nan))
+                case "inner":
+                    support = (1e8 * support[0], support[1])
+                case "query":
+                    query = (query[0].fill_(1e30), query[1])
+                case "product":
+                    support = (support[0].zero_(), support[1].zero_())
+        return il.Task(support, query)
+
+
+def make_learner(estimator: MetaGradient | None = None, steps: int = 3, **options) -> il.MetaLearner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
+    adapts = il.Head() if isinstance(estimator, MemoryReduced) else il.Everything()
+    return il.MetaLearner(model, adapts, il.SGD(lr=0.05, steps=steps), estimator, loss, **options)
+
+
+def weights(learner: il.MetaLearner) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in learner.parameters()]
+
+
+KINDS = {
+    "data": "the query set holds numbers that are not finite",
+    "inner": r"the support loss is (inf|nan) before inner step [23] of 3 \(it goes [0-9.e+]+.*, (inf|nan)\)",
+    "query": "the query loss is inf after finite inner steps",
+    "product": "curvature product 1 of 3 on the way back, at inner step 3, is not finite, though its direction is",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_task_and_what_goes_wrong_in_it_are_named(kind: str) -> None:
+    learner, batch = make_learner(), Sums(kind).batch("train", 0, TASKS)
+    learner.meta_step(batch)
+    assert any(p.grad is not None and not p.grad.isfinite().all() for p in learner.parameters())
+    learner.zero_grad()
+    before = weights(learner)
+    found = learner.diagnose(batch)
+    assert found is not None
+    assert re.match(f"in task {BAD} of the batch {KINDS[kind]}", found), found
+    assert all(parameter.grad is None for parameter in learner.parameters())
+    assert all(map(torch.equal, before, weights(learner)))
+
+
+PRODUCTS: dict[str, tuple[MetaGradient, str]] = {
+    "truncated": (il.Truncated(2), "product 1 of 2 on the way back, at inner step 3,"),
+    "window": (il.Window(2), "product 1 of 2 on the way back, at inner step 3,"),
+    "binomial, two at once": (il.Binomial(2), "product 1 of 3 on the way back, at inner step 3,"),
+    "mixed": (Mixed((1, 2), (0.5, 0.5)), "product 1 of 2 on the way back, at inner step 3,"),
+    "implicit": (Implicit(2.0, CG(4)), "product 1 of 4 in the linear solve"),
+    "implicit, neumann": (Implicit(2.0, Neumann(4, step=0.1)), "product 1 of 4 in the linear solve"),
+    "implicit, nystrom": (Implicit(2.0, Nystrom(3)), "product 1 of 4 in the linear solve"),
+    "memory-reduced": (MemoryReduced(CG(4)), "product 1 of 4 in the linear solve"),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_the_product_is_numbered_for_every_estimator(name: str) -> None:
+    estimator, words = PRODUCTS[name]
+    learner, batch = make_learner(estimator), Sums("product").batch("train", 0, TASKS)
+    learner.meta_step(batch)
+    assert any(p.grad is not None and not p.grad.isfinite().all() for p in learner.parameters())
+    found = learner.diagnose(batch)
+    assert found is not None
+    assert f"in task {BAD} of the batch curvature {words} is not finite, though its direction is (norm " in found
+
+
+def test_a_product_in_the_middle_of_the_walk_is_found() -> None:
+    """The loss has no second derivative where the first inner step begins, and has one from there on."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    batch = il.Task((torch.ones(1, 2, 1), torch.tensor([[[0.0], [1.0]]])), (torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.05, steps=4), loss=loss)
+    learner.meta_step(batch)
+    assert "curvature product 4 of 4 on the way back, at inner step 1," in str(learner.diagnose(batch))
+
+
+def test_a_solve_that_explodes_is_told_from_a_derivative_that_does_not_exist() -> None:
+    learner, batch = make_learner(Implicit(1e-6, Neumann(12, step=1.0))), Sums().batch("train", 0, TASKS)
+    found = str(learner.diagnose(batch))
+    assert "in task 0 of the batch curvature product" in found
+    assert "of 12 in the linear solve" in found
+    assert f"of {TASKS} tasks {TASKS} fail" in found
+
+
+def test_the_gradient_of_the_query_loss_is_told_from_the_loss() -> None:
+    def root(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum().sqrt()
+
+    inputs, targets = torch.randn(1, 3, 2), torch.randn(1, 3, 1)
+    batch = il.Task((inputs, targets), (torch.zeros_like(inputs), torch.zeros_like(targets)))
+    model = nn.Linear(2, 1, bias=False)
+    for estimator, words in (
+        (il.FirstOrder(), "the query loss is 0, but its gradient is not finite in 'weight'"),
+        (il.Unrolled(), "the query loss is finite but its gradient is not, and so curvature product 1 of 2"),
+    ):
+        learner = il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=2), meta_gradient=estimator, loss=root)
+        assert f"in task 0 of the batch {words}" in str(learner.diagnose(batch))
+
+
+def test_the_last_inner_step_and_the_start_are_named() -> None:
+    learner, batch = make_learner(steps=1), Sums("inner").batch("train", BAD, 1)
+    batch.support[0].mul_(1e15)
+    assert "in task 0 of the batch the support loss is inf before the first inner step" in str(learner.diagnose(batch))
+    learner.inner = il.SGD(lr=3e38, steps=1)
+    found = str(learner.diagnose(Sums().batch("train", 0, 1)))
+    assert "in task 0 of the batch the last inner step makes '1.weight' not finite" in found
+
+
+def test_the_learners_own_weights_are_looked_at_first() -> None:
+    learner = make_learner()
+    with torch.no_grad():
+        learner.model.get_parameter("1.weight")[0, 0] = math.inf
+    found = learner.diagnose(Sums().batch("train", 0, TASKS))
+    assert found == "the learner's own model.1.weight is not finite: go back to weights that are"
+
+
+@pytest.mark.parametrize("name", ["unrolled", "window:2", "binomial:1", "implicit", "memory-reduced", "reptile"])
+def test_nothing_is_said_of_a_sound_batch(name: str) -> None:
+    learner = make_learner(make("meta-gradient", META_GRADIENT, name))
+    assert learner.diagnose(Sums().batch("train", 0, TASKS)) is None
+
+
+def test_a_task_with_a_name_is_called_by_it_and_stays_where_it_was() -> None:
+    learner = make_learner(MemoryReduced(CG(4), 0.1, "task"))
+    names = ["a", "b", "c", "d"]
+    good, bad = (Sums(kind).batch("train", 0, TASKS) for kind in (None, "product"))
+    learner.meta_step(good, task_ids=names)
+    left = learner.warm_starts.state_dict()
+    learner.meta_step(bad, task_ids=names)
+    assert "in task 2 of the batch ('c') curvature product" in str(learner.diagnose(bad, task_ids=names))
+    now = learner.warm_starts.state_dict()
+    same = [torch.equal(now[name]["params"]["1.weight"], left[name]["params"]["1.weight"]) for name in names]
+    assert same == [False, False, True, False]
+    learner.zero_grad()
+    learner.meta_step(good, task_ids=names)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in learner.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_stops_before_the_weights_and_says_why(tmp_path: Path, kind: str) -> None:
+    learner = make_learner()
+    seen: list[list[Tensor]] = []
+    options: dict[str, Any] = dict(steps=6, tasks_per_batch=TASKS, validate_every=2, validation_tasks=2, progress=False)
+    message = (
+        rf"^outer step 4: loss .*; in task {BAD} of the batch {KINDS[kind]}.*"
+        rf" \(the batch is tasks {3 * TASKS} to {4 * TASKS - 1} of the training stream\); lower .*checkpoint of step 2"
+    )
+    tasks = Sums(kind, first_bad=3 * TASKS)
+    with pytest.raises(Diverged, match=message):
+        fit(learner, tasks, folder=tmp_path, log=lambda record: seen.append(weights(learner)), **options)
+    assert not torch.equal(seen[0][0], seen[-1][0])
+    assert all(map(torch.equal, weights(learner), seen[-1]))  # those of step 3
+    saved = load_checkpoint(tmp_path / "last.safetensors")
+    assert saved["progress"]["step"] == 2
+    assert all(value.isfinite().all() for value in saved["learner"].values())
+    fitted = fit(learner, Sums(), folder=tmp_path, resume=True, **options)
+    assert (fitted.step, fitted.stopped) == (6, "steps")
+
+
+def test_a_solve_that_meets_no_upward_curvature_is_warned_of_once() -> None:
+    learner = make_learner(Implicit(1e-3, CG(20)), steps=1)
+    records: list[Record] = []
+    options: dict[str, Any] = dict(steps=4, tasks_per_batch=TASKS, validation_tasks=0, progress=False)
+    with pytest.warns(UserWarning, match="outer step 1: in [0-9]+% of the tasks.*give a larger proximal") as caught:
+        fit(learner, Sums(), log=records.append, **options)
+    assert len(caught) == 1
+    assert all(record["negative_curvature"] > 0 for record in records)
+    assert all(value.isfinite().all() for value in weights(learner))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_singular_system_gives_no_nan_and_is_counted(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(9, 9, generator=generator, dtype=dtype)).Q
+    matrix = basis @ torch.tensor([0.0, 0.0, 0.0, 0.1, 0.5, 1.0, 1.0, 2.0, 3.0], dtype=dtype).diag() @ basis.T
+    b = torch.randn(9, generator=generator, dtype=dtype)
+    for solver in (CG(40), Neumann(40)):
+        x, info = solver.solve(lambda vector: matrix @ vector, b)
+        assert x.isfinite().all()
+        assert info.residual > 0.1
+    x, info = CG(40).solve(lambda vector: matrix @ vector, b)
+    assert info.negative_curvature == 1
+    inside = matrix @ b  # a singular system with solutions is solved
+    x, info = CG(40).solve(lambda vector: matrix @ vector, inside)
+    torch.testing.assert_close(matrix @ x, inside, rtol=1e-3, atol=1e-4)
+
+
+def test_a_broken_product_reaches_the_solution_of_its_own_task_only() -> None:
+    scales = torch.tensor([1.0, math.nan, 2.0])
+    matrix, b = torch.eye(4), torch.ones(4)
+    for solver in (CG(3), Neumann(3), Nystrom(2, damping=0.1)):
+
+        def solve(scale: Tensor, solver: LinearSolver = solver) -> Tensor:
+            return solver.solve(lambda vector: scale * (matrix @ vector), b)[0]
+
+        found = torch.func.vmap(solve)(scales)
+        assert found.isfinite().all(-1).tolist() == [True, False, True]
