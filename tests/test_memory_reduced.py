@@ -424,3 +424,9 @@ def test_a_multi_step_loss_is_refused():
     model, batch = model_and_batch("mlp")
     with pytest.raises(ValueError, match="leave step_weights out"):
         head_learner(model, il.SGD(lr=0.1, steps=2)).meta_step(batch, step_weights=[0.5, 0.5])
+
+
+def test_nystrom_with_nothing_on_the_diagonal_is_refused():
+    with pytest.raises(ValueError, match=r"give l2 or Nystrom\(damping=...\) above 0"):
+        MemoryReduced(Nystrom(5), l2=0)
+    assert MemoryReduced(Nystrom(5, damping=0.1), l2=0).l2 == 0

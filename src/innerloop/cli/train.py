@@ -6,6 +6,7 @@ The defaults are the recipe of `make train`. Several processes: torchrun --nproc
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -108,8 +109,7 @@ def _try_out(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Non
     """Take the meta-gradient of one task, so that what does not go together is refused before there is a folder."""
     weights = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_loss else None
     with arithmetic(settings):
-        learner.meta_step(tasks.batch("train", 0, 1), step_weights=weights)
-    learner.zero_grad()
+        copy.deepcopy(learner).meta_step(tasks.batch("train", 0, 1), step_weights=weights)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

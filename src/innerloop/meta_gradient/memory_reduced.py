@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.linear import CG, LinearSolver
+from innerloop.linear import CG, LinearSolver, Nystrom
 from innerloop.meta_gradient.adjoint import adapt, outer_gradient, zeros
 from innerloop.meta_gradient.base import Result
 from innerloop.meta_gradient.failures import finite
@@ -83,6 +83,11 @@ class MemoryReduced:
             raise ValueError(f"MemoryReduced(l2={self.l2}): must be 0 or more")
         if self.warm_start not in ("none", "slot", "task"):
             raise ValueError(f"MemoryReduced(warm_start={self.warm_start!r}): choose 'none', 'slot' or 'task'")
+        if isinstance(self.solver, Nystrom) and self.l2 + self.solver.damping == 0:
+            raise ValueError(
+                "MemoryReduced(Nystrom(...), l2=0) has nothing on the diagonal, so that the approximation has no "
+                "inverse: give l2 or Nystrom(damping=...) above 0, or use CG"
+            )
 
     def prepare(self, solver: InnerSolver, partial: bool | None) -> InnerSolver:
         """The solver with the L2 term as its weight decay; ``partial`` is None for a problem that is no learner's.
@@ -93,8 +98,8 @@ class MemoryReduced:
         """
         if partial is False:
             raise ValueError(
-                "MemoryReduced does not meta-learn the parameters that are adapted, and here that is all of them: "
-                "use adapts=Head(), or Implicit() in place of MemoryReduced()"
+                "MemoryReduced does not meta-learn the parameters that are adapted, and here that is all that is not "
+                "frozen: use adapts=Head() with a body that learns, or Implicit() in place of MemoryReduced()"
             )
         refuse_learned_rates("MemoryReduced", solver)
         name = type(solver).__name__

@@ -20,7 +20,8 @@ class Truncated:
     """Cheaper than ``Unrolled`` by the steps left out; equal to it if ``horizon`` reaches all of them.
 
     Attributes:
-        horizon: how many of the last steps to differentiate, 0 or more.
+        horizon: how many of the last steps to differentiate, 0 or more. Rates learn from those steps alone: rates of
+            earlier steps, and with a horizon of 0 all of them, stay as they are.
 
     Raises:
         ValueError: a negative horizon.

@@ -52,8 +52,8 @@ class Unrolled:
         refuse_undifferentiable(self, solver)
         if partial is False and not self.learn_start:
             raise ValueError(
-                "Unrolled(learn_start=False) learns only what is not adapted, and here everything is: "
-                "use adapts=Head(), or Unrolled() in place of Unrolled(learn_start=False)"
+                "Unrolled(learn_start=False) learns only what is not adapted, and here all that is not frozen "
+                "is: use adapts=Head() with a body that learns, or Unrolled() in place of Unrolled(learn_start=False)"
             )
         return solver
 

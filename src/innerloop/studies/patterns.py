@@ -33,6 +33,7 @@ from innerloop.blocks import blocks_of, parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
+from innerloop.studies.comparison import Timing
 from innerloop.tasks import TaskSource
 from innerloop.training.evaluation import Estimate
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
@@ -42,14 +43,6 @@ EXHAUSTIVE = 8  # blocks up to which all patterns are tried
 BATCH = 32  # tasks evaluated at once
 WARM_UP = 10  # adaptations before the clock starts
 CHOICE, RESULTS, PAGE, PICTURE = "pattern.json", "patterns.json", "patterns.md", "patterns.png"
-
-
-class Timing(NamedTuple):
-    """Seconds of one adaptation: the median of the repetitions, and the quartiles around it."""
-
-    median: float
-    lower: float
-    upper: float
 
 
 class Row(NamedTuple):
