@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import innerloop as il
 from innerloop.cli import main
 from innerloop.problem import Tree
+from innerloop.studies.comparison import Timing
 from innerloop.studies.patterns import (
     Row,
-    Timing,
     choose,
     deployed,
     frontier,
