@@ -12,15 +12,19 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
+from innerloop.studies.measure import quiet_environment
 from innerloop.training.report import STYLE
 from innerloop.training.runs import provenance
 
@@ -94,6 +98,26 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
     if part.draw:
         with mpl.rc_context(STYLE):
             part.draw(results).savefig(out / f"{name}.png")
+
+
+def in_fresh_process(function: Callable[..., Results], *arguments: Any) -> Results:
+    """Call a function of a module in a process of its own, with as many threads, for honest peaks of memory."""
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with (
+        patch.dict(os.environ, quiet_environment()),
+        ProcessPoolExecutor(1, get_context("spawn"), **threads) as pool,
+    ):
+        return pool.submit(function, *arguments).result()
+
+
+def percent(estimate: Sequence[float], sign: str = "") -> str:
+    """A mean and the half-width of its interval in percent."""
+    return f"{100 * estimate[0]:{sign}.2f} ± {100 * estimate[1]:.2f}"
+
+
+def verdict(holds: bool) -> str:
+    """Of a claim."""
+    return "holds" if holds else "does not hold"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

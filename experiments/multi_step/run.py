@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +28,11 @@ from torch.func import functional_call
 
 import innerloop as il
 from innerloop.problem import Tree
-from innerloop.studies.measure import peak_memory, quiet_environment, time_of
+from innerloop.studies.measure import peak_memory, time_of
 from innerloop.training import evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import COLOURS, Part, Results, made, run, table
+from common import COLOURS, Part, Results, in_fresh_process, made, percent, run, table, verdict
 
 Estimator = il.meta_gradient.MetaGradient
 FROZEN, TRUE, RECORDED, FIRST = "frozen", "true forward", "frozen, recorded graph", "FOMAML"
@@ -61,16 +57,6 @@ def costs(sizes: list[int], windows: list[int], filters: int) -> Results:
         for size in sizes
     }
     return {"inner steps": INNER_STEPS, "windows": windows, "filters": filters, "rows": rows}
-
-
-def in_fresh_process(function: Callable[..., Results], *arguments: Any) -> Results:
-    with (
-        patch.dict(os.environ, quiet_environment()),
-        ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-        ) as pool,
-    ):
-        return pool.submit(function, *arguments).result()
 
 
 def measure_cost(kind: str, window: int, size: int, filters: int) -> Results:
@@ -158,7 +144,7 @@ METHODS: dict[str, Estimator] = {
 
 def accuracy(arguments: argparse.Namespace) -> Results:
     tasks = il.tasks.cifar_fs(5, 1, QUERIES, data=arguments.data / "cifarfs32.npz")
-    return accuracies(tasks, 3, 32, list(METHODS), validation_tasks=100, test_tasks=400, seconds=110.0)
+    return accuracies(tasks, 3, 32, list(METHODS), validation_tasks=100, test_tasks=400, seconds=80.0)
 
 
 def accuracies(
@@ -593,14 +579,6 @@ def error_words(results: Results) -> str:
         f"{results['draws']} draws. It falls with the inner rate: {verdict(falls)}. A window is out of its range where "
         f"its steps together are too long; worse than first order for the start: {', '.join(worse) or 'none'}."
     )
-
-
-def percent(estimate: list[float]) -> str:
-    return f"{100 * estimate[0]:.2f} ± {100 * estimate[1]:.2f}"
-
-
-def verdict(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
 
 
 PARTS = {
