@@ -17,7 +17,7 @@ from typing import Any
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.studies.compare import MEMORY_STEPS, METHODS, SHARE, Plan, carry_out, plan, read_plan
 from innerloop.studies.comparison import recommend
-from innerloop.studies.comparison_report import PAGE
+from innerloop.studies.comparison_report import HTML
 from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, why in comparison.failed.items():
         print(f"{name} could not be trained: {why}")
     print(recommend(comparison).text)
-    print(f"report: {folder / PAGE}")
+    print(f"report: {folder / HTML}")
 
 
 def _resumed(arguments: argparse.Namespace) -> Plan:

@@ -279,11 +279,9 @@ def _collect(
             )
         )
     first = next(iter(plan.methods.values()))
-    steps = f"{first.steps:,} outer steps"
-    minutes = plan.minutes and f"{plan.minutes:g} {'minute' if plan.minutes == 1 else 'minutes'} of outer steps"
     return Comparison(
         tasks=task_words(first),
-        budget=minutes or steps,
+        budget=_budget(plan, first.steps),
         test_tasks=first.test_tasks,
         share=plan.share,
         target=target,
@@ -292,6 +290,13 @@ def _collect(
         failed=failed,
         made=provenance(),
     )
+
+
+def _budget(plan: Plan, steps: int) -> str:
+    if plan.minutes is None:
+        return f"{steps:,} outer steps"
+    seconds = 60 * plan.minutes
+    return f"{seconds:g} seconds of outer steps" if seconds < 300 else f"{plan.minutes:g} minutes of outer steps"
 
 
 def _curve(folders: Sequence[Path], seconds: float) -> list[Point]:
