@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import signal
 import time
 
 import pytest
@@ -166,8 +167,9 @@ def test_a_method_that_diverges_is_named_and_the_others_are_compared(tmp_path, m
     assert found.failed["maml"] in (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
 
 
-def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch):
-    settings = Settings(steps=100_000, validate_every=100_000, **TINY)
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch, stop):
+    settings = Settings(steps=5000, validate_every=5000, **TINY)
     runs = [trainings.Training(tmp_path / name, name, settings) for name in ("a", "b")]
     sleep = time.sleep
 
@@ -175,7 +177,7 @@ def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch
         sleep(seconds)
         if all((each.folder / "metrics.jsonl").exists() for each in runs):
             monkeypatch.undo()  # whatever waits for the trainings sleeps as well
-            raise KeyboardInterrupt
+            signal.raise_signal(stop)
 
     monkeypatch.setattr(time, "sleep", nap)
     with pytest.raises(KeyboardInterrupt):

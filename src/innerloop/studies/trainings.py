@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from rich.console import Console
@@ -98,10 +100,21 @@ def _last_words(training: Training) -> str:
 
 @contextlib.contextmanager
 def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Whatever ends the block, no training goes on behind it; each writes its checkpoint first."""
+    """Whatever ends the block, Ctrl-C or a termination signal too, no training goes on behind it.
+
+    Each writes its checkpoint first.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if here else None
     try:
         yield
     finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
         for process in running.values():
             process.send_signal(signal.SIGINT)
         for process in running.values():
