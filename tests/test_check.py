@@ -217,6 +217,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["settings"]["precision"] == "float64"
     for point in ("fresh weights", "trained weights"):
         assert [row["name"] for row in results[point]["rows"]] == ["unrolled", "window:2", "memory-reduced"]
+        assert [row["memory"] is not None for row in results[point]["rows"]] == [True, True, False]  # the last: refused
         assert results[point]["rows"][0]["error"]["high"] == 0
         assert results[point]["rows"][1]["error"]["median"] > 0
     fresh, trained = (results[point]["geometry"]["largest"]["median"] for point in ("fresh weights", "trained weights"))

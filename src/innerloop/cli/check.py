@@ -11,12 +11,14 @@ import argparse
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
+from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.choices import META_GRADIENT, check_name, make
 from innerloop.training.report import task_words
@@ -74,6 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
     for point, learner in learners.items():
         with arithmetic(settings), Console(stderr=True).status(f"{point}: {arguments.tasks} tasks"):
             checks[point] = check(learner, tasks, estimators, arguments.tasks, arguments.split)
+    if all(row.memory is None for found in checks.values() for row in found.rows):
+        with Console(stderr=True).status("memory"):
+            checks = _with_memory(checks, settings)
     for point, found in checks.items():
         console.print(_title(point, found, settings, arguments.split), soft_wrap=True, markup=False)
         console.print(table(found))
@@ -82,9 +87,23 @@ def run(arguments: argparse.Namespace) -> None:
         console.print()
     save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
     draw(folder / "check.png", checks)
-    note = "" if any(row.memory for found in checks.values() for row in found.rows) else "; memory is counted on CUDA"
-    console.print(f"median (10-90 % of the tasks); one task at a time{note}", soft_wrap=True)
+    console.print("median (10-90 % of the tasks); one task at a time", soft_wrap=True)
     console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
+
+
+def _with_memory(checks: dict[str, Check], settings: Settings) -> dict[str, Check]:
+    """With the peak memory of each estimator, measured in fresh processes; it does not depend on the weights."""
+    sizes: dict[str, int | None] = {}
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "task.safetensors"
+        single = replace(settings, tasks_per_batch=1)
+        save_tasks(file, single)
+        for row in next(iter(checks.values())).rows:
+            sizes[row.name] = None if row.refused else peak(replace(single, meta_gradient=row.name), file)
+    return {
+        point: replace(found, rows=[replace(row, memory=sizes[row.name]) for row in found.rows])
+        for point, found in checks.items()
+    }
 
 
 def _names(text: str | None) -> list[str]:

@@ -117,7 +117,8 @@ class Row:
             take the inner problem for solved.
         products: curvature products a task.
         seconds: median time of a task computed alone.
-        memory: peak bytes of a task above model and data, on CUDA; None on the CPU, whose allocator keeps no count.
+        memory: peak bytes of a task above model and data; None on the CPU, which takes a fresh process for each:
+            `innerloop check` does that.
         sentence: what it comes to, in words, and what helps.
     """
 

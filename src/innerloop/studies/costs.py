@@ -74,9 +74,13 @@ def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
     memory_at = {settings.inner_steps: found.pop("memory")}
     for steps in memory_steps:
         if steps not in memory_at:
-            other = replace(settings, inner_steps=steps)
-            memory_at[steps] = _in_fresh_process(other, tasks, everything=False)["memory"]
+            memory_at[steps] = peak(replace(settings, inner_steps=steps), tasks)
     return Cost.of(found | {"memory_at": dict(sorted(memory_at.items()))})
+
+
+def peak(settings: Settings, tasks: Path) -> int:
+    """Peak bytes of a method's meta-step above model and tasks; arguments and errors as in `cost`."""
+    return int(_in_fresh_process(settings, tasks, everything=False)["memory"])
 
 
 def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict[str, Any]:
