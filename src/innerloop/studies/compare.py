@@ -1,8 +1,8 @@
 """Methods side by side: the same tasks, model and budget, and what each costs (arXiv 2412.12030, section 5, widened).
 
 First every method is measured alone, one process after another: seconds and peak memory of a meta-step, curvature
-products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that nothing which else
-runs on the machine, other trainings of the study among it, can change a result or a timing. Then every method is
+products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that whatever else
+runs on the machine later, other trainings of the study too, changes no result and no timing. Then every method is
 trained and tested with every seed, by `innerloop train`, in a run folder of its own.
 """
 
