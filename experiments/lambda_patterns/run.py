@@ -192,8 +192,8 @@ def bounds(found: Results) -> str:
     names = [name for name in found["rows"][0]["seconds"] if name != "11111"]
     return (
         f"What this machine allows: {found['steps']} steps, random weights, medians of {found['repetitions']}; how "
-        "many times as long full adaptation takes. Its forward passes alone take far more than the third that multiply-adds "
-        "give them, so the ceiling without reuse is the last column, not "
+        "many times as long full adaptation takes. Its forward passes alone take far more than the third that "
+        "multiply-adds give them, so the ceiling without reuse is the last column, not "
         f"{CEILING}; 00001 reaches at least {100 * worst:.0f} % of it.\n\n" + table(["", "full, ms", *names], rows)
     )
 
