@@ -54,7 +54,7 @@ METHODS = (
     "ANIL, features recomputed, ours",
     "ANIL, features cached, ours",
 )
-SHAPES, STEPS = ((32, 64), (32, 32), (84, 64), (84, 32)), (5, 10, 15, 20)
+SHAPES, STEPS = ((32, 64), (32, 32), (84, 64)), (5, 10, 15, 20)
 PUBLISHED_MEMORY = {  # figure 2, "MB" there, which are MiB; 64 filters fit both sizes
     "84x84, 64 filters": {
         "Algorithm 1": (495.8, 496.6, 497.4, 498.1),
