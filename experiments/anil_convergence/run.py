@@ -15,7 +15,9 @@ geometry: ANIL on a quadratic whose inner Hessian has, or has not, a negative ei
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import COLOURS, Part, Results, made, run, table
 
 import innerloop as il
-from innerloop.studies.measure import time_of
 from innerloop.tasks import TaskSource
 from innerloop.training import Diverged
 
@@ -83,6 +84,19 @@ def training_loss(tasks: TaskSource, learner: il.MetaLearner, outer_steps: int) 
     return losses
 
 
+def paces(tasks: TaskSource, counts: Sequence[int], deep: bool, filters: int, rounds: int = 15) -> dict[str, float]:
+    """Median seconds of a meta-step for every N, which take turns, so that a busy machine is so for all of them."""
+    batch = tasks.batch("train", 0, TASKS_PER_BATCH)
+    learners = {count: learner(tasks, filters, deep, 0.01, count, seed=0) for count in counts}
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(rounds + 1):
+        for count, timed in learners.items():
+            began = time.perf_counter()
+            timed.meta_step(batch)
+            seconds[count].append(time.perf_counter() - began)
+    return {str(count): statistics.median(found[1:]) for count, found in seconds.items()}
+
+
 def curves(
     sources: Sequence[TaskSource],
     counts: Sequence[int],
@@ -97,13 +111,10 @@ def curves(
     """
     found: Results = {"rates": []}
     for lr, falling in rates:
-        case: Results = {"name": f"{lr:g} / N" if falling else f"{lr:g}", "curves": {}, "seconds": {}}
+        case: Results = {"name": f"{lr:g} / N" if falling else f"{lr:g}", "curves": {}}
+        case["seconds"] = paces(sources[0], counts, deep, filters)
         for count in counts:
             rate = lr / count if falling else lr
-            timed = learner(sources[0], filters, deep, rate, count, seed=0)
-            batch = sources[0].batch("train", 0, TASKS_PER_BATCH)
-            timing = time_of(lambda timed=timed, batch=batch: timed.meta_step(batch), 7, "cpu")
-            case["seconds"][str(count)] = timing.median
             case["curves"][str(count)] = [
                 training_loss(tasks, learner(tasks, filters, deep, rate, count, seed), outer_steps)
                 for seed, tasks in enumerate(sources)
