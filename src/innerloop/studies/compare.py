@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ class Plan:
     def of(cls, found: Mapping[str, Any]) -> Plan:
         """The plan that `as_json` made."""
         methods = {name: Settings(**settings) for name, settings in found["methods"].items()}
-        return cls(**{**found, "methods": methods, "memory_steps": tuple(found["memory_steps"])})
+        own = {each.name: found[each.name] for each in fields(cls)}
+        return cls(**{**own, "methods": methods, "memory_steps": tuple(own["memory_steps"])})
 
 
 def plan(
@@ -190,7 +191,11 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
         for name in plan.methods
         if name not in failed
     }
-    comparison = _collect(plan, kept, costs, failed)
+    begun = json.loads(
+        (folder / STUDY).read_text(encoding="utf-8")
+    )  # the command that began it tells more than --resume
+    made = provenance() | {"command": begun["command"]}
+    comparison = _collect(plan, kept, costs, failed, made)
     write_report(folder, comparison)
     return comparison
 
@@ -216,7 +221,7 @@ def _claim(folder: Path, plan: Plan) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something that is not a comparison; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / STUDY).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
+    save_results(folder / STUDY, plan.as_json())
 
 
 def _folder_name(method: str) -> str:
@@ -239,7 +244,11 @@ def _cost(folder: Path, name: str, plan: Plan, console: Console) -> Cost:
 
 
 def _collect(
-    plan: Plan, kept: Mapping[str, Sequence[Path]], costs: Mapping[str, Cost], failed: dict[str, str]
+    plan: Plan,
+    kept: Mapping[str, Sequence[Path]],
+    costs: Mapping[str, Cost],
+    failed: dict[str, str],
+    made: dict[str, Any],
 ) -> Comparison:
     """From the run folders of each method to what they show together."""
     results = {
@@ -288,7 +297,7 @@ def _collect(
         nearest_neighbour=Estimate(*next(iter(results.values()))[0]["test"]["nearest_neighbour"]),
         entries=entries,
         failed=failed,
-        made=provenance(),
+        made=made,
     )
 
 
