@@ -191,9 +191,8 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
         for name in plan.methods
         if name not in failed
     }
-    begun = json.loads(
-        (folder / STUDY).read_text(encoding="utf-8")
-    )  # the command that began it tells more than --resume
+    # the command that began the study tells more than one that resumed it
+    begun = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     made = provenance() | {"command": begun["command"]}
     comparison = _collect(plan, kept, costs, failed, made)
     write_report(folder, comparison)
