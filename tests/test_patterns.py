@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import statistics
 import types
 from pathlib import Path
 from typing import Any, ClassVar
@@ -416,7 +415,7 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
     assert found.difference == pytest.approx(Estimate.of(values["00011"] - values["11111"]))
     none = sections[1].rows[-1]
     assert (none.pattern, none.weights, none.cost) == ("00000", 0, 0)
-    assert none.time.median < statistics.median(each.time.median for each in sections[1].rows) / 20
+    assert none.time.median < min(each.time.median for each in sections[1].rows[:-1])
     for steps, message in (([], "steps are"), ([0], "1 or more")):
         with pytest.raises(ValueError, match=message):
             study(trained, tasks, steps)
