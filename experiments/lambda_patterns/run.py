@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -51,16 +52,17 @@ def innerloop(*arguments: str) -> None:
 
 def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     """Train, unless that is done, and study all patterns with the command."""
-    folder = ROOT / "runs" / f"cifar-fs-{shots}-shot"
+    run_folder, data = f"runs/cifar-fs-{shots}-shot", os.path.relpath(arguments.data, ROOT)
+    folder = ROOT / run_folder
     if not (folder / "results.json").exists():
         if (folder / SETTINGS).exists():
-            innerloop("train", "--resume", str(folder))
+            innerloop("train", "--resume", run_folder)
         else:
             options = (RECIPE.format(shots=shots) + TRAINING[shots]).split()
-            innerloop("train", "--out", str(folder), "--data", str(arguments.data), *options)
+            innerloop("train", "--out", run_folder, "--data", data, *options)
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     options = ["--tolerance", "1.0", "--steps", "1,5,10", *STUDY[shots].split()]
-    innerloop("patterns", str(folder), "--data", str(arguments.data), *options, *threads)
+    innerloop("patterns", run_folder, "--data", data, *options, *threads)
     found = json.loads((folder / "patterns.json").read_text("utf-8"))
     training = json.loads((folder / "results.json").read_text("utf-8"))
     keep = ("training", "test", "command")
