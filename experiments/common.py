@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import matplotlib as mpl
@@ -33,6 +34,7 @@ DATA = Path(os.environ.get("INNERLOOP_DATA", ROOT.parent / "shared" / "data"))
 COLOURS = ["#1f6fb4", "#d9720a", "#2a9d4a", "#d43a2f", "#7d55b0", "#808080", "#a0792c", "#c2588f"]
 
 Results = dict[str, Any]
+Key = TypeVar("Key")
 
 
 class Part(NamedTuple):
@@ -108,6 +110,17 @@ def in_fresh_process(function: Callable[..., Results], *arguments: Any) -> Resul
         ProcessPoolExecutor(1, get_context("spawn"), **threads) as pool,
     ):
         return pool.submit(function, *arguments).result()
+
+
+def in_turns(functions: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
+    """Median seconds of each function; they take turns, so that a machine that is busy for a while is so for all."""
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def percent(estimate: Sequence[float], sign: str = "") -> str:

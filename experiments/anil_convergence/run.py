@@ -15,12 +15,11 @@ geometry: ANIL on a quadratic whose inner Hessian has, or has not, a negative ei
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import COLOURS, Part, Results, made, run, table
+from common import COLOURS, Part, Results, in_turns, made, run, table
 
 import innerloop as il
 from innerloop.tasks import TaskSource
@@ -85,16 +84,10 @@ def training_loss(tasks: TaskSource, learner: il.MetaLearner, outer_steps: int) 
 
 
 def paces(tasks: TaskSource, counts: Sequence[int], deep: bool, filters: int, rounds: int = 15) -> dict[str, float]:
-    """Median seconds of a meta-step for every N, which take turns, so that a busy machine is so for all of them."""
+    """Median seconds of a meta-step for every N."""
     batch = tasks.batch("train", 0, TASKS_PER_BATCH)
-    learners = {count: learner(tasks, filters, deep, 0.01, count, seed=0) for count in counts}
-    seconds: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(rounds + 1):
-        for count, timed in learners.items():
-            began = time.perf_counter()
-            timed.meta_step(batch)
-            seconds[count].append(time.perf_counter() - began)
-    return {str(count): statistics.median(found[1:]) for count, found in seconds.items()}
+    learners = {str(count): learner(tasks, filters, deep, 0.01, count, seed=0) for count in counts}
+    return in_turns({count: partial(timed.meta_step, batch) for count, timed in learners.items()}, rounds)
 
 
 def curves(

@@ -32,7 +32,7 @@ from innerloop.studies.measure import peak_memory, time_of
 from innerloop.training import evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import COLOURS, Part, Results, in_fresh_process, made, percent, run, table, verdict
+from common import COLOURS, Part, Results, in_fresh_process, in_turns, made, percent, run, table, verdict
 
 Estimator = il.meta_gradient.MetaGradient
 FROZEN, TRUE, RECORDED, FIRST = "frozen", "true forward", "frozen, recorded graph", "FOMAML"
@@ -46,37 +46,42 @@ def cost(_: argparse.Namespace) -> Results:
     return costs([32, 84], [1, 2, 5, 10], filters=32)
 
 
-def costs(sizes: list[int], windows: list[int], filters: int) -> Results:
-    """Of one meta-step on one 5-way 5-shot task of random images, each in a process of its own."""
-    rows = {
-        str(size): {
-            kind: [in_fresh_process(measure_cost, kind, window, size, filters) for window in windows]
-            for kind in (FROZEN, TRUE, RECORDED)
+def costs(sizes: list[int], windows: list[int], filters: int, rounds: int = 5) -> Results:
+    """Of a meta-step on one 5-way 5-shot task of random images; memory in processes of their own, seconds in turns."""
+    rows = {}
+    for size in sizes:
+        wanted = [(kind, window) for kind in (FROZEN, TRUE, RECORDED) for window in windows] + [(FIRST, 1)]
+        steps = {each: meta_step(*each, size, filters, INNER_STEPS) for each in wanted}
+        seconds = in_turns(steps, rounds)
+        rows[str(size)] = {
+            kind: [
+                in_fresh_process(measure_cost, kind, window, size, filters) | {"seconds": seconds[kind, window]}
+                for of, window in wanted
+                if of == kind
+            ]
+            for kind in (FROZEN, TRUE, RECORDED, FIRST)
         }
-        | {FIRST: [in_fresh_process(measure_cost, FIRST, 1, size, filters)]}
-        for size in sizes
-    }
     return {"inner steps": INNER_STEPS, "windows": windows, "filters": filters, "rows": rows}
 
 
-def measure_cost(kind: str, window: int, size: int, filters: int) -> Results:
-    """Peak MiB above model and task, seconds, and curvature products of a meta-step."""
+def meta_step(kind: str, window: int, size: int, filters: int, steps: int) -> Callable[[], Any]:
     torch.manual_seed(0)
     labels = torch.arange(5).repeat_interleave(5)
     support, query = ((torch.rand(1, len(labels), 3, size, size), labels[None]) for _ in range(2))
-    task = il.Task(support, query)
     estimator = il.FirstOrder() if kind == FIRST else il.Window(window, "true_forward" if kind == TRUE else "frozen")
+    model = il.models.Conv4(size=size, filters=filters)
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=steps), meta_gradient=estimator)
+    task = il.Task(support, query)
+    return partial(recorded_step, learner, window, task) if kind == RECORDED else partial(learner.meta_step, task)
 
-    def meta_step(filters: int, steps: int) -> Callable[[], Any]:
-        model = il.models.Conv4(size=size, filters=filters)
-        learner = il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=steps), meta_gradient=estimator)
-        return partial(recorded_step, learner, window, task) if kind == RECORDED else partial(learner.meta_step, task)
 
-    meta_step(2, 1)()  # what is loaded on first use is not the meta-step's memory
-    measured = meta_step(filters, INNER_STEPS)
+def measure_cost(kind: str, window: int, size: int, filters: int) -> Results:
+    """Peak MiB above model and task, and curvature products of a meta-step."""
+    meta_step(kind, window, size, 2, 1)()  # what is loaded on first use is not the meta-step's memory
+    measured = meta_step(kind, window, size, filters, INNER_STEPS)
     mib = peak_memory(measured, "cpu") / 2**20
     products = None if kind == RECORDED else measured().diagnostics["curvature_products"].item()
-    return {"mib": mib, "seconds": time_of(measured, 2, "cpu").median, "products": products}
+    return {"mib": mib, "products": products}
 
 
 def recorded_step(learner: il.MetaLearner, window: int, batch: il.Task) -> None:
