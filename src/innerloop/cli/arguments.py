@@ -66,5 +66,17 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {each.name: getattr(arguments, each.name) for each in fields(Settings) if hasattr(arguments, each.name)}
 
 
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list such as ``1,5,10``; an empty text has none.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}; give whole numbers separated by commas, such as 1,5,10") from None
+
+
 def _text(default: Any) -> str:
     return "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)

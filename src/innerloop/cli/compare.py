@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors, whole_numbers
 from innerloop.studies.compare import MEMORY_STEPS, METHODS, SHARE, Plan, carry_out, plan, read_plan
 from innerloop.studies.comparison import recommend
 from innerloop.studies.comparison_report import HTML
@@ -91,7 +91,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         _names(arguments.methods),
         minutes=None if budget is None else _minutes(budget),
         seeds=arguments.seeds,
-        memory_steps=_numbers(arguments.memory_steps),
+        memory_steps=whole_numbers("--memory-steps", arguments.memory_steps),
         share=arguments.share,
         changes=_changes(arguments.set),
         **settings,
@@ -100,13 +100,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _names(text)]
-    except ValueError:
-        raise UsageError(f"--memory-steps is {text!r}; give whole numbers separated by commas") from None
 
 
 def _minutes(text: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
 from innerloop.studies.patterns import CHOICE, PAGE, confirmation, save_study, study
 from innerloop.training.build import arithmetic, build_tasks
 from innerloop.training.runs import load_learner, read_run
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, choose, confirm and write."""
     with usage_errors():
         settings = replace(read_run(arguments.run), **given_settings(arguments))
-        numbers = _numbers(arguments.numbers)
+        numbers = whole_numbers("--steps", arguments.numbers)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         tasks = build_tasks(settings, ("validation", "test"))
@@ -86,10 +86,3 @@ def run(arguments: argparse.Namespace) -> None:
     for each in sections:
         print(f"{each.steps} {'step' if each.steps == 1 else 'steps'}: {confirmation(each)}")
     print(f"{section.chosen.pattern} in {section.steps} steps: {arguments.run / CHOICE}; all: {arguments.run / PAGE}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--steps is {text!r}; give whole numbers separated by commas, such as 1,5,10") from None
