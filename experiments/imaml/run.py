@@ -426,8 +426,8 @@ def omniglot_words(results: Results) -> str:
 PARTS = {
     "error": Part(error, draw_error, quick_error),
     "memory": Part(memory, draw_memory, quick_memory),
-    "omniglot5": Part(partial(omniglot, 5, 80.0), draw_omniglot, partial(quick_omniglot, 5, ["MAML", "iMAML-GD"])),
-    "omniglot20": Part(partial(omniglot, 20, 80.0), draw_omniglot, partial(quick_omniglot, 20, ["MAML"])),
+    "omniglot5": Part(partial(omniglot, 5, 200.0), draw_omniglot, partial(quick_omniglot, 5, ["MAML", "iMAML-GD"])),
+    "omniglot20": Part(partial(omniglot, 20, 200.0), draw_omniglot, partial(quick_omniglot, 20, ["MAML"])),
 }
 
 if __name__ == "__main__":
