@@ -17,6 +17,7 @@ from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.studies import check
 from innerloop.studies.check import Row, Spread, lanczos
+from innerloop.studies.measure import Failed
 from innerloop.tasks import TaskSource
 
 
@@ -201,6 +202,21 @@ def test_names_may_have_arguments() -> None:
 
 
 TINY = ["--dataset=sinusoid", "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--device=cpu"]
+
+
+def test_memory_that_cannot_be_measured_costs_its_column_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> int:
+        raise Failed("exit -9")
+
+    monkeypatch.setattr("innerloop.cli.check.peak", killed)
+    (tmp_path / "settings.yaml").write_text("dataset: sinusoid\nmodel: mlp\nfilters: 8\ninner_lr: 0.01\n")
+    main(["check", str(tmp_path / "settings.yaml"), "--estimators=first-order", "--tasks=2", f"--out={tmp_path}"])
+    shown = capsys.readouterr()
+    assert "the memory of first-order could not be measured: exit -9" in shown.err
+    assert "cosine" in shown.out
+    assert json.loads((tmp_path / "check.json").read_text())["fresh weights"]["rows"][0]["memory"] is None
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
 from innerloop.studies.comparison import Point, Timing
 from innerloop.studies.comparison_report import read
 from innerloop.studies.costs import Cost, cost, save_tasks
+from innerloop.studies.measure import Failed
 from innerloop.training.settings import Settings
 
 studies = importlib.import_module("innerloop.studies.compare")  # the package has the function under this name
@@ -167,7 +168,19 @@ def test_a_method_that_diverges_is_named_and_the_others_are_compared(tmp_path, m
     assert found.failed["maml"] in (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_fails_costs_one_line_and_nothing_else(tmp_path, monkeypatch, capsys):
+    def killed(*_):
+        raise Failed("exit -9")
+
+    monkeypatch.setattr(studies, "cost", killed)
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--out", str(tmp_path / "study"), "--methods=maml", "--steps=4", "--filters=2"])
+    assert exit.value.code == 1
+    assert "method maml cannot be measured: exit -9" in capsys.readouterr().err
+    assert read_plan(tmp_path / "study") == plan(["maml"], steps="4", filters="2")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch, stop):
     settings = Settings(steps=5000, validate_every=5000, **TINY)
     runs = [trainings.Training(tmp_path / name, name, settings) for name in ("a", "b")]

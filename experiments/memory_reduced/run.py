@@ -11,6 +11,7 @@ memory: peak memory of a meta-step, by plain autograd as published, and by the l
 accuracy_cifar_fs, accuracy_fc100: 5-way 5-shot, the same time for each method, with the inner and outer rates and
     steps of the authors' code; tested as there (the head alone, 20 steps at 0.05) and as the method itself adapts.
 quadratic: convergence on a quadratic with a closed form.
+logistic: the same on L2-regularised softmax heads of real tasks.
 heads: error of the hypergradient on regularised heads of real tasks, and what becomes of it without the L2 term.
 """
 
@@ -31,7 +32,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import COLOURS, Part, Results, made, run, table
+from common import COLOURS, Part, Results, made, run, table, verdict
+from convergence import EVERY, Heads, Quadratic, descend, plateau
 
 import innerloop as il
 from innerloop.studies.measure import quiet_environment, time_of
@@ -39,7 +41,6 @@ from innerloop.tasks import TaskSource, nearest_neighbour
 from innerloop.training import Estimate, evaluate
 
 FOLDER = Path(__file__).parent
-Tree = dict[str, Tensor]
 
 # --- memory ---------------------------------------------------------------------------------------
 
@@ -270,132 +271,81 @@ def draw_accuracy(results: Results) -> Figure:
     return figure
 
 
-# --- quadratic ------------------------------------------------------------------------------------
+# --- convergence ------------------------------------------------------------------------------------
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+Cases = Sequence[tuple[int, int]]
 
 
-class Quadratic:
-    """``head'H head / 2 - (J theta + c)'head`` inside, ``|D head + E theta - e|^2 / 2`` outside; c and e are the task.
-
-    H's eigenvalues go from 0.5 to 8. The true gradient of the mean over tasks is linear in theta.
-    """
-
-    def __init__(self, heads: int, thetas: int) -> None:
-        basis = torch.linalg.qr(normal(heads, heads, seed=0)).Q
-        self.matrix = basis @ torch.linspace(0.5, 8, heads).double().diag() @ basis.T
-        self.mixed, self.direct = normal(heads, thetas, seed=1), normal(heads, thetas, seed=2) / 4
-        self.outer_matrix = normal(heads, heads, seed=3) / heads**0.5
-        self.problem = il.Problem(lambda meta: {"head": meta["head"]}, self.inner_loss, self.outer_loss)
-        self.theta, self.head = normal(thetas, seed=4), normal(heads, seed=5)
-
-    def tasks(self, *shape: int, seed: int = 6) -> il.Task:
-        return il.Task(*normal(2, *shape, len(self.matrix), seed=seed))
-
-    def inner_loss(self, params: Tree, meta: Tree, support: Tensor) -> Tensor:
-        head = params["head"]
-        return head @ self.matrix @ head / 2 - (self.mixed @ meta["theta"] + support) @ head
-
-    def outer_loss(self, params: Tree, meta: Tree, query: Tensor) -> Tensor:
-        return (self.outer_matrix @ params["head"] + self.direct @ meta["theta"] - query).square().sum() / 2
-
-    @property
-    def response(self) -> Tensor:
-        """How the outer residual at the inner solution moves with theta."""
-        return self.outer_matrix @ torch.linalg.solve(self.matrix, self.mixed) + self.direct
-
-    def gradient(self, theta: Tensor, task: il.Task) -> Tensor:
-        """The exact hypergradient, mean over tasks."""
-        shift = torch.linalg.solve(self.matrix, task.support.T).T @ self.outer_matrix.T - task.query
-        return ((theta @ self.response.T + shift) @ self.response).mean(0)
-
-
-def descend(quadratic: Quadratic, inner: il.SGD, iterations: int, warm: bool, steps: int, rate: float) -> list[float]:
-    """Squared norms of the true gradient, every tenth step, while 12 tasks recur in every batch."""
-    estimator, tasks, theta = il.MemoryReduced(il.CG(iterations), 0.0), quadratic.tasks(12), quadratic.theta
-    inner = estimator.prepare(inner, partial=None)
-    begin = torch.func.vmap(lambda _: estimator.cold(quadratic.problem, {"theta": theta, "head": quadratic.head}))(
-        torch.zeros(12)
-    )
-    left, norms = begin, []
-    for step in range(steps + 1):
-        if step % 10 == 0:
-            norms.append(float(quadratic.gradient(theta, tasks).square().sum()))
-
-        def resume(task: il.Task, begin: object, theta: Tensor = theta) -> tuple[Tensor, object]:
-            meta = {"theta": theta, "head": quadratic.head}
-            result, left = estimator.resume(quadratic.problem, meta, task, inner, begin)
-            return result.grad["theta"], left
-
-        with torch.no_grad():
-            grad, left = torch.func.vmap(resume)(tasks, left if warm else begin)
-        theta = theta - rate * grad.mean(0)
-    return norms
-
-
-def plateau(quadratic: Quadratic, batch: int, replicas: int, steps: int, rate: float) -> float:
-    """Mean squared norm of the true gradient in the second half of training on random batches of new tasks."""
-    exact = il.NewtonCG(steps=1, iterations=len(quadratic.matrix), trials=1)
-    estimator = il.MemoryReduced(il.CG(len(quadratic.matrix)), 0.0)
-
-    def estimate(theta: Tensor, task: il.Task) -> Tensor:
-        meta = {"theta": theta, "head": quadratic.head}
-        return il.hypergradient(quadratic.problem, meta, task, exact, estimator).grad["theta"]
-
-    over_batch = torch.func.vmap(estimate, (None, 0))
-    curvature = quadratic.response.T @ quadratic.response
-    theta, squares = torch.zeros(replicas, len(quadratic.theta), dtype=torch.float64), []
-    for step in range(steps):
-        theta = theta - rate * torch.func.vmap(over_batch)(theta, quadratic.tasks(replicas, batch, seed=step)).mean(1)
-        if step >= steps // 2:  # tasks have mean zero, so the true gradient is linear in theta
-            squares.append((theta @ curvature).square().sum(1).mean())
-    return float(torch.stack(squares).mean())
-
-
-def convergence(cases: Sequence[tuple[int, int]], steps: int, batches: Sequence[int], replicas: int) -> Results:
-    quadratic = Quadratic(heads=8, thetas=2)
-    largest = float(torch.linalg.eigvalsh(quadratic.response.T @ quadratic.response)[-1])
-    found: Results = {"every": 10, "descent": {}, "plateau": {}}
+def descents(
+    case: Quadratic | Heads, tasks: il.Task, cases: Cases, inner_lr: float, steps: int, rate: float
+) -> dict[str, list[float]]:
+    """Squared norms of the true gradient on recurring tasks, for each K and N, with warm and with cold starts."""
+    found = {}
     for inner, iterations in cases:
         for warm in (True, False):
             name = f"K = {inner}, N = {iterations}, {'warm' if warm else 'cold'}"
-            solver = il.SGD(lr=1 / 8, steps=inner)
-            found["descent"][name] = descend(quadratic, solver, iterations, warm, steps, 0.3 / largest)
-            print(f"  {name}: squared gradient {found['descent'][name][-1]:.2g}", flush=True)
-    # one direction, so that every plateau is reached in a few steps
-    narrow = Quadratic(heads=5, thetas=1)
-    rate = 0.5 / float((narrow.response.T @ narrow.response).max())
-    for batch in batches:
-        found["plateau"][str(batch)] = plateau(narrow, batch, replicas, 20, rate)
+            thetas = descend(case, tasks, il.SGD(lr=inner_lr, steps=inner), iterations, warm, steps, rate)
+            found[name] = case.gradient(thetas, tasks).flatten(1).square().sum(1).tolist()
+            print(f"  {name}: squared gradient {found[name][-1]:.2g}", flush=True)
     return found
 
 
+def quadratic(cases: Cases, steps: int, batches: Sequence[int], replicas: int) -> Results:
+    case = Quadratic(heads=8, thetas=2)
+    rate = 0.3 / float(torch.linalg.eigvalsh(case.curvature)[-1])
+    found: Results = {"every": EVERY, "descent": descents(case, case.tasks(12), cases, 1 / 8, steps, rate)}
+    # one direction, and from where the gradient is zero, so that every plateau is reached in a few steps
+    narrow = Quadratic(heads=5, thetas=1)
+    narrow.theta = torch.zeros_like(narrow.theta)
+    rate = 0.5 / float(narrow.curvature.max())
+    return found | {"plateau": {str(batch): plateau(narrow, batch, replicas, 20, rate) for batch in batches}}
+
+
 def measure_quadratic(arguments: Namespace) -> Results:
-    return convergence([(1, 1), (3, 2), (20, 8)], 1500, (1, 4, 16, 64), 1000)
+    return quadratic([(1, 1), (3, 2), (20, 8)], 1500, (1, 4, 16, 64), 1000)
 
 
 def quick_quadratic(arguments: Namespace) -> Results:
-    found = convergence([(1, 1)], 100, (1, 16), 100)
-    warm, cold = found["descent"].values()
-    assert warm[-1] < 1e-2 * cold[-1], f"warm starts should pass the floor of cold ones: {warm[-1]}, {cold[-1]}"
+    found = quadratic([(1, 1)], 100, (1, 16), 100)
+    assert_warm_starts_win(found)
     ratio = found["plateau"]["1"] / found["plateau"]["16"]
     assert 10 < ratio < 25, f"a batch of 16 should lower the plateau about 16 times, not {ratio:.1f}"
     return found
 
 
-def draw_quadratic(results: Results) -> Figure:
+def assert_warm_starts_win(found: Results) -> None:
+    warm, cold = found["descent"].values()
+    assert warm[-1] < 1e-2 * cold[-1], f"warm starts should pass the floor of cold ones: {warm[-1]}, {cold[-1]}"
+
+
+def measure_logistic(arguments: Namespace) -> Results:
+    case = Heads(il.tasks.cifar_fs(ways=5, shots=5, queries=5, data=arguments.data), 48, inputs=16, features=8)
+    cases = [(1, 1), (5, 5)]
+    found: Results = {"every": EVERY}
+    found["descent"] = descents(case, case.chosen(torch.arange(12)), cases, 0.5, 1500, 1.0)
+    case.theta = descend(case, case.pool, il.SGD(lr=0.5, steps=1), 1, True, 1500, 1.0)[-1]
+    return found | {"plateau": {str(batch): plateau(case, batch, 16, 60, 0.5, every=6) for batch in (1, 4, 16)}}
+
+
+def quick_logistic(arguments: Namespace) -> Results:
+    case = Heads(il.tasks.glyphs(5, 5, 5), 6, inputs=6, features=4)
+    found = {"every": EVERY, "descent": descents(case, case.pool, [(1, 1)], 0.5, 200, 1.0), "plateau": {}}
+    assert_warm_starts_win(found)
+    return found
+
+
+def draw_convergence(results: Results) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, (name, norms) in enumerate(results["descent"].items()):
         steps = results["every"] * np.arange(len(norms))
         left.plot(steps, norms, "--" if name.endswith("cold") else "-", color=COLOURS[place // 2], label=name)
     left.set(yscale="log", xlabel="outer steps", ylabel="squared norm of the true gradient", title="12 recurring tasks")
-    batches = [int(batch) for batch in results["plateau"]]
-    right.plot(batches, list(results["plateau"].values()), "o", color=COLOURS[0], label="plateau")
-    first = results["plateau"][str(batches[0])] * batches[0]
-    right.plot(batches, [first / batch for batch in batches], ":", color="black", label="1 / |B|")
+    if batches := [int(batch) for batch in results["plateau"]]:
+        right.plot(batches, list(results["plateau"].values()), "o", color=COLOURS[0], label="plateau")
+        first = results["plateau"][str(batches[0])] * batches[0]
+        right.plot(batches, [first / batch for batch in batches], ":", color="black", label="1 / |B|")
     right.set(xscale="log", yscale="log", xlabel="tasks a batch |B|", title="new tasks in every batch")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
@@ -595,17 +545,16 @@ def accuracy_section(name: str, results: Results) -> list[str]:
     return [*parts, f"![validation accuracy]({name}.png)\n"]
 
 
-def quadratic_section(results: Results) -> list[str]:
+def convergence_section(title: str, figure: str, results: Results) -> list[str]:
     ends = {name: norms[-1] for name, norms in results["descent"].items()}
     head = ["squared true gradient at the end", *ends]
-    scaled = [int(batch) * value for batch, value in results["plateau"].items()]
-    return [
-        "## Convergence on a quadratic\n",
-        table(head, [["", *(f"{value:.1e}" for value in ends.values())]]) + "\n",
-        f"Random batches: plateau times |B| is {', '.join(f'{value:.3g}' for value in scaled)} for |B| = "
-        f'{", ".join(results["plateau"])}; "like 1/|B|" {"holds" if max(scaled) < 1.2 * min(scaled) else "fails"}.\n',
-        "![convergence](quadratic.png)\n",
-    ]
+    parts = [f"## {title}\n", table(head, [["", *(f"{value:.1e}" for value in ends.values())]]) + "\n"]
+    if scaled := [int(batch) * value for batch, value in results["plateau"].items()]:
+        parts.append(
+            f"Random batches: plateau times |B| is {', '.join(f'{value:.3g}' for value in scaled)} for |B| = "
+            f'{", ".join(results["plateau"])}; "like 1/|B|" {verdict(max(scaled) < 1.5 * min(scaled))}.\n'
+        )
+    return [*parts, f"![convergence]({figure}.png)\n"]
 
 
 def heads_section(results: Results) -> list[str]:
@@ -629,6 +578,12 @@ def heads_section(results: Results) -> list[str]:
     ]
 
 
+CONVERGENCE = {
+    "quadratic": "Convergence on a quadratic",
+    "logistic": "Convergence on regularised logistic heads of CIFAR-FS tasks, features learned from 16 components",
+}
+
+
 def page(found: dict[str, Results]) -> str:
     on_gpu = "memory" in found and found["memory"]["made"]["machine"]["gpu"]
     measured = "what torch allocates on a GPU" if on_gpu else "resident memory on a CPU"
@@ -645,8 +600,9 @@ def page(found: dict[str, Results]) -> str:
     for name in PUBLISHED_ACCURACY:
         if name in found:
             parts += accuracy_section(name, found[name])
-    if "quadratic" in found:
-        parts += quadratic_section(found["quadratic"])
+    for name, title in CONVERGENCE.items():
+        if name in found:
+            parts += convergence_section(title, name, found[name])
     if "heads" in found:
         parts += heads_section(found["heads"])
     parts += ["```\npython experiments/memory_reduced/run.py --threads 1\n```\n", made(found) + "\n"]
@@ -657,7 +613,8 @@ PARTS = {
     "memory": Part(measure_memory, draw_memory, quick_memory),
     "accuracy_cifar_fs": Part(measure_cifar_fs, draw_accuracy, quick_accuracy),
     "accuracy_fc100": Part(measure_fc100, draw_accuracy, None),
-    "quadratic": Part(measure_quadratic, draw_quadratic, quick_quadratic),
+    "quadratic": Part(measure_quadratic, draw_convergence, quick_quadratic),
+    "logistic": Part(measure_logistic, draw_convergence, quick_logistic),
     "heads": Part(measure_heads, draw_heads, quick_heads),
 }
 

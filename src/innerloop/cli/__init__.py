@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from innerloop.cli import adapt, check, compare, data, evaluate, patterns, train
 from innerloop.cli.arguments import Parser, UsageError
+from innerloop.studies.measure import Failed
 from innerloop.training import Diverged
 
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line. Exits with 2 on a wrong setting, 1 if training diverges, 130 on Ctrl-C, and one line each."""
+    """Run a command line. Exits with 2 on a wrong setting, 1 if a training fails, 130 on Ctrl-C, and one line each."""
     parser = Parser(prog="innerloop", description="Meta-learning by optimisation.")
     parser.add_argument("--version", action="version", version=f"innerloop {version('innerloop')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[arguments.command].run(arguments)
     except UsageError as error:
         _exit(2, error)
-    except Diverged as error:
+    except (Diverged, Failed) as error:
         _exit(1, error)
     except KeyboardInterrupt as error:
         _exit(130, str(error) or "stopped")

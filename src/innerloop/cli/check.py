@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from rich.console import Console
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
+from innerloop.studies.measure import Failed
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.choices import META_GRADIENT, check_name, make
 from innerloop.training.report import task_words
@@ -99,7 +101,11 @@ def _with_memory(checks: dict[str, Check], settings: Settings) -> dict[str, Chec
         single = replace(settings, tasks_per_batch=1)
         save_tasks(file, single)
         for row in next(iter(checks.values())).rows:
-            sizes[row.name] = None if row.refused else peak(replace(single, meta_gradient=row.name), file)
+            try:
+                sizes[row.name] = None if row.refused else peak(replace(single, meta_gradient=row.name), file)
+            except Failed as error:
+                sizes[row.name] = None
+                print(f"the memory of {row.name} could not be measured: {error}", file=sys.stderr)
     return {
         point: replace(found, rows=[replace(row, memory=sizes[row.name]) for row in found.rows])
         for point, found in checks.items()

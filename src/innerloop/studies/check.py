@@ -514,7 +514,7 @@ def table(found: Check) -> Table:
             "-" if row.residual is None else _short(row.residual.median),
             f"{row.products:g}",
             f"{1000 * (row.seconds or 0):.1f}",
-            *([f"{(row.memory or 0) / 2**20:.1f}"] if measured else []),
+            *(["-" if row.memory is None else f"{row.memory / 2**20:.1f}"] if measured else []),
         )
     return shown
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from innerloop.studies.comparison import Comparison, Entry, Point
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
+from innerloop.studies.measure import Failed
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.evaluation import Estimate
@@ -159,6 +160,7 @@ def compare(
     Raises:
         ValueError: what `plan` refuses, or a folder that holds another study.
         Diverged: no method could be trained.
+        Failed: a training or a measurement ended with an error; what is done is kept, and the study can be continued.
     """
     return carry_out(plan(methods, minutes=minutes, seeds=seeds, **options), Path(folder), jobs, progress)
 
@@ -233,8 +235,8 @@ def _cost(folder: Path, name: str, plan: Plan, console: Console) -> Cost:
         console.print(f"measuring {name}")
         try:
             found = cost(plan.methods[name], folder / TASKS, plan.memory_steps)
-        except RuntimeError as error:
-            raise ValueError(f"method {name} cannot be measured: {error}") from None
+        except Failed as error:
+            raise Failed(f"method {name} cannot be measured: {error}") from None
         file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".part")
         save_results(partial, found.as_json())

@@ -17,7 +17,7 @@ from torch import Tensor
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.studies.comparison import Timing
-from innerloop.studies.measure import peak_memory, quiet_environment, time_of
+from innerloop.studies.measure import Failed, peak_memory, quiet_environment, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.settings import Settings
@@ -68,7 +68,7 @@ def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
         memory_steps: numbers of inner steps at which memory is measured, besides those of the settings.
 
     Raises:
-        RuntimeError: the method failed.
+        Failed: the process that measured did not end well.
     """
     found = _in_fresh_process(settings, tasks, everything=True)
     memory_at = {settings.inner_steps: found.pop("memory")}
@@ -89,7 +89,7 @@ def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict
     command = [sys.executable, "-c", code, asked]
     done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+        raise Failed((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

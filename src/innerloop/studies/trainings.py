@@ -17,12 +17,14 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from innerloop.studies.measure import Failed
 from innerloop.training.fit import METRICS
 from innerloop.training.logs import read_records
 from innerloop.training.runs import RESULTS, SETTINGS
 from innerloop.training.settings import Settings
 
 DIVERGED, OURS = 1, "innerloop: "  # how the command ends where training diverges
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hang-up
 PATIENCE = 60  # seconds in which a training that is stopped has to write its checkpoint
 
 
@@ -46,7 +48,7 @@ def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dic
         By the folder of each training that diverged: why.
 
     Raises:
-        RuntimeError: a training failed in another way; the others are stopped, and can be continued.
+        Failed: a training ended with another error; the others are stopped, and can be continued.
         KeyboardInterrupt: passed on, once every training has written its checkpoint.
     """
     failed: dict[Path, str] = {}
@@ -64,7 +66,7 @@ def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dic
                 if status == DIVERGED and words.startswith(OURS):
                     failed[each.folder] = words.removeprefix(OURS)
                 elif status:
-                    raise RuntimeError(f"training {each.name} failed: {words} (all of it: {_log(each)})")
+                    raise Failed(f"training {each.name} failed: {words} (all of it: {_log(each)})")
             show(running)
     return failed
 
@@ -100,7 +102,7 @@ def _last_words(training: Training) -> str:
 
 @contextlib.contextmanager
 def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Whatever ends the block, Ctrl-C or a termination signal too, no training goes on behind it.
+    """Whatever ends the block, Ctrl-C, a termination signal or a closed terminal too, no training goes on behind it.
 
     Each writes its checkpoint first.
     """
@@ -109,12 +111,12 @@ def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[No
         raise KeyboardInterrupt
 
     here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if here else None
+    before = {stop: signal.signal(stop, interrupt) for stop in STOPS} if here else {}
     try:
         yield
     finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
         for process in running.values():
             process.send_signal(signal.SIGINT)
         for process in running.values():
