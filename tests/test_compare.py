@@ -16,6 +16,8 @@ from innerloop.studies.comparison import Point, Timing
 from innerloop.studies.comparison_report import read
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.measure import Failed
+from innerloop.training.checkpoints import load_weights
+from innerloop.training.evaluation import Estimate
 from innerloop.training.settings import Settings
 
 studies = importlib.import_module("innerloop.studies.compare")  # the package has the function under this name
@@ -38,13 +40,13 @@ def test_a_method_reaches_the_target_where_its_smoothed_curve_begins_to_stay_abo
 
 
 def test_the_interval_over_seeds_is_the_wider_of_tasks_and_seeds():
-    alike = [{"accuracy": [0.5, 0.03]}] * 3
+    alike = [Estimate(0.5, 0.03)] * 3
     found = studies._over_seeds(alike)
     assert found.mean == pytest.approx(0.5)
     assert found.interval == pytest.approx(0.03 / math.sqrt(3))
-    apart = [{"accuracy": [value, 0.001]} for value in (0.4, 0.5, 0.6)]
+    apart = [Estimate(value, 0.001) for value in (0.4, 0.5, 0.6)]
     assert studies._over_seeds(apart).interval == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
-    pair = [{"accuracy": [value, 0.04]} for value in (0.4, 0.6)]
+    pair = [Estimate(value, 0.04) for value in (0.4, 0.6)]
     assert studies._over_seeds(pair).interval == pytest.approx(0.04 / math.sqrt(2))
 
 
@@ -121,6 +123,15 @@ def test_a_comparison_on_the_command_line(tmp_path, capsys):
     assert found.entries[0].differs["adapts"] == "everything"
     assert "Recommended" in capsys.readouterr().out
     assert (folder / "report.html").stat().st_size > 10_000
+    maml, anil = (
+        load_weights(folder / "runs" / name / "seed-0" / "test.safetensors")[0]["transductive"]
+        for name in ("maml", "anil")
+    )
+    first, second = (maml, anil) if maml.mean() >= anil.mean() else (anil, maml)
+    behind = max(entry.behind for entry in found.entries)
+    assert behind.mean == pytest.approx((first - second).mean().item())
+    assert behind.interval == pytest.approx(1.96 * (first - second).std().item() / math.sqrt(TINY["test_tasks"]))
+    assert min(entry.behind for entry in found.entries) == (0.0, 0.0)
 
     report = (folder / "report.html").stat().st_mtime_ns
     trained = (folder / "runs" / "maml" / "seed-0" / "results.json").stat().st_mtime_ns

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from innerloop.studies.comparison import Comparison, Entry, Point
 from innerloop.studies.comparison_report import write_report
@@ -25,12 +26,13 @@ from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.measure import Failed
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
+from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Estimate
 from innerloop.training.fit import METRICS, Diverged
 from innerloop.training.logs import read_records
 from innerloop.training.methods import method, method_settings
 from innerloop.training.report import task_words
-from innerloop.training.runs import RESULTS, provenance, save_results
+from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
 from innerloop.training.settings import Settings, flag
 
 METHODS = ("maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil")
@@ -256,6 +258,8 @@ def _collect(
         name: [json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in folders]
         for name, folders in kept.items()
     }
+    accuracies = {name: [_accuracies(folder) for folder in folders] for name, folders in kept.items()}
+    best = max(accuracies, key=lambda name: statistics.fmean(each.mean().item() for each in accuracies[name]))
     curves = {name: _curve(folders, costs[name].meta_step.median) for name, folders in kept.items()}
     target = plan.share * max(point.accuracy for curve in curves.values() for point in curve)
     differing = [
@@ -265,7 +269,7 @@ def _collect(
     for name, found in results.items():
         settings, known, mine = plan.methods[name], method(name), costs[name]
         protocols = {
-            protocol: [each["test"][protocol] for each in found if protocol in each["test"]]
+            protocol: [Estimate(*each["test"][protocol]["accuracy"]) for each in found if protocol in each["test"]]
             for protocol in ("transductive", "inductive")
         }
         judged = protocols["transductive"] or protocols["inductive"]
@@ -278,7 +282,10 @@ def _collect(
                 steps=found[0]["training"]["step"],
                 transductive=_over_seeds(protocols["transductive"]) if protocols["transductive"] else None,
                 inductive=_over_seeds(protocols["inductive"]),
-                seeds=[scores["accuracy"][0] for scores in judged],
+                seeds=[accuracy.mean for accuracy in judged],
+                behind=_over_seeds(
+                    [Estimate.of(first - own) for first, own in zip(accuracies[best], accuracies[name], strict=True)]
+                ),
                 curve=curves[name],
                 reached=time_to(curves[name], target),
                 meta_step=mine.meta_step,
@@ -322,16 +329,20 @@ def _curve(folders: Sequence[Path], seconds: float) -> list[Point]:
     ]
 
 
-def _over_seeds(scores: Sequence[dict[str, Any]]) -> Estimate:
-    """The mean of the seeds' accuracies.
+def _accuracies(folder: Path) -> Tensor:
+    """The test accuracy of each task of a run, transductive where there is that."""
+    found, _ = load_weights(folder / ACCURACIES)
+    return found["transductive" if "transductive" in found else "inductive"]
+
+
+def _over_seeds(found: Sequence[Estimate]) -> Estimate:
+    """The mean over the seeds of what was estimated for each.
 
     Its 95 % interval is that of the test tasks of all seeds together or, from three seeds on where it is wider, that of
     the seeds themselves (Student's t).
     """
-    means: tuple[float, ...]
-    halves: tuple[float, ...]
-    means, halves = zip(*(each["accuracy"] for each in scores), strict=True)
-    over_tasks = math.hypot(*halves) / len(halves)
+    means = [each.mean for each in found]
+    over_tasks = math.hypot(*(each.interval for each in found)) / len(found)
     over_seeds = 0.0
     if len(means) >= 3:
         quantile = STUDENT[min(len(means) - 3, len(STUDENT) - 1)]

@@ -43,6 +43,7 @@ class Entry(NamedTuple):
             each alone anyway.
         inductive: with each query predicted alone.
         seeds: mean test accuracy of each seed, transductive where there is that.
+        behind: what the best method's test accuracy is above this one's, compared task by task and seed by seed.
         curve: the validations.
         reached: seconds of outer steps until validation accuracy stays above the comparison's target; None if never.
         meta_step: seconds of one.
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
     transductive: Estimate | None
     inductive: Estimate
     seeds: list[float]
+    behind: Estimate
     curve: list[Point]
     reached: float | None
     meta_step: Timing
@@ -103,7 +105,7 @@ class Comparison(NamedTuple):
 SAVING = 0.05
 RULE = (
     "Candidates are the methods whose test accuracy is not below the best one's by more than the 95 % interval of the "
-    "difference, the root of the sum of the two squared half-widths (an unknown interval counts as 0). Recommended is "
+    "difference, taken task by task (an unknown interval counts as 0). Recommended is "
     "the candidate whose validation accuracy reaches the target soonest; where none of them reaches it, or two do so "
     "at once, the one with the fastest meta-step. Named beside it are methods that save at least 5 % of its memory or "
     "of its adaptation time: candidates if there are such, otherwise others, with the accuracy that they cost."
@@ -142,7 +144,7 @@ def recommend(comparison: Comparison) -> Recommendation:
     candidates = [
         entry
         for entry in comparison.entries
-        if best.accuracy.mean - entry.accuracy.mean <= math.hypot(_half_width(best), _half_width(entry))
+        if entry.behind.mean <= (0.0 if math.isnan(entry.behind.interval) else entry.behind.interval)
     ]
     ranked = sorted(candidates, key=_soonest)
     lightest, quickest = (_thriftiest(ranked[0], candidates, cost) for cost in (_memory, _adaptation))
@@ -154,10 +156,6 @@ def recommend(comparison: Comparison) -> Recommendation:
         _otherwise("adaptation must be fast", ranked[0], quickest, comparison, _adaptation, duration),
     ]
     return Recommendation(ranked[0], best, candidates, lightest, quickest, " ".join(filter(None, sentences)))
-
-
-def _half_width(entry: Entry) -> float:
-    return 0.0 if math.isnan(entry.accuracy.interval) else entry.accuracy.interval
 
 
 def _soonest(entry: Entry) -> tuple[float, float]:
@@ -188,7 +186,7 @@ def _why_accurate(chosen: Entry, best: Entry, candidates: list[Entry], compariso
         second = max(others, key=lambda entry: entry.accuracy.mean)
         return (
             f"Its test accuracy, {accuracy}, is the best, by more than the 95 % interval of the difference "
-            f"(next: {second.title}, {percent(second.accuracy)})."
+            f"(next: {second.title}, {percent(second.accuracy)}, {points(second.behind)} below)."
         )
     names = [entry.title for entry in candidates if entry is not best]
     own = "" if chosen is best else f" Its own is {percent(chosen.accuracy)}."
@@ -237,6 +235,11 @@ def percent(estimate: Estimate) -> str:
     """An accuracy with its 95 % interval, where that is known: ``"52.31 ± 0.60 %"``."""
     interval = "" if math.isnan(estimate.interval) else f" ± {100 * estimate.interval:.2f}"
     return f"{100 * estimate.mean:.2f}{interval} %"
+
+
+def points(estimate: Estimate) -> str:
+    """A difference of accuracies with its 95 % interval, where that is known: ``"2.31 ± 0.40 points"``."""
+    return f"{percent(estimate).removesuffix(' %')} points"
 
 
 def size(count: float) -> str:

@@ -34,6 +34,7 @@ from innerloop.studies.comparison import (
     digits,
     duration,
     percent,
+    points,
     recommend,
     size,
 )
@@ -60,6 +61,8 @@ MEASURES = {
     "batch norm takes its statistics from all of them; the 95 % interval is that of the test tasks of all seeds or, "
     "from three seeds on where it is wider, that of the seeds.",
     "inductive": "The same with each query predicted without the others.",
+    "below the best": "What the best method's test accuracy is above this one's, in points: the mean difference "
+    "over test tasks, for trainings with the same seed; its interval is found like that of the accuracy.",
     "to target": "Outer steps until validation accuracy, averaged over three validations, stays above the target for "
     "five more, times the seconds of a meta-step: validations take no time here.",
     "meta-step": "Time of one outer step, the median of repetitions in a fresh process with nothing else of the "
@@ -177,6 +180,7 @@ def _entry(values: dict[str, Any]) -> Entry:
         | {
             "transductive": None if transductive is None else _floats(Estimate, transductive),
             "inductive": _floats(Estimate, values["inductive"]),
+            "behind": _floats(Estimate, values["behind"]),
             "curve": [_floats(Point, point) for point in values["curve"]],
             "meta_step": _floats(Timing, values["meta_step"]),
             "memory_at": {int(steps): memory for steps, memory in values["memory_at"].items()},
@@ -487,6 +491,9 @@ def table(comparison: Comparison) -> Table:
             "transductive", [each and each.mean for each in found], [percent(each) if each else "–" for each in found]
         )
     column("inductive", [entry.inductive.mean for entry in entries], [percent(entry.inductive) for entry in entries])
+    if len(entries) > 1:
+        shown = [points(entry.behind) if entry.behind.mean else "–" for entry in entries]
+        columns["below the best"] = [Cell(text) for text in shown]
     column("to target", [entry.reached for entry in entries], [_reached(entry) for entry in entries], -1)
     timings = {
         "meta-step": [entry.meta_step.median for entry in entries],

@@ -33,7 +33,8 @@ class Estimate(NamedTuple):
 class Scores(NamedTuple):
     """What `evaluate` measures; accuracies are None for regression, curves where none was asked.
 
-    Curves hold one estimate for each number of adaptation steps, from 0 on.
+    Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
+    ``[tasks]``, by which two learners are compared task by task.
     """
 
     tasks: int
@@ -43,6 +44,7 @@ class Scores(NamedTuple):
     accuracy: Estimate | None
     loss_curve: list[Estimate] | None
     accuracy_curve: list[Estimate] | None
+    accuracies: Tensor | None
 
     @property
     def protocol(self) -> str:
@@ -95,24 +97,24 @@ def evaluate(
         )
     parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
 
-    def estimate(key: str) -> Estimate | None:
-        return Estimate.of(torch.cat([part[key] for part in parts])) if key in parts[0] else None
+    def values(key: str) -> Tensor | None:
+        return torch.cat([part[key] for part in parts]) if key in parts[0] else None
 
     def estimates(key: str) -> list[Estimate] | None:
-        return (
-            [Estimate.of(column) for column in torch.cat([part[key] for part in parts]).T] if key in parts[0] else None
-        )
+        found = values(key)
+        return None if found is None else [Estimate.of(column) for column in found.T]
 
-    loss = estimate("loss")
+    loss, accuracies = values("loss"), values("accuracy")
     assert loss is not None
     return Scores(
         tasks=count,
         steps=learner.inner.adaptation_steps if steps is None else steps,
         inductive=inductive,
-        loss=loss,
-        accuracy=estimate("accuracy"),
+        loss=Estimate.of(loss),
+        accuracy=None if accuracies is None else Estimate.of(accuracies),
         loss_curve=estimates("loss_curve"),
         accuracy_curve=estimates("accuracy_curve"),
+        accuracies=accuracies,
     )
 
 

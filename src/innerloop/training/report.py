@@ -21,10 +21,11 @@ from torch import Tensor
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
+from innerloop.training.checkpoints import save_weights
 from innerloop.training.evaluation import Assessment, Estimate
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
-from innerloop.training.runs import RESULTS, save_results
+from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings
 
 BLUE, ORANGE, GREY, GREEN, RED = "#1f6fb4", "#d9720a", "#808080", "#2a9d4a", "#d43a2f"
@@ -93,6 +94,8 @@ def write_report(
 ) -> None:
     """Write ``results.json``, the pictures and ``report.md`` of a run that was trained and tested.
 
+    For classification ``test.safetensors`` holds the accuracy of each test task under each protocol.
+
     Args:
         folder: of the run, with its ``metrics.jsonl``.
         settings: of the run.
@@ -102,6 +105,9 @@ def write_report(
         assessment: of the test.
         curve: of fewer test tasks, with curves.
     """
+    accuracies = {each.protocol: each.accuracies for each in assessment.protocols if each.accuracies is not None}
+    if accuracies:
+        save_weights(folder / ACCURACIES, accuracies)
     results = save_results(
         folder / RESULTS, {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)}
     )
@@ -130,7 +136,10 @@ def task_words(settings: Settings) -> str:
 
 def summary(assessment: Assessment) -> dict[str, Any]:
     """An assessment for JSON; each estimate is its mean and the half-width of its 95 % interval."""
-    scores: dict[str, Any] = {each.protocol: each._asdict() for each in assessment.protocols}
+    scores: dict[str, Any] = {}
+    for each in assessment.protocols:
+        scores[each.protocol] = each._asdict()
+        del scores[each.protocol]["accuracies"]
     return scores | {"nearest_neighbour": assessment.nearest_neighbour}
 
 

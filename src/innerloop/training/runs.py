@@ -21,7 +21,7 @@ from innerloop.training.checkpoints import load_weights
 from innerloop.training.fit import BEST
 from innerloop.training.settings import Settings
 
-SETTINGS, RESULTS = "settings.json", "results.json"
+SETTINGS, RESULTS, ACCURACIES = "settings.json", "results.json", "test.safetensors"
 
 
 def new_run(folder: Path, settings: Settings) -> None:
