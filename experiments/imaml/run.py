@@ -31,7 +31,7 @@ from innerloop.tasks.regression import quadratic_form
 from innerloop.training import assess, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import COLOURS, Part, Results, in_fresh_process, made, percent, run, table, verdict
+from common import COLOURS, Part, Results, in_fresh_process, in_turns, made, percent, run, table, verdict
 
 PROXIMAL = 2.0
 
@@ -126,27 +126,33 @@ def memory(_: argparse.Namespace) -> Results:
 
 
 def costs(methods: list[str], steps: list[int], ways: int, shots: int, filters: int) -> Results:
-    """Memory and time of one meta-step, each in a process of its own."""
-    rows = {name: [in_fresh_process(cost, name, count, ways, shots, filters) for count in steps] for name in methods}
+    """Memory of one meta-step, in a process of its own, and seconds, taken in turns."""
+    wanted = [(name, count) for name in methods for count in steps]
+    seconds = in_turns({each: meta_step(*each, ways, shots, filters) for each in wanted}, 3)
+    rows = {
+        name: [
+            in_fresh_process(cost, name, count, ways, shots, filters) | {"seconds": seconds[name, count]}
+            for count in steps
+        ]
+        for name in methods
+    }
     return {"steps": steps, "ways": ways, "shots": shots, "filters": filters, "rows": rows}
 
 
 def cost(name: str, steps: int, ways: int, shots: int, filters: int) -> Results:
-    """Peak MiB above model and task, and seconds, of a meta-step on one task with as many queries as shots."""
+    """Peak MiB of a meta-step above model and task."""
+    meta_step(name, 1, ways, shots, 2)()  # what is loaded on first use is not the meta-step's memory
+    return {"mib": peak_memory(meta_step(name, steps, ways, shots, filters), "cpu") / 2**20}
+
+
+def meta_step(name: str, steps: int, ways: int, shots: int, filters: int) -> Callable[[], object]:
+    """Of one task of random images with as many queries as shots."""
     torch.manual_seed(0)
     labels = torch.arange(ways).repeat_interleave(shots)
     support, query = ((torch.rand(1, len(labels), 1, 28, 28), labels[None]) for _ in range(2))
-    task = il.Task(support, query)
-
-    def meta_step(filters: int, steps: int) -> Callable[[], object]:
-        model = il.models.Conv4(in_channels=1, ways=ways, filters=filters, downsample="stride")
-        inner = il.SGD(lr=0.1, steps=steps)
-        learner = il.MetaLearner(model, inner=inner, meta_gradient=MEMORY[name])
-        return partial(learner.meta_step if MEMORY[name] else partial(recorded_step, learner), task)
-
-    meta_step(2, 1)()  # what is loaded on first use is not the meta-step's memory
-    measured = meta_step(filters, steps)
-    return {"mib": peak_memory(measured, "cpu") / 2**20, "seconds": time_of(measured, 2, "cpu").median}
+    model = il.models.Conv4(in_channels=1, ways=ways, filters=filters, downsample="stride")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=steps), meta_gradient=MEMORY[name])
+    return partial(learner.meta_step if MEMORY[name] else partial(recorded_step, learner), il.Task(support, query))
 
 
 def recorded_step(learner: il.MetaLearner, batch: il.Task) -> None:
