@@ -104,13 +104,13 @@ def test_the_cost_model_counts_what_is_computed(pattern: str) -> None:
         assert counter.get_total_flops() == 2 * len(inputs) * predicted_cost(forward, pattern, STEPS, reuse)
 
 
-def test_the_longer_the_frozen_prefix_the_shorter_the_time() -> None:
-    trained = il.MetaLearner(il.models.Conv4(filters=32), inner=il.SGD(lr=LR, steps=10)).eval()
-    task = torch.rand(5, 3, 32, 32), torch.arange(5)
-    suffixes = ["11111", "01111", "00111", "00011", "00001"]
-    runs = [with_pattern(trained, il.Blocks(pattern)).adapted_parameters for pattern in suffixes]
-    times = [timing.median for timing in times_of(runs, [task], 8)]
-    assert times == sorted(times, reverse=True)
+def test_the_longer_the_frozen_prefix_the_less_is_computed() -> None:
+    trained, computed = il.MetaLearner(il.models.Conv4(filters=8), inner=il.SGD(lr=LR, steps=10)).eval(), []
+    for pattern in ("11111", "01111", "00111", "00011", "00001"):
+        with FlopCounterMode(display=False) as counter:
+            with_pattern(trained, il.Blocks(pattern)).adapted_parameters(torch.rand(5, 3, 32, 32), torch.arange(5))
+        computed.append(counter.get_total_flops())
+    assert computed == sorted(set(computed), reverse=True)
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -415,7 +415,6 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
     assert found.difference == pytest.approx(Estimate.of(values["00011"] - values["11111"]))
     none = sections[1].rows[-1]
     assert (none.pattern, none.weights, none.cost) == ("00000", 0, 0)
-    assert none.time.median < min(each.time.median for each in sections[1].rows[:-1])
     for steps, message in (([], "steps are"), ([0], "1 or more")):
         with pytest.raises(ValueError, match=message):
             study(trained, tasks, steps)
