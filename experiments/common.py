@@ -95,7 +95,9 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
         results = measure(arguments)
         command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
         made = provenance() | {"command": command, "seconds": round(time.monotonic() - began, 1)}
-        file.write_text(json.dumps(results | {"made": made}, indent=1) + "\n", "utf-8")
+        partial = file.with_suffix(".part")
+        partial.write_text(json.dumps(results | {"made": made}, indent=1) + "\n", "utf-8")
+        partial.replace(file)
         print(f"{name}: done in {time.monotonic() - began:.0f} s", flush=True)
     if part.draw:
         with mpl.rc_context(STYLE):

@@ -87,7 +87,7 @@ def test_train_leaves_a_run_folder(place: Path) -> None:
     found = {file.name for file in run.iterdir() if not file.name.startswith(("evaluate", "adapted"))}
     pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png"}
     files = {"settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "results.json", "report.md"}
-    assert found == files | pictures | {"tensorboard"}
+    assert found == files | pictures | {"tensorboard", "test.safetensors"}
     for picture in pictures:
         pixels = np.asarray(Image.open(run / picture).convert("L"))
         assert min(pixels.shape) > 300
@@ -96,6 +96,9 @@ def test_train_leaves_a_run_folder(place: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["training"]["step"] == 60
     assert results["test"]["inductive"]["tasks"] == 20
+    each = load_file(run / "test.safetensors")["inductive"]
+    assert len(each) == 20
+    assert each.double().mean().item() == results["test"]["inductive"]["accuracy"][0]
     assert 0 <= results["test"]["nearest_neighbour"][0] <= 1
     assert results["versions"]["torch"] == torch.__version__
     assert {"command", "machine", "commit", "time"} <= results.keys()
@@ -283,6 +286,34 @@ def test_data_lists_and_draws(place: Path, tmp_path: Path, capsys: pytest.Captur
     main(["data", "folder", f"--out={picture}", *options])
     assert "160 images of 1 x 16 x 16; classes: 12 train, 4 validation, 4 test" in capsys.readouterr().out
     assert min(Image.open(picture).size) > 300
+
+
+def test_a_run_whose_report_is_interrupted_does_not_count_as_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("innerloop.training.report.plot_tasks", interrupted)
+    run = tmp_path / "run"
+    refused(capsys, "train", f"--out={run}", "--dataset=sinusoid", *TINY, *SHORT, code=130)
+    assert (run / "last.safetensors").exists()
+    assert not (run / "results.json").exists()
+    monkeypatch.undo()
+    main(["train", "--resume", str(run)])
+    assert (run / "results.json").exists()
+
+
+def test_check_refuses_to_change_what_a_run_has_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    learned = [*TINY, "--inner=learned-rates:layer-step", "--adapts=everything"]
+    main(["train", f"--out={run}", "--dataset=sinusoid", *learned, *SHORT])
+    assert "--inner-lr changes nothing in a run that has learned its rates" in refused(
+        capsys, "check", str(run), "--inner-lr=0.1"
+    )
+    assert "has learned rates for the inner steps of its training alone" in refused(
+        capsys, "check", str(run), "--inner-steps=4"
+    )
 
 
 def test_a_regression_run_is_reported_and_cannot_adapt_to_images(

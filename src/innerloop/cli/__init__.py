@@ -45,5 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _exit(code: int, message: object) -> None:
+    sys.stdout.flush()  # into a file what was printed before comes before
     print(f"innerloop: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -57,7 +57,10 @@ def run(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{arguments.what} does not exist; give a run folder or a settings file")
         trained = arguments.what.is_dir()
         settings = read_run(arguments.what) if trained else Settings(**read_config(arguments.what))
-        settings = replace(settings, **given_settings(arguments))
+        given = given_settings(arguments)
+        if trained and "inner_lr" in given and given.get("inner", settings.inner).startswith("learned-rates"):
+            raise UsageError("--inner-lr changes nothing in a run that has learned its rates; leave it out")
+        settings = replace(settings, **given)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         estimators = _names(arguments.estimators) or list(dict.fromkeys([*ESTIMATORS, settings.meta_gradient]))
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             checks[point] = check(learner, tasks, estimators, arguments.tasks, arguments.split)
     if all(row.memory is None for found in checks.values() for row in found.rows):
         with Console(stderr=True).status("memory"):
-            checks = _with_memory(checks, settings)
+            checks = _with_memory(checks, settings, arguments.split)
     for point, found in checks.items():
         console.print(_title(point, found, settings, arguments.split), soft_wrap=True, markup=False)
         console.print(table(found))
@@ -93,13 +96,13 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
 
 
-def _with_memory(checks: dict[str, Check], settings: Settings) -> dict[str, Check]:
+def _with_memory(checks: dict[str, Check], settings: Settings, split: str) -> dict[str, Check]:
     """With the peak memory of each estimator, measured in fresh processes; it does not depend on the weights."""
     sizes: dict[str, int | None] = {}
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "task.safetensors"
         single = replace(settings, tasks_per_batch=1)
-        save_tasks(file, single)
+        save_tasks(file, single, split)
         for row in next(iter(checks.values())).rows:
             try:
                 sizes[row.name] = None if row.refused else peak(replace(single, meta_gradient=row.name), file)

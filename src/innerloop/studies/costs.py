@@ -51,10 +51,10 @@ class Cost(NamedTuple):
         return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
 
 
-def save_tasks(path: Path, settings: Settings) -> None:
-    """Keep one batch of training tasks in a file, so that the processes that measure need not load a data set."""
-    tasks = build_tasks(settings)
-    (x, y), (a, b) = tasks.batch("train", 0, settings.tasks_per_batch)
+def save_tasks(path: Path, settings: Settings, split: str = "train") -> None:
+    """Keep one batch of tasks in a file, so that the processes that measure need not load a data set."""
+    tasks = build_tasks(settings, [split])
+    (x, y), (a, b) = tasks.batch(split, 0, settings.tasks_per_batch)
     shape = {"input_shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
     save_weights(path, {"support": x, "support_targets": y, "query": a, "query_targets": b}, shape)
 

@@ -25,7 +25,7 @@ from innerloop.training.checkpoints import save_weights
 from innerloop.training.evaluation import Assessment, Estimate
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
-from innerloop.training.runs import ACCURACIES, RESULTS, save_results
+from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
 from innerloop.training.settings import Settings
 
 BLUE, ORANGE, GREY, GREEN, RED = "#1f6fb4", "#d9720a", "#808080", "#2a9d4a", "#d43a2f"
@@ -46,7 +46,6 @@ PROTOCOL = {
     "transductive": "transductive (queries predicted together)",
     "inductive": "inductive (each query predicted alone)",
 }
-MADE = ("command", "time", "commit", "versions", "machine")
 IMAGES = "A row a class: its number, support images, queries. Green: right; red: wrong, with the class predicted."
 REGRESSION = "Black: support. Lines: the truth, and what is predicted for the queries before and after adaptation."
 PAGE = """# {title}
@@ -108,9 +107,6 @@ def write_report(
     accuracies = {each.protocol: each.accuracies for each in assessment.protocols if each.accuracies is not None}
     if accuracies:
         save_weights(folder / ACCURACIES, accuracies)
-    results = save_results(
-        folder / RESULTS, {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)}
-    )
     plot_learning(folder / LEARNING, read_records(folder / METRICS))
     plot_adaptation(folder / ADAPTATION, curve, tasks.ways)
     examples = ""
@@ -123,10 +119,12 @@ def write_report(
         training=f"{fitted.step} steps in {fitted.seconds / 60:.1f} minutes; best weights at step {fitted.best_step}.",
         curve_tasks=curve.inductive.tasks,
         examples=examples,
-        made="\n".join(f"* {key}: {value}" for key, value in _flat(results) if key.split(".")[0] in MADE),
+        made="\n".join(f"* {key}: {value}" for key, value in _flat(provenance())),
         settings=json.dumps(asdict(settings), indent=2),
     )
     (folder / REPORT).write_text(page, encoding="utf-8")
+    # Last, because a run that has results counts as done.
+    save_results(folder / RESULTS, {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)})
 
 
 def task_words(settings: Settings) -> str:

@@ -84,6 +84,10 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     if odd := sorted(set(weights) ^ set(own)):
         raise ValueError(f"{folder / BEST} does not fit {SETTINGS}: only one of them has {', '.join(odd)}")
     if changed := {name: own[name] for name, value in weights.items() if value.shape != own[name].shape}:
+        if outputs in (None, ways):
+            raise ValueError(
+                f"{folder} has learned rates for the inner steps of its training alone; leave --inner-steps out"
+            )
         if all(name.startswith("rates.") or name.removeprefix("model.") in learner.adapted for name in changed):
             weights |= {name: weights[name].mean(0).expand_as(tensor) for name, tensor in changed.items()}
             trained["head"] = (
@@ -120,9 +124,11 @@ def provenance() -> dict[str, Any]:
 
 
 def save_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Write results as JSON, with their provenance; returns what was written."""
+    """Write results as JSON, with their provenance, whole or not at all; returns what was written."""
     results = {**results, **provenance()}
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
     return results
 
 
