@@ -141,6 +141,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def details(results: dict[str, Results]) -> str:
+    """How each part was made, folded away."""
+    return f"<details><summary>How each part was made</summary>\n\n{made(results)}\n\n</details>\n"
+
+
 def made(results: dict[str, Results]) -> str:
     """How each part was made, a line each."""
     lines = []
