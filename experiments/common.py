@@ -65,7 +65,8 @@ def run(doc: str, folder: Path, parts: dict[str, Part], page: Callable[[dict[str
     parser.add_argument("--quick", action="store_true", help="small tasks; checks the direction of every claim")
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), help="parts to measure [all]")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
+    there = DATA if DATA.is_dir() else None
+    parser.add_argument("--data", type=Path, default=there, help=f"folder of the data sets [{there or 'downloaded'}]")
     parser.add_argument("--out", type=Path, help="where results go [the experiment's folder; --quick: nowhere]")
     parser.add_argument("--threads", type=int, help="CPU threads [what torch takes]")
     arguments = parser.parse_args()

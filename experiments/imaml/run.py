@@ -241,9 +241,7 @@ def recipes(ways: int) -> dict[str, Recipe]:
 
 def omniglot(ways: int, seconds: float, arguments: argparse.Namespace) -> Results:
     def source(shots: int) -> il.tasks.Episodes:
-        return il.tasks.omniglot(
-            ways, shots, QUERIES, data=arguments.data / "omniglot28.npz", rotations=True, split="vinyals"
-        )
+        return il.tasks.omniglot(ways, shots, QUERIES, data=arguments.data, rotations=True, split="vinyals")
 
     return accuracies(source, ways, FILTERS, list(recipes(ways)), 100, 600, seconds=seconds)
 
@@ -411,9 +409,9 @@ def omniglot_words(results: Results) -> str:
         holds = best_implicit[0] > found["MAML"][0] - (found["MAML"][1] ** 2 + best_implicit[1] ** 2) ** 0.5
         steps = {name: f"{results['rows'][name]['steps']:,}" for name in ("MAML", "iMAML-GD", "iMAML-HF")}
         conclusion += (
-            f" That iMAML matches or beats MAML {verdict(holds)} at this budget: iMAML-GD takes {steps['iMAML-GD']} and "
-            f"iMAML-HF {steps['iMAML-HF']} outer steps in the time of MAML's {steps['MAML']}, and step for step MAML is "
-            f"{'ahead' if ahead(results) else 'not ahead'} as well."
+            f" That iMAML matches or beats MAML {verdict(holds)} at this budget: iMAML-GD takes {steps['iMAML-GD']} "
+            f"and iMAML-HF {steps['iMAML-HF']} outer steps in the time of MAML's {steps['MAML']}; step for step MAML "
+            f"is {'ahead too' if ahead(results) else 'not ahead'}."
         )
     if refused := [
         f"{100 * row['negative curvature']:.1f} % ({name})"
