@@ -7,10 +7,12 @@ import signal
 import time
 
 import pytest
+import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from innerloop.cli import main
-from innerloop.studies import trainings
+from innerloop.studies import costs, trainings
 from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
 from innerloop.studies.comparison import Point, Timing
 from innerloop.studies.comparison_report import read
@@ -58,7 +60,21 @@ def test_settings_of_one_method_win_over_those_of_all_and_those_over_the_methods
 
 def test_a_plan_survives_its_file():
     found = plan(["window:2", "reptile"], minutes=2.0, seeds=3, **TINY)
+    assert found.notes
     assert Plan.of(json.loads(json.dumps(found.as_json()))) == found
+    before_notes = {name: value for name, value in found.as_json().items() if name != "notes"}
+    assert Plan.of(json.loads(json.dumps(before_notes))).memory_steps == found.memory_steps
+
+
+def test_without_a_bound_each_method_has_five_minutes():
+    assert plan(["maml"]).minutes == 5
+    assert plan(["maml"], steps=10).minutes is None
+
+
+def test_what_a_method_chooses_and_an_option_sets_for_all_is_noted():
+    note = "meta-gradient=first-order is set for all methods: they no longer are what their names say"
+    assert plan(["maml", "anil"], meta_gradient="first-order", ways=3).notes == (note,)
+    assert plan(["maml", "anil"], outer_lr=1e-3, inner="sgd", changes={"anil": {"inner_lr": 0.2}}).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -68,9 +84,15 @@ def test_a_plan_survives_its_file():
         ({"methods": []}, "each once"),
         ({"methods": ["mamml"]}, "did you mean 'maml'"),
         ({"methods": ["maml"], "changes": {"anil": {}}}, "'anil' is changed but not compared"),
+        (
+            {"methods": ["maml"], "changes": {"maml": {"filters": 8}}},
+            "filters of maml alone .* its own adapts, inner, ",
+        ),
+        ({"methods": ["maml"], "minutes": 1.0, "steps": 10}, "give one of them"),
         ({"methods": ["maml"], "inner_lr": -1.0}, "method maml: inner-lr is -1.0"),
         ({"methods": ["maml"], "colour": 1}, "method maml: .*colour"),
         ({"methods": ["maml"], "seeds": 0}, "0 seeds"),
+        ({"methods": ["maml"], "seed": 3}, "seed is the comparison's business"),
         ({"methods": ["maml"], "minutes": 0.0}, "must be above 0"),
         ({"methods": ["maml"], "share": 1.5}, "between 0 and 1"),
         ({"methods": ["maml"], "memory_steps": [0]}, "memory at 0 inner steps"),
@@ -91,6 +113,15 @@ def test_what_cannot_be_compared_is_refused(options, message):
         (["--memory-steps", "1,x"], "whole numbers"),
         (["--resume", "nowhere"], "holds no comparison"),
         (["--resume", "nowhere", "--ways", "3"], "leave --ways out"),
+        (["--resume", "nowhere", "--methods", "maml"], "leave --methods out"),
+        (["--resume", "nowhere", "--budget", "1m"], "leave --budget out"),
+        (["--resume", "nowhere", "--seeds", "2"], "leave --seeds out"),
+        (["--resume", "nowhere", "--share", "0.8"], "leave --share out"),
+        (["--resume", "nowhere", "--memory-steps", "1"], "leave --memory-steps out"),
+        (["--resume", "nowhere", "--set", "maml.inner-lr=0.1"], "leave --set out"),
+        (["--resume", "nowhere", "--out", "somewhere"], "leave --out out"),
+        (["--resume", "nowhere", "--jobs", "2"], "holds no comparison"),
+        (["--set", "maml.tasks-per-batch=8"], "tasks-per-batch of maml alone cannot be changed"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_read(arguments, message, capsys):
@@ -98,6 +129,34 @@ def test_the_command_refuses_what_it_cannot_read(arguments, message, capsys):
         main(["compare", *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_says_what_holds_where_an_option_is_left_out(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--inner-lr X inner rate [the method's]" in text
+    assert "--steps N outer steps [as many as --budget allows]" in text
+    assert all(f" {group}: --" in text for group in ("tasks", "model", "method", "outer loop", "machine"))
+
+
+def test_a_folder_is_not_taken_before_the_data_is_read(tmp_path, capsys):
+    folder = tmp_path / "study"
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--out", str(folder), "--methods=maml", "--dataset=folder", f"--data={tmp_path / 'none'}"])
+    assert exit.value.code == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_number_of_inner_steps_at_which_memory_cannot_be_measured_is_left_out(tmp_path, monkeypatch):
+    def measured(settings, tasks, everything):
+        if settings.inner_steps == 20:
+            raise Failed("exit -9")
+        return {**COST.as_json(), "memory": 100 * settings.inner_steps} if everything else {"memory": 7}
+
+    monkeypatch.setattr(costs, "_in_fresh_process", measured)
+    assert cost(Settings(**TINY), tmp_path / "tasks", (1, 2, 20)).memory_at == {1: 7, 2: 200}
 
 
 def test_costs_are_measured(tmp_path):
@@ -120,8 +179,15 @@ def test_a_comparison_on_the_command_line(tmp_path, capsys):
     assert [entry.steps for entry in found.entries] == [4, 4]
     assert [point.step for point in found.entries[0].curve] == [1, 2, 3, 4]
     assert found.entries[0].curve[1].seconds == pytest.approx(2 * found.entries[0].meta_step.median)
-    assert found.entries[0].differs["adapts"] == "everything"
-    assert "Recommended" in capsys.readouterr().out
+    assert found.entries[0].differs == {"adapts": "everything", "inner-lr": "0.4"}
+    note = "inner-steps=2 is set for all methods: they no longer are what their names say"
+    assert found.notes == [note]
+    assert found.made["machine"]["threads"] == 1
+    out, err = capsys.readouterr()
+    assert "Recommended" in out
+    assert f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}" in out
+    assert err == f"{note}\n"
+    assert f" {note}." in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "report.html").stat().st_size > 10_000
     maml, anil = (
         load_weights(folder / "runs" / name / "seed-0" / "test.safetensors")[0]["transductive"]
@@ -152,7 +218,7 @@ def measured(monkeypatch):
 def test_a_budget_of_time_becomes_steps_and_an_interruption_loses_nothing(tmp_path, monkeypatch, measured):
     asked = []
 
-    def interrupted(runs, jobs, console):
+    def interrupted(runs, jobs, bar):
         asked.extend(runs)
         raise KeyboardInterrupt
 
@@ -169,14 +235,45 @@ def test_a_budget_of_time_becomes_steps_and_an_interruption_loses_nothing(tmp_pa
         studies.carry_out(again, tmp_path / "study", progress=False)
 
 
-def test_a_method_that_diverges_is_named_and_the_others_are_compared(tmp_path, measured):
+def test_methods_that_diverge_or_cannot_be_measured_are_named_and_the_others_are_compared(tmp_path, monkeypatch):
+    def measured(settings, *_):
+        if settings.meta_gradient == "first-order":
+            raise Failed("exit -9")
+        return COST
+
+    monkeypatch.setattr(studies, "cost", measured)
     found = compare(
-        ["maml", "anil"], folder=tmp_path / "study", steps=3, progress=False, changes={"maml": {"inner_lr": 1e30}},
-        **TINY,
+        ["fomaml", "maml", "anil"], folder=tmp_path / "study", steps=3, progress=False, memory_steps=(2, 5),
+        changes={"maml": {"inner_lr": 1e30}}, **TINY,
     )  # fmt: skip
     assert [entry.method for entry in found.entries] == ["anil"]
+    assert found.failed["fomaml"] == "its costs could not be measured: exit -9"
     assert "outer step 1" in found.failed["maml"]
-    assert found.failed["maml"] in (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+    assert "anil: memory at 5 inner steps could not be measured" in found.notes
+    report = (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+    assert all(why in report for why in found.failed.values())
+
+
+def test_a_seed_that_diverges_is_named_and_the_others_count(tmp_path, monkeypatch, measured):
+    def train_all(runs, jobs, bar):
+        assert trainings.train_all(runs[:1], jobs, bar) == {}
+        return {runs[1].folder: "outer step 3: loss nan"}
+
+    monkeypatch.setattr(studies, "train_all", train_all)
+    found = compare(["anil"], folder=tmp_path / "study", steps=3, seeds=2, progress=False, **TINY)
+    assert found.failed == {}
+    assert len(found.entries[0].seeds) == 1
+    assert "anil: seed 1 diverged and is left out: outer step 3: loss nan" in found.notes
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have():
+    first = {0: torch.tensor([1.0, 0.0]), 1: torch.tensor([0.5, 0.5])}
+    second = {1: torch.tensor([0.25, 0.25]), 2: torch.tensor([0.0, 0.0])}
+    assert studies._difference(first, second) == (0.25, 0.0)
+    alone = {2: torch.tensor([0.25, 0.25])}
+    apart = studies._difference(first, alone)
+    assert apart.mean == 0.25
+    assert apart.interval == pytest.approx(studies._over_seeds([Estimate.of(each) for each in first.values()]).interval)
 
 
 def test_a_process_that_fails_costs_one_line_and_nothing_else(tmp_path, monkeypatch, capsys):
@@ -187,14 +284,38 @@ def test_a_process_that_fails_costs_one_line_and_nothing_else(tmp_path, monkeypa
     with pytest.raises(SystemExit) as exit:
         main(["compare", "--out", str(tmp_path / "study"), "--methods=maml", "--steps=4", "--filters=2"])
     assert exit.value.code == 1
-    assert "method maml cannot be measured: exit -9" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "innerloop: no method could be trained; maml: its costs could not be measured: exit -9\n"
+    )
     assert read_plan(tmp_path / "study") == plan(["maml"], steps="4", filters="2")
+
+
+def empty_bar():
+    bar = Progress(console=Console(quiet=True), disable=True)
+    bar.add_task("", total=None)
+    return bar
+
+
+def test_the_bar_goes_by_the_seconds_of_meta_steps(tmp_path):
+    settings = Settings(steps=10)
+    short, long = (
+        trainings.Training(tmp_path / name, name, settings, seconds) for name, seconds in (("a", 1), ("b", 3))
+    )
+    bar = empty_bar()
+    bar.advance(bar.task_ids[0], 5)  # what was measured before
+    show = trainings._display([short, long], [short, long], bar)
+    long.folder.mkdir()
+    (long.folder / "metrics.jsonl").write_text('{"step": 4}\n', encoding="utf-8")
+    show([short], [long])
+    assert (bar.tasks[0].completed, bar.tasks[0].total, bar.tasks[0].description) == (5 + 3 * 4, 5 + 10 + 30, "b")
+    show([], [long])
+    assert bar.tasks[0].completed == 5 + 10 + 3 * 4
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch, stop):
     settings = Settings(steps=5000, validate_every=5000, **TINY)
-    runs = [trainings.Training(tmp_path / name, name, settings) for name in ("a", "b")]
+    runs = [trainings.Training(tmp_path / name, name, settings, 0.1) for name in ("a", "b")]
     sleep = time.sleep
 
     def nap(seconds):
@@ -205,5 +326,5 @@ def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch
 
     monkeypatch.setattr(time, "sleep", nap)
     with pytest.raises(KeyboardInterrupt):
-        trainings.train_all(runs, 2, Console(quiet=True))
+        trainings.train_all(runs, 2, empty_bar())
     assert all((each.folder / "last.safetensors").exists() for each in runs)

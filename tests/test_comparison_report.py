@@ -49,7 +49,7 @@ def entry(title: str, accuracy: float = 0.5, **changes: Any) -> Entry:
         steps=1500,
         transductive=Estimate(accuracy, interval),
         inductive=Estimate(accuracy - 0.02, interval),
-        seeds=[accuracy - 0.01, accuracy + 0.01],
+        seeds=[accuracy - 0.01, accuracy, accuracy + 0.01],
         behind=Estimate(0.0, 0.0),
         curve=[
             Point(s, s / 10, accuracy - 20 / s, accuracy - 22 / s, accuracy - 19 / s) for s in range(100, 1501, 100)
@@ -77,7 +77,7 @@ def comparison(*entries: Entry) -> Comparison:
     )
     return Comparison(
         tasks="glyphs, 5-way 1-shot",
-        budget="5 minutes of outer steps",
+        budget="5 minutes of meta-steps",
         test_tasks=1000,
         share=0.9,
         target=0.45,
@@ -134,7 +134,7 @@ def test_of_the_accurate_methods_the_one_that_is_soonest_is_recommended() -> Non
     assert found.text == (
         "Recommended: ANIL. The best test accuracy is 52.30 ± 0.60 % (MAML); not below it by more than the 95 % "
         "interval of the difference are ANIL and BOIL. Its own is 51.90 ± 0.60 %. Of these 3, ANIL is the first to "
-        "stay above 45.00 % validation accuracy, after 50 s of outer steps (next: BOIL, 60 s)."
+        "stay above 45.00 % validation accuracy, after 50 s of meta-steps (next: BOIL, 60 s)."
     )
 
 
@@ -151,7 +151,7 @@ def test_whoever_reaches_the_target_at_all_comes_first_and_ties_go_to_the_faster
     late, never = entry("late", reached=500.0, meta_step=slow), entry("never", reached=None, meta_step=fast)
     found = recommend(comparison(never, late))
     assert found.chosen is late
-    assert "after 500 s of outer steps (the others never do)" in found.text
+    assert "after 500 s of meta-steps (the others never do)" in found.text
     tied = entry("tied", reached=500.0, meta_step=fast)
     assert recommend(comparison(late, tied)).chosen is tied
 
@@ -167,7 +167,7 @@ def test_where_nobody_reaches_the_target_the_fastest_step_is_recommended() -> No
 @pytest.mark.parametrize(
     ("reached", "time"),
     [
-        (60.0, "It stays above 45.00 % validation accuracy after 60 s of outer steps."),
+        (60.0, "It stays above 45.00 % validation accuracy after 60 s of meta-steps."),
         (None, "It does not stay above 45.00 % validation accuracy; a meta-step takes 100 ms."),
     ],
 )
@@ -176,12 +176,14 @@ def test_a_single_method_is_not_called_the_best(reached: float | None, time: str
     assert text == f"Recommended: MAML. It is the only method compared; its test accuracy is 50.00 ± 0.60 %. {time}"
 
 
-def test_methods_that_failed_are_told(tmp_path: Path) -> None:
-    found = comparison(entry("MAML"))._replace(failed={"anil": "the loss is <NaN> at outer step 3"})
+def test_methods_that_failed_and_notes_are_told(tmp_path: Path) -> None:
+    found = comparison(entry("MAML"))._replace(
+        failed={"anil": "the loss is <NaN> at outer step 3"}, notes=["maml: seed 2 diverged and is left out"]
+    )
     assert "It is the only method that could be trained;" in recommend(found).text
     write_report(tmp_path, found)
     assert read(tmp_path / "comparison.json") == found
-    told = "anil could not be trained: the loss is <NaN> at outer step 3."
+    told = "anil could not be trained: the loss is <NaN> at outer step 3. maml: seed 2 diverged and is left out."
     assert told in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert told in unescape((tmp_path / "report.html").read_text(encoding="utf-8")).replace("\xa0", " ")
 
@@ -207,6 +209,23 @@ def test_a_saving_that_costs_accuracy_says_how_much() -> None:
     assert "is the best, by more than the 95 % interval of the difference" in found.text
     assert "(next: FOMAML, 50.00 ± 0.60 %, 3.00 ± 0.85 points below)" in found.text
     assert "If memory binds: FOMAML, 40 MiB instead of 120 MiB, at 50.00 ± 0.60 % test accuracy." in found.text
+
+
+def test_a_method_that_has_not_learned_is_no_alternative() -> None:
+    useless = entry("Reptile", 0.33, memory=10 * MIB, adaptation=Timing(0.001, 0.001, 0.001))
+    light = entry("FOMAML", 0.40, memory=40 * MIB)
+    found = recommend(comparison(entry("MAML", 0.53), light, useless))  # nearest neighbour: 33.1 %
+    assert "If memory binds: FOMAML, 40 MiB instead of 120 MiB, at 40.00 ± 0.60 % test accuracy." in found.text
+    assert "Reptile" not in found.text
+    hopeless = recommend(comparison(entry("MAML", 0.30), entry("ANIL", 0.30, memory=10 * MIB, reached=90.0)))
+    assert hopeless.lightest is hopeless.chosen
+    assert "If" not in hopeless.text
+
+
+def test_fewer_than_three_seeds_are_said_to_be_few() -> None:
+    few = comparison(entry("A"), entry("B", seeds=[0.4, 0.5]))
+    assert recommend(few).text.endswith("how much training itself varies (give --seeds 3 or more).")
+    assert "--seeds" not in recommend(comparison(entry("A"), entry("B"))).text
 
 
 def test_unknown_intervals_count_as_zero() -> None:
@@ -259,6 +278,13 @@ def test_json_gives_the_comparison_back(folder: Path) -> None:
     assert read(folder / "comparison.json") == THREE._replace(
         made=json.loads(json.dumps(THREE.made))  # provenance is JSON already
     )
+
+
+def test_a_comparison_without_notes_can_be_read(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    del values["notes"]
+    (tmp_path / "old.json").write_text(json.dumps(values), encoding="utf-8")
+    assert read(tmp_path / "old.json") == read(folder / "comparison.json")
 
 
 def test_json_is_strict_and_keeps_unknown_intervals(tmp_path: Path) -> None:
@@ -394,8 +420,34 @@ def test_whoever_never_reaches_the_target_stands_apart_and_not_on_the_frontier()
     assert names[-1] == "never"
     line = next(line for line in figure.axes[1].lines if line.get_label() == "frontier")
     assert list(np.asarray(line.get_xdata())) == [35.0, 60.0, 60.0]
-    nobody = summary_figure(comparison(entry("A", reached=None), entry("B", reached=None)))
-    assert [text.get_text() for text in nobody.axes[1].get_xticklabels()] == ["never"]
+
+
+def test_where_most_never_reach_the_target_the_time_of_a_meta_step_is_drawn_instead(tmp_path: Path) -> None:
+    fast = Timing(0.05, 0.05, 0.05)
+    mostly = comparison(entry("A", reached=None, meta_step=fast), entry("B", reached=None), entry("C"))
+    figure = summary_figure(mostly)
+    assert figure.axes[1].get_xlabel() == "time of a meta-step"
+    assert np.asarray(figure.axes[1].lines[0].get_xdata())[0] == 0.05
+    write_report(tmp_path, mostly)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Test accuracy against the time of a meta-step; most of these methods never stay above 45.00 %" in text
+    assert "Test accuracy and time of a meta-step. A 50.00 ± 0.60 %, 50 ms; B 50.00 ± 0.60 %, 100 ms" in text
+    half = summary_figure(comparison(entry("A", reached=None), entry("B")))
+    assert "never" in [label.get_text() for label in half.axes[1].get_xticklabels()]
+
+
+def test_a_frontier_of_one_point_can_be_seen_and_intervals_lie_in_front() -> None:
+    axes = summary_figure(comparison(entry("A", 0.6, memory=30 * MIB), entry("B"))).axes[0]
+    frontier_line = next(line for line in axes.lines if line.get_label() == "frontier")
+    assert list(np.asarray(frontier_line.get_xdata())) == [30 * MIB]
+    assert frontier_line.get_marker() == "o"
+    markers = [line.get_zorder() for line in axes.lines if line.get_marker() in ("o", "s")]
+    assert all(bar.get_zorder() > max(markers) for bar in axes.collections)
+
+
+def test_an_axis_of_memory_has_several_marks() -> None:
+    marks = [text.get_text() for text in summary_figure(comparison(entry("A"), entry("B"))).axes[0].get_xticklabels()]
+    assert marks == ["64 MiB", "96 MiB", "128 MiB", "192 MiB"]
 
 
 def test_numbers_at_zero_can_be_drawn() -> None:

@@ -42,6 +42,13 @@ def test_maml_has_its_papers_rates_for_characters_and_for_pictures():
     assert Settings(**method_settings("maml", "omniglot")).inner_steps == 1
 
 
+@pytest.mark.parametrize("name", ["window:3", "binomial", "truncated:4"])
+def test_methods_of_several_inner_steps_have_mamls_rate_for_characters(name):
+    characters, pictures = (method_settings(name, dataset) for dataset in ("glyphs", "cifar_fs"))
+    assert (characters["inner_lr"], characters["inner_steps"]) == (0.1, 5)
+    assert (pictures["inner_lr"], pictures["inner_steps"]) == (0.01, 5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

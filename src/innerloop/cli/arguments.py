@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -35,21 +35,28 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str] | None = None, run: bool = False) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser,
+    names: Collection[str] | None = None,
+    run: bool = False,
+    otherwise: Mapping[str, str] | None = None,
+) -> None:
     """Add an option for each of the named fields of `Settings`, or for all. Values stay text, which `Settings` checks.
 
     Args:
         parser: where the options go.
         names: the fields.
         run: where an option is left out, a run's setting holds instead of the default.
+        otherwise: by field, in words, what holds where its option is left out, if it is not the default.
     """
     group: argparse._ActionsContainer = parser
     for each in fields(Settings):
-        if each.name in Settings.GROUPS and names is None:
+        if each.name in Settings.GROUPS:
             group = parser.add_argument_group(Settings.GROUPS[each.name])
         if names is not None and each.name not in names:
             continue
         allowed, default = each.metadata["names"], "the run's" if run else _text(each.default)
+        default = (otherwise or {}).get(each.name, default)
         choices = f" ({', '.join(allowed)})" if allowed else ""
         group.add_argument(
             f"--{flag(each.name)}",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors, whole_numbers
-from innerloop.studies.compare import MEMORY_STEPS, METHODS, SHARE, Plan, carry_out, plan, read_plan
+from innerloop.studies.compare import CHOSEN, MEMORY_STEPS, METHODS, MINUTES, SHARE, Plan, carry_out, plan, read_plan
 from innerloop.studies.comparison import recommend
 from innerloop.studies.comparison_report import HTML
 from innerloop.training.methods import METHODS as KNOWN
@@ -23,6 +23,7 @@ from innerloop.training.settings import Settings, flag
 
 USAGE = "[--methods NAME,NAME,...] [--budget TIME] [options]"
 OWN = ("seed", "minutes", "validate_every")  # the comparison's business
+OTHERWISE = dict.fromkeys(CHOSEN, "the method's") | {"steps": "as many as --budget allows"}
 UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 
@@ -31,31 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="new folder [runs/compare-<what and when>]")
     parser.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the comparison in this folder")
     parser.add_argument(
-        "--methods", metavar="NAME,...", default=",".join(METHODS),
+        "--methods", metavar="NAME,...",
         help=f"{', '.join(f'{name}:{each.example}' if each.example else name for name, each in KNOWN.items())} "
         f"[{','.join(METHODS)}]",
     )  # fmt: skip
     parser.add_argument(
         "--budget", metavar="TIME",
-        help="of outer steps for each method and seed, such as 90s, 10m or 1h; none: --steps, the same for all [5m]",
+        help="of meta-steps for each method and seed, such as 90s, 10m or 1h; --steps N bounds by steps instead "
+        f"[{MINUTES:g}m]",
     )  # fmt: skip
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="trainings of each method [1]")
+    parser.add_argument("--seeds", metavar="N", type=int, help="trainings of each method [1]")
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=1, help="trainings at once; timings are taken alone [1]"
     )
     parser.add_argument(
-        "--set", metavar="METHOD.SETTING=VALUE", action="append", default=[],
-        help="a setting of one method, such as maml.inner-lr=0.1; may be given again",
+        "--set", metavar="METHOD.SETTING=VALUE", action="append",
+        help=f"a setting of one method, such as maml.inner-lr=0.1; may be given again ({', '.join(map(flag, CHOSEN))})",
     )  # fmt: skip
     parser.add_argument(
-        "--share", metavar="X", type=float, default=SHARE,
+        "--share", metavar="X", type=float,
         help=f"share of the best validation accuracy whose time is asked for [{SHARE}]",
     )  # fmt: skip
     parser.add_argument(
-        "--memory-steps", metavar="N,N,...", default=",".join(map(str, MEMORY_STEPS)),
+        "--memory-steps", metavar="N,N,...",
         help=f"inner steps at which memory is measured [{','.join(map(str, MEMORY_STEPS))}]",
     )  # fmt: skip
-    add_settings(parser, {each.name for each in fields(Settings)} - set(OWN))
+    add_settings(parser, {each.name for each in fields(Settings)} - set(OWN), otherwise=OTHERWISE)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,30 +74,29 @@ def run(arguments: argparse.Namespace) -> None:
             raise KeyboardInterrupt(f"stopped; go on with: innerloop compare --resume {folder}") from None
     for name, why in comparison.failed.items():
         print(f"{name} could not be trained: {why}")
+    for note in comparison.notes:
+        print(note)
     print(recommend(comparison).text)
     print(f"report: {folder / HTML}")
 
 
 def _resumed(arguments: argparse.Namespace) -> Plan:
-    if given := [flag(name) for name in given_settings(arguments)]:
-        raise UsageError(f"--resume takes all from the folder; leave --{given[0]} out")
+    free = ("command", "resume", "jobs")
+    if given := [name for name, value in vars(arguments).items() if value is not None and name not in free]:
+        raise UsageError(f"--resume takes all from the folder; leave --{flag(given[0])} out")
     return read_plan(arguments.resume)
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    settings = given_settings(arguments)
-    if arguments.budget and "steps" in settings:
-        raise UsageError("--budget and --steps both bound the training; give one of them")
-    budget = arguments.budget or (None if "steps" in settings else "5m")
-    return plan(
-        _names(arguments.methods),
-        minutes=None if budget is None else _minutes(budget),
-        seeds=arguments.seeds,
-        memory_steps=whole_numbers("--memory-steps", arguments.memory_steps),
-        share=arguments.share,
-        changes=_changes(arguments.set),
-        **settings,
-    )
+    given = given_settings(arguments)
+    if arguments.budget is not None:
+        given["minutes"] = _minutes(arguments.budget)
+    if arguments.memory_steps is not None:
+        given["memory_steps"] = whole_numbers("--memory-steps", arguments.memory_steps)
+    if arguments.set is not None:
+        given["changes"] = _changes(arguments.set)
+    given |= {name: getattr(arguments, name) for name in ("seeds", "share") if getattr(arguments, name) is not None}
+    return plan(METHODS if arguments.methods is None else _names(arguments.methods), **given)
 
 
 def _names(text: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 First every method is measured alone, one process after another: seconds and peak memory of a meta-step, curvature
 products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that whatever else
-runs on the machine later, other trainings of the study too, changes no result and no timing. Then every method is
-trained and tested with every seed, by `innerloop train`, in a run folder of its own.
+runs on the machine later, other trainings of the study too, changes no timing; nor any result, where the number of
+threads is given, for sums over other numbers of threads round differently. Then every method is trained and tested with
+every seed, by `innerloop train`, in a run folder of its own.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import inspect
 import json
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from innerloop.studies.comparison import Comparison, Entry, Point
@@ -38,7 +41,9 @@ from innerloop.training.settings import Settings, flag
 METHODS = ("maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil")
 STUDY, COSTS, RUNS, TASKS = "study.json", "costs", "runs", "tasks.safetensors"
 SHARE = 0.9
+MINUTES = 5.0
 MEMORY_STEPS = (1, 5, 20)
+MEASURING = 20.0  # seconds that measuring a method counts in the progress bar
 VALIDATIONS = 12
 SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for which a target must hold
 STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t, from 2 degrees of freedom
@@ -56,10 +61,11 @@ class Plan:
 
     Attributes:
         methods: settings by the name of the method, steps and seed aside.
-        minutes: of outer steps that each method has; None where ``steps`` bounds it.
+        minutes: of meta-steps that each method has; None where ``steps`` bounds it.
         seeds: trainings of each method, with seeds 0, 1, ...
         memory_steps: numbers of inner steps at which memory is measured, besides the method's own.
         share: of the best validation accuracy, whose time is asked for.
+        notes: what a reader of the results must know of the settings.
     """
 
     methods: dict[str, Settings]
@@ -67,6 +73,7 @@ class Plan:
     seeds: int
     memory_steps: tuple[int, ...]
     share: float
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For the study's folder, from which it can be continued."""
@@ -76,8 +83,9 @@ class Plan:
     def of(cls, found: Mapping[str, Any]) -> Plan:
         """The plan that `as_json` made."""
         methods = {name: Settings(**settings) for name, settings in found["methods"].items()}
-        own = {each.name: found[each.name] for each in fields(cls)}
-        return cls(**{**own, "methods": methods, "memory_steps": tuple(own["memory_steps"])})
+        own = {each.name: found[each.name] for each in fields(cls) if each.name in found}
+        lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+        return cls(**{**own, **lists, "methods": methods})
 
 
 def plan(
@@ -94,22 +102,32 @@ def plan(
 
     Args:
         methods: names of `innerloop.training.methods.METHODS`, with an argument behind a colon where one takes it.
-        minutes: of outer steps for each method; None takes ``steps`` of the settings, the same for all.
+        minutes: of meta-steps for each method; None takes ``steps``, the same for all, if the settings have that, and 5
+            minutes otherwise.
         seeds: trainings of each method.
         memory_steps: numbers of inner steps at which memory is measured, besides each method's own.
         share: of the best validation accuracy, whose time is asked for.
-        changes: settings of single methods, by the method's name, that win over all others.
+        changes: settings of single methods, by the method's name, that win over all others; only what a method
+            chooses, `CHOSEN`.
         **settings: for all methods, winning over what the methods set; see `innerloop.training.settings.Settings`.
 
     Raises:
-        ValueError: unknown methods or settings, values out of range, the same method twice, or changes to a method
-            that is not compared.
+        ValueError: unknown methods or settings, values out of range, the same method twice, changes to a method that is
+            not compared or to what must be equal, or both minutes and steps.
     """
     changes = changes or {}
     if len(set(methods)) < len(methods) or not methods:
         raise ValueError(f"methods are {', '.join(methods) or 'none'}; name each once")
     if odd := sorted(changes.keys() - set(methods)):
         raise ValueError(f"{odd[0]!r} is changed but not compared; methods are {', '.join(methods)}")
+    for name, own in changes.items():
+        if odd := sorted(own.keys() - set(CHOSEN)):
+            raise ValueError(
+                f"{flag(odd[0])} of {name} alone cannot be changed, or the methods are not compared on equal terms; a "
+                f"method may have its own {', '.join(map(flag, CHOSEN))}"
+            )
+    if odd := sorted({"seed", "validate_every"} & settings.keys()):
+        raise ValueError(f"{flag(odd[0])} is the comparison's business: give the number of seeds, or leave it out")
     if seeds < 1:
         raise ValueError(f"{seeds} seeds; give 1 or more")
     if not 0 < share < 1:
@@ -118,19 +136,31 @@ def plan(
         raise ValueError(f"memory at {odd_numbers[0]} inner steps; give 1 or more")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"a budget of {minutes} minutes; it must be above 0")
+    if minutes is not None and "steps" in settings:
+        raise ValueError("a budget of time and steps both bound the training; give one of them")
+    if "steps" not in settings:
+        minutes = minutes or MINUTES
     dataset = settings.get("dataset", Settings.dataset)
     if dataset in SOURCES and "ways" not in inspect.signature(SOURCES[dataset]).parameters:
         raise ValueError(f"{dataset} is regression; methods are compared by accuracy, so they need classes")
-    found = {}
+    found, overridden = {}, set()
     for name in methods:
-        chosen = {**method_settings(name, dataset), **settings, **changes.get(name, {})}
+        own = {"dataset": dataset, **method_settings(name, dataset)}
+        chosen = {**own, **settings, **changes.get(name, {})}
         try:
             found[name] = Settings(**chosen)
         except TypeError as error:
             raise ValueError(f"method {name}: {error}") from None
         except ValueError as error:
             raise ValueError(f"method {name}: {error}") from error
-    return Plan(found, minutes, seeds, tuple(memory_steps), share)
+        paper = Settings(**own)
+        overridden |= {each for each in settings if getattr(found[name], each) != getattr(paper, each)}
+    notes = (
+        f"{flag(each)}={settings[each]} is set for all methods: they no longer are what their names say"
+        for each in CHOSEN
+        if each in overridden
+    )
+    return Plan(found, minutes, seeds, tuple(memory_steps), share, tuple(notes))
 
 
 def compare(
@@ -150,19 +180,22 @@ def compare(
     Args:
         methods: names as for ``innerloop train --method``, such as ``"maml"`` or ``"window:5"``.
         folder: where ``report.html``, ``report.md``, ``comparison.json``, the figures and all runs go.
-        minutes: of outer steps for each method and seed; None takes ``steps`` of the settings, the same for all.
+        minutes: of meta-steps for each method and seed; None takes ``steps``, the same for all, if the settings have
+            that, and 5 minutes otherwise.
         seeds: trainings of each method.
-        jobs: trainings at once. Timings are taken before, alone, and do not depend on it.
+        jobs: trainings at once. Timings are taken before, alone, and do not depend on it; accuracies do, in the last
+            digits, where ``threads`` is not given.
         progress: show a progress bar; where there is no terminal, a line now and then.
         **options: ``memory_steps``, ``share``, ``changes`` and settings, as `plan` takes them.
 
     Returns:
-        What was found; ``failed`` names the methods whose training diverged.
+        What was found; ``failed`` names the methods that could not be measured or trained, ``notes`` single seeds.
 
     Raises:
         ValueError: what `plan` refuses, or a folder that holds another study.
         Diverged: no method could be trained.
-        Failed: a training or a measurement ended with an error; what is done is kept, and the study can be continued.
+        Failed: no method could be measured, or a training ended with an error other than divergence; what is done is
+            kept, and the study can be continued.
     """
     return carry_out(plan(methods, minutes=minutes, seeds=seeds, **options), Path(folder), jobs, progress)
 
@@ -171,36 +204,57 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     """Do what a plan says, or the rest of it; as `compare`."""
     if jobs < 1:
         raise ValueError(f"{jobs} jobs; give 1 or more")
-    _claim(folder, plan)
+    _check(folder, plan)
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)
+    for note in plan.notes if progress else ():
+        print(note, file=sys.stderr)
+    first = next(iter(plan.methods.values()))
+    # before the folder is taken, so that it stays free where the data cannot be read
     if not (folder / TASKS).exists():
-        save_tasks(folder / TASKS, next(iter(plan.methods.values())))
-    costs = {name: _cost(folder, name, plan, console) for name in plan.methods}
-    trainings = {}
-    for name, settings in plan.methods.items():
-        steps = settings.steps
-        if plan.minutes is not None:
-            steps = max(1, int(60 * plan.minutes / costs[name].meta_step.median))
-        every = math.ceil(steps / VALIDATIONS)
-        for seed in range(plan.seeds):
-            own = replace(settings, steps=steps, validate_every=every, seed=seed)
-            place = folder / RUNS / _folder_name(name) / f"seed-{seed}"
-            trainings[name, seed] = Training(place, f"{name}, seed {seed}", own)
-    diverged = train_all(list(trainings.values()), jobs, console)
-    failed = {name: diverged[each.folder] for (name, _), each in trainings.items() if each.folder in diverged}
-    if len(failed) == len(plan.methods):
-        raise Diverged(f"no method could be trained; {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
-    kept = {
-        name: [trainings[name, seed].folder for seed in range(plan.seeds)]
-        for name in plan.methods
-        if name not in failed
-    }
+        save_tasks(folder / TASKS, first, others=("validation", "test"))
+    if not (folder / STUDY).exists():
+        save_results(folder / STUDY, plan.as_json())
+    console.print(f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False)
+    with _bar(plan, console) as bar:
+        costs, failed = _costs(folder, plan, bar)
+        if not costs:
+            raise Failed(_none_left(failed))
+        trainings = {
+            (name, seed): _training(folder, plan, name, seed, costs[name].meta_step.median)
+            for name in costs
+            for seed in range(plan.seeds)
+        }
+        diverged = train_all(list(trainings.values()), jobs, bar)
+    kept: dict[str, dict[int, Path]] = {}
+    notes = [*plan.notes]
+    for name in costs:
+        runs = {seed: trainings[name, seed].folder for seed in range(plan.seeds)}
+        lost = {seed: diverged[run] for seed, run in runs.items() if run in diverged}
+        if len(lost) == len(runs):
+            failed[name] = lost[0]
+            continue
+        kept[name] = {seed: run for seed, run in runs.items() if seed not in lost}
+        notes += [f"{name}: seed {seed} diverged and is left out: {why}" for seed, why in lost.items()]
+        notes += [
+            f"{name}: memory at {steps} inner steps could not be measured"
+            for steps in plan.memory_steps
+            if steps not in costs[name].memory_at
+        ]
+    if not kept:
+        raise Diverged(_none_left(failed))
     # the command that began the study tells more than one that resumed it
     begun = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     made = provenance() | {"command": begun["command"]}
-    comparison = _collect(plan, kept, costs, failed, made)
+    made["commit"] = " to ".join(dict.fromkeys(filter(None, (begun["commit"], made["commit"])))) or None
+    if first.threads is not None:
+        made["machine"]["threads"] = first.threads
+    comparison = _collect(plan, kept, costs, failed, notes, made)
     write_report(folder, comparison)
     return comparison
+
+
+def _none_left(failed: Mapping[str, str]) -> str:
+    return f"no method could be trained; {'; '.join(f'{name}: {why}' for name, why in failed.items())}"
 
 
 def read_plan(folder: Path) -> Plan:
@@ -214,56 +268,79 @@ def read_plan(folder: Path) -> Plan:
     return Plan.of(json.loads((folder / STUDY).read_text(encoding="utf-8")))
 
 
-def _claim(folder: Path, plan: Plan) -> None:
+def _check(folder: Path, plan: Plan) -> None:
+    """Refuse a folder that holds anything but this study."""
     if (folder / STUDY).is_file():
         if read_plan(folder) != plan:
             raise ValueError(
                 f"{folder} holds another comparison; continue it with --resume {folder}, or name a new folder"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something that is not a comparison; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_results(folder / STUDY, plan.as_json())
+
+
+def _bar(plan: Plan, console: Console) -> Progress:
+    """A bar over the planned seconds of the whole study, as far as they are known; shown on a terminal alone."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+    known = plan.minutes is not None and len(plan.methods) * (MEASURING + 60 * plan.minutes * plan.seeds)
+    bar.add_task("", total=known or None)
+    return bar
 
 
 def _folder_name(method: str) -> str:
-    return method.replace(":", "-")
+    return method.replace(":", "-").replace("/", "-")
 
 
-def _cost(folder: Path, name: str, plan: Plan, console: Console) -> Cost:
-    file = folder / COSTS / f"{_folder_name(name)}.json"
-    if not file.exists():
-        console.print(f"measuring {name}")
-        try:
-            found = cost(plan.methods[name], folder / TASKS, plan.memory_steps)
-        except Failed as error:
-            raise Failed(f"method {name} cannot be measured: {error}") from None
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(".part")
-        save_results(partial, found.as_json())
-        partial.replace(file)
-    return Cost.of(json.loads(file.read_text(encoding="utf-8")))
+def _costs(folder: Path, plan: Plan, bar: Progress) -> tuple[dict[str, Cost], dict[str, str]]:
+    """What each method costs, measured now or before, and why it could not be measured where that is so."""
+    costs, failed = {}, {}
+    for name, settings in plan.methods.items():
+        file = folder / COSTS / f"{_folder_name(name)}.json"
+        if not file.exists():
+            bar.update(bar.task_ids[0], description=f"measuring {name}")
+            if not bar.console.is_terminal:
+                bar.console.print(f"measuring {name}")
+            try:
+                found = cost(settings, folder / TASKS, plan.memory_steps)
+            except Failed as error:
+                failed[name] = f"its costs could not be measured: {error}"
+                bar.console.print(f"{name}: {failed[name]}", markup=False)
+                continue
+            file.parent.mkdir(exist_ok=True)
+            save_results(file, found.as_json())
+            bar.advance(bar.task_ids[0], MEASURING)
+        costs[name] = Cost.of(json.loads(file.read_text(encoding="utf-8")))
+    return costs, failed
+
+
+def _training(folder: Path, plan: Plan, name: str, seed: int, seconds: float) -> Training:
+    """The training of a method with a seed, given the seconds of a meta-step."""
+    settings = plan.methods[name]
+    steps = settings.steps if plan.minutes is None else max(1, int(60 * plan.minutes / seconds))
+    own = replace(settings, steps=steps, validate_every=math.ceil(steps / VALIDATIONS), seed=seed)
+    return Training(folder / RUNS / _folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}", own, seconds)
 
 
 def _collect(
     plan: Plan,
-    kept: Mapping[str, Sequence[Path]],
+    kept: Mapping[str, Mapping[int, Path]],
     costs: Mapping[str, Cost],
     failed: dict[str, str],
+    notes: list[str],
     made: dict[str, Any],
 ) -> Comparison:
-    """From the run folders of each method to what they show together."""
+    """From the run folders of each method, by their seeds, to what they show together."""
     results = {
-        name: [json.loads((folder / RESULTS).read_text(encoding="utf-8")) for folder in folders]
-        for name, folders in kept.items()
+        name: [json.loads((run / RESULTS).read_text(encoding="utf-8")) for run in runs.values()]
+        for name, runs in kept.items()
     }
-    accuracies = {name: [_accuracies(folder) for folder in folders] for name, folders in kept.items()}
-    best = max(accuracies, key=lambda name: statistics.fmean(each.mean().item() for each in accuracies[name]))
-    curves = {name: _curve(folders, costs[name].meta_step.median) for name, folders in kept.items()}
+    accuracies = {name: {seed: _accuracies(run) for seed, run in runs.items()} for name, runs in kept.items()}
+    best = max(accuracies, key=lambda name: statistics.fmean(each.mean().item() for each in accuracies[name].values()))
+    curves = {name: _curve(list(runs.values()), costs[name].meta_step.median) for name, runs in kept.items()}
     target = plan.share * max(point.accuracy for curve in curves.values() for point in curve)
     differing = [
-        setting for setting in CHOSEN if len({getattr(settings, setting) for settings in plan.methods.values()}) > 1
+        each.name for each in fields(Settings) if len({getattr(plan.methods[name], each.name) for name in kept}) > 1
     ]
     entries = []
     for name, found in results.items():
@@ -276,16 +353,14 @@ def _collect(
         entries.append(
             Entry(
                 method=name,
-                title=known.title + (f" {name.partition(':')[2]}" if ":" in name else ""),
+                title=name.replace(":", " ") if ":" in name else known.title,
                 paper=known.paper,
                 differs={flag(each): str(getattr(settings, each)).lower() for each in differing},
                 steps=found[0]["training"]["step"],
                 transductive=_over_seeds(protocols["transductive"]) if protocols["transductive"] else None,
                 inductive=_over_seeds(protocols["inductive"]),
                 seeds=[accuracy.mean for accuracy in judged],
-                behind=_over_seeds(
-                    [Estimate.of(first - own) for first, own in zip(accuracies[best], accuracies[name], strict=True)]
-                ),
+                behind=_difference(accuracies[best], accuracies[name]),
                 curve=curves[name],
                 reached=time_to(curves[name], target),
                 meta_step=mine.meta_step,
@@ -305,6 +380,7 @@ def _collect(
         nearest_neighbour=Estimate(*next(iter(results.values()))[0]["test"]["nearest_neighbour"]),
         entries=entries,
         failed=failed,
+        notes=notes,
         made=made,
     )
 
@@ -313,11 +389,11 @@ def _budget(plan: Plan, steps: int) -> str:
     if plan.minutes is None:
         return f"{steps:,} outer steps"
     seconds = 60 * plan.minutes
-    return f"{seconds:g} seconds of outer steps" if seconds < 300 else f"{plan.minutes:g} minutes of outer steps"
+    return f"{seconds:g} seconds of meta-steps" if seconds < 300 else f"{plan.minutes:g} minutes of meta-steps"
 
 
 def _curve(folders: Sequence[Path], seconds: float) -> list[Point]:
-    """The validations of all seeds of a method, together; ``seconds`` of one outer step."""
+    """The validations of all seeds of a method, together; ``seconds`` of one meta-step."""
     runs = [
         {each["step"]: each["accuracy"] for each in read_records(folder / METRICS) if each["kind"] == "validation"}
         for folder in folders
@@ -333,6 +409,14 @@ def _accuracies(folder: Path) -> Tensor:
     """The test accuracy of each task of a run, transductive where there is that."""
     found, _ = load_weights(folder / ACCURACIES)
     return found["transductive" if "transductive" in found else "inductive"]
+
+
+def _difference(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> Estimate:
+    """The mean difference of two methods' accuracies, by seed: task by task over the seeds that both have."""
+    if both := sorted(first.keys() & second.keys()):
+        return _over_seeds([Estimate.of(first[seed] - second[seed]) for seed in both])
+    one, other = (_over_seeds([Estimate.of(each) for each in found.values()]) for found in (first, second))
+    return Estimate(one.mean - other.mean, math.hypot(one.interval, other.interval))
 
 
 def _over_seeds(found: Sequence[Estimate]) -> Estimate:

@@ -18,7 +18,7 @@ class Timing(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A validation: outer steps done, seconds they take (steps times seconds a step), accuracy's mean over the seeds.
+    """A validation: outer steps done, seconds of their meta-steps, accuracy's mean over the seeds.
 
     ``lowest`` and ``highest`` are those of the seeds.
     """
@@ -45,8 +45,8 @@ class Entry(NamedTuple):
         seeds: mean test accuracy of each seed, transductive where there is that.
         behind: what the best method's test accuracy is above this one's, compared task by task and seed by seed.
         curve: the validations.
-        reached: seconds of outer steps until validation accuracy stays above the comparison's target; None if never.
-        meta_step: seconds of one.
+        reached: seconds of meta-steps until validation accuracy stays above the comparison's target; None if never.
+        meta_step: seconds of one, the meta-gradient of a batch.
         memory: peak memory of a meta-step above model and tasks, in bytes.
         memory_at: the same at other numbers of inner steps.
         products: curvature products of a task's meta-gradient.
@@ -81,14 +81,15 @@ class Comparison(NamedTuple):
 
     Attributes:
         tasks: what was learned, such as "glyphs, 5-way 1-shot".
-        budget: what each method had, such as "5 minutes of outer steps" or "2,000 outer steps".
+        budget: what each method had, such as "5 minutes of meta-steps" or "2,000 outer steps".
         test_tasks: tasks of each seed's test.
         share: of the best validation accuracy of all methods, that ``reached`` asks for.
         target: that share of it, an accuracy.
         nearest_neighbour: accuracy on raw pixels.
         entries: one a method, in the order given.
         made: command, commit, versions and machine.
-        failed: methods that could not be trained, and why.
+        failed: methods that could not be measured or trained, and why.
+        notes: what else a reader must know, in sentences without a full stop.
     """
 
     tasks: str
@@ -100,6 +101,7 @@ class Comparison(NamedTuple):
     entries: list[Entry]
     made: dict[str, Any]
     failed: dict[str, str] = {}  # noqa: RUF012
+    notes: list[str] = []  # noqa: RUF012
 
 
 SAVING = 0.05
@@ -108,7 +110,11 @@ RULE = (
     "difference, taken task by task (an unknown interval counts as 0). Recommended is "
     "the candidate whose validation accuracy reaches the target soonest; where none of them reaches it, or two do so "
     "at once, the one with the fastest meta-step. Named beside it are methods that save at least 5 % of its memory or "
-    "of its adaptation time: candidates if there are such, otherwise others, with the accuracy that they cost."
+    "of its adaptation time, and whose test accuracy is above that of the nearest neighbour on raw pixels: candidates "
+    "if there are such, otherwise others, with the accuracy that they cost."
+)
+FEW_SEEDS = (
+    "With fewer than three seeds the intervals leave out how much training itself varies (give --seeds 3 or more)."
 )
 
 
@@ -119,7 +125,7 @@ class Recommendation(NamedTuple):
         chosen: the method recommended.
         best: the most accurate method.
         candidates: methods as accurate as the best, by their intervals; in the order of the comparison.
-        lightest: the candidate with the least memory, or ``chosen`` where none saves enough to be named.
+        lightest: the candidate with the least memory, or ``chosen`` where `RULE` names none.
         quickest: the candidate that adapts fastest, or ``chosen`` likewise.
         text: the choice, its numbers and what would change it, as a paragraph.
     """
@@ -147,13 +153,16 @@ def recommend(comparison: Comparison) -> Recommendation:
         if entry.behind.mean <= (0.0 if math.isnan(entry.behind.interval) else entry.behind.interval)
     ]
     ranked = sorted(candidates, key=_soonest)
-    lightest, quickest = (_thriftiest(ranked[0], candidates, cost) for cost in (_memory, _adaptation))
+    useful = [entry for entry in comparison.entries if entry.accuracy.mean > comparison.nearest_neighbour.mean]
+    accurate = [entry for entry in useful if entry in candidates]
+    lightest, quickest = (_thriftiest(ranked[0], accurate, cost) for cost in (_memory, _adaptation))
     sentences = [
         f"Recommended: {ranked[0].title}.",
         _why_accurate(ranked[0], best, candidates, comparison),
         _why_fast(ranked, comparison),
-        _otherwise("memory binds", ranked[0], lightest, comparison, _memory, size),
-        _otherwise("adaptation must be fast", ranked[0], quickest, comparison, _adaptation, duration),
+        _otherwise("memory binds", ranked[0], lightest, useful, _memory, size),
+        _otherwise("adaptation must be fast", ranked[0], quickest, useful, _adaptation, duration),
+        FEW_SEEDS if min(len(entry.seeds) for entry in comparison.entries) < 3 else "",
     ]
     return Recommendation(ranked[0], best, candidates, lightest, quickest, " ".join(filter(None, sentences)))
 
@@ -172,7 +181,7 @@ def _adaptation(entry: Entry) -> float:
 
 def _thriftiest(chosen: Entry, entries: Iterable[Entry], cost: Callable[[Entry], float]) -> Entry:
     """The entry of least cost, unless it saves too little against the chosen one."""
-    least = min(entries, key=cost)
+    least = min([chosen, *entries], key=cost)
     return least if cost(least) <= (1 - SAVING) * cost(chosen) else chosen
 
 
@@ -207,7 +216,7 @@ def _why_fast(ranked: list[Entry], comparison: Comparison) -> str:
             f"None of these stays above {target}; {chosen.title} has the fastest meta-step, {own} "
             f"(next: {others[0].title}, {next_one})."
         )
-    time = f"{duration(chosen.reached)} of outer steps"
+    time = f"{duration(chosen.reached)} of meta-steps"
     if not others:
         return f"It stays above {target} after {time}."
     second = others[0].reached
@@ -219,12 +228,12 @@ def _otherwise(
     need: str,
     chosen: Entry,
     candidate: Entry,
-    comparison: Comparison,
+    others: list[Entry],
     cost: Callable[[Entry], float],
     text: Callable[[float], str],
 ) -> str:
-    """What to take instead under a need: a candidate, or else any method, with the accuracy that it costs."""
-    other = _thriftiest(chosen, comparison.entries, cost) if candidate is chosen else candidate
+    """What to take instead under a need: a candidate, or else one of the others, with the accuracy that it costs."""
+    other = _thriftiest(chosen, others, cost) if candidate is chosen else candidate
     if other is chosen:
         return ""
     loss = "" if other is candidate else f", at {percent(other.accuracy)} test accuracy"

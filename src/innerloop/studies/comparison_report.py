@@ -65,9 +65,10 @@ MEASURES = {
     "over test tasks, for trainings with the same seed; its interval is found like that of the accuracy.",
     "to target": "Outer steps until validation accuracy, averaged over three validations, stays above the target for "
     "five more, times the seconds of a meta-step: validations take no time here.",
-    "meta-step": "Time of one outer step, the median of repetitions in a fresh process with nothing else of the "
-    "comparison beside it.",
-    "memory": "Peak memory of one outer step in a fresh process, above what model, tasks and libraries take: on a GPU "
+    "meta-step": "Time of the meta-gradient of one batch of tasks, the median of repetitions in a fresh process with "
+    "nothing else of the comparison beside it. Drawing the tasks, clipping, the step of the outer optimiser and "
+    "logging come on top in training, much the same for all methods; no number here holds them.",
+    "memory": "Peak memory of one meta-step in a fresh process, above what model, tasks and libraries take: on a GPU "
     "what torch has allocated, otherwise what is resident.",
     "products": "Curvature products in the meta-gradient of one task: Hessian-vector products and their like.",
     "adaptation": "Time of adapting to one task, with no meta-gradient, the median of repetitions in the same process.",
@@ -222,6 +223,13 @@ def _summary(comparison: Comparison) -> list[Picture]:
             f"Test accuracy and peak memory of a meta-step. {accuracies(lambda entry: size(entry.memory))}.",
         ),
         Picture(
+            _draw_step_cost,
+            "Test accuracy against the time of a meta-step; most of these methods never stay above "
+            f"{_target(comparison)} validation accuracy.",
+            f"Test accuracy and time of a meta-step. {accuracies(lambda entry: duration(entry.meta_step.median))}.",
+        )
+        if 2 * sum(entry.reached is None for entry in comparison.entries) > len(comparison.entries)
+        else Picture(
             _draw_time_cost,
             f"Test accuracy against the time until validation accuracy stays above {_target(comparison)}.",
             f"Test accuracy and seconds to {_target(comparison)} validation accuracy. {accuracies(_reached)}.",
@@ -239,7 +247,7 @@ def _learning(comparison: Comparison) -> list[Picture]:
             f"Validation accuracy against {what}; mean of the seeds, and the band from lowest to highest.",
             f"Validation accuracy against {what}. {ends}.",
         )
-        for by, what in (("step", "outer steps"), ("seconds", "seconds of outer steps"))
+        for by, what in (("step", "outer steps"), ("seconds", "seconds of meta-steps"))
     ]
 
 
@@ -293,24 +301,35 @@ def _draw_memory_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[La
     return _draw_costs(axes, comparison, dark, costs)
 
 
+def _draw_step_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[Label]:
+    costs = [entry.meta_step.median for entry in comparison.entries]
+    axes.set_xscale("log")
+    low, high = _limits(costs)
+    ticks = _round_numbers(low, high)
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [duration(tick) for tick in ticks])
+    axes.set_xlabel("time of a meta-step")
+    return _draw_costs(axes, comparison, dark, costs)
+
+
 def _draw_time_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[Label]:
-    """Methods that never reach the target stand in a column of their own at the right."""
+    """Methods that never reach the target, not all of them, stand in a column of their own at the right."""
     # nothing is reached before the end of the first step; and 0 has no place on this axis
     times = [
         None if entry.reached is None else max(entry.reached, entry.meta_step.median) for entry in comparison.entries
     ]
     reached = [time for time in times if time is not None]
-    low, edge = _limits(reached or [1.0])
+    low, edge = _limits(reached)
     never = edge * (edge / low) ** 0.14
     high = edge * (edge / low) ** 0.28 if len(reached) < len(times) else edge
-    ticks = _round_numbers(low, edge) if reached else []
+    ticks = _round_numbers(low, edge)
     axes.set_xscale("log")
-    axes.set_xlim(low if reached else edge, high)
+    axes.set_xlim(low, high)
     if high > edge:
         axes.axvspan(edge, high, color=GRID[dark], alpha=0.5, linewidth=0)
         ticks.append(never)
     axes.set_xticks(ticks, ["never" if tick == never else digits(tick) for tick in ticks])
-    axes.set_xlabel(f"seconds of outer steps to {_target(comparison)} validation accuracy")
+    axes.set_xlabel(f"seconds of meta-steps to {_target(comparison)} validation accuracy")
     return _draw_costs(axes, comparison, dark, times, never)
 
 
@@ -322,15 +341,17 @@ def _draw_costs(
     labels = []
     for (entry, mark), cost in zip(_marks(comparison, dark), costs, strict=True):
         x, mean, half = cost or never, 100 * entry.accuracy.mean, 100 * entry.accuracy.interval
-        axes.errorbar(x, mean, half, fmt="none", ecolor=mark["color"], alpha=0.6)
         axes.plot(x, mean, **mark | {"linestyle": ""}, markersize=8)
+        # in front, since many an interval is shorter than its marker
+        axes.errorbar(x, mean, half, fmt="none", ecolor=INK[dark], elinewidth=1, capsize=3, capthick=1, zorder=3)
         half = 0.0 if math.isnan(half) else half
         labels.append(Label(entry.title, x, mean, mean - half, mean + half, entry is chosen, mark["color"]))
         if entry is chosen:
             axes.plot(x, mean, "o", markersize=16, color=INK[dark], fillstyle="none", label="recommended")
     best = frontier([(label.x, label.y) for label, cost in zip(labels, costs, strict=True) if cost is not None])
     stairs = [point for left, right in itertools.pairwise(best) for point in (left, (right[0], left[1]))] + best[-1:]
-    axes.plot(*np.reshape(stairs, (-1, 2)).T, color=QUIET[dark], zorder=1, label="frontier")
+    line = axes.plot(*np.reshape(stairs, (-1, 2)).T, color=QUIET[dark], zorder=1, label="frontier")[0]
+    line.set(marker="o", markersize=13, fillstyle="none", markevery=2)  # rings round the points, not at the corners
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(y=0.15)
     axes.set_ylabel("test accuracy, %; bars: 95 % intervals")
@@ -347,7 +368,7 @@ def _draw_curves(axes: Axes, comparison: Comparison, dark: bool, by: str) -> lis
     axes.axhline(100 * comparison.target, color=QUIET[dark], linestyle="--", label=f"target, {_target(comparison)}")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("outer step" if by == "step" else "seconds of outer steps")
+    axes.set_xlabel("outer step" if by == "step" else "seconds of meta-steps")
     axes.set_ylabel("validation accuracy, %")
     return []
 
@@ -388,8 +409,14 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _powers_of_two(low: float, high: float) -> list[float]:
-    exponents = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    return [2.0**exponent for exponent in exponents[:: 1 + len(exponents) // 6]]
+    """With 1.5 times them where that is not too many; of very many only some."""
+    exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    for factors in ((1, 1.5), (1,)):
+        ticks = [factor * 2.0**exponent for exponent in exponents for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 5:
+            break
+    return ticks[:: 1 + len(ticks) // 6]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -550,6 +577,7 @@ def _facts(comparison: Comparison) -> str:
         f"{_target(comparison)} validation accuracy, {100 * comparison.share:g} % of the best of all methods. Without "
         f"any learning, the nearest neighbour on raw pixels has {percent(comparison.nearest_neighbour)}."
         + "".join(f" {name} could not be trained: {why.rstrip('.')}." for name, why in comparison.failed.items())
+        + "".join(f" {note.rstrip('.')}." for note in comparison.notes)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -30,7 +31,8 @@ class Cost(NamedTuple):
 
     Attributes:
         meta_step: seconds of one.
-        memory_at: peak bytes of a meta-step above model and tasks, by the number of inner steps.
+        memory_at: peak bytes of a meta-step above model and tasks, by the number of inner steps; without the numbers
+            at which it could not be measured.
         products: curvature products of a task's meta-gradient.
         adaptation: seconds of adapting to one task.
     """
@@ -51,10 +53,24 @@ class Cost(NamedTuple):
         return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
 
 
-def save_tasks(path: Path, settings: Settings, split: str = "train") -> None:
-    """Keep one batch of tasks in a file, so that the processes that measure need not load a data set."""
-    tasks = build_tasks(settings, [split])
+def save_tasks(path: Path, settings: Settings, split: str = "train", others: Sequence[str] = ()) -> None:
+    """Keep one batch of tasks in a file, so that the processes that measure need not load a data set.
+
+    The file's folder is made where there is none, once the tasks are drawn.
+
+    Args:
+        path: the file.
+        settings: of the tasks.
+        split: from which they are drawn.
+        others: splits that will be needed too: what is wrong with them shows here.
+
+    Raises:
+        ValueError: as `build_tasks`.
+        OSError: as `build_tasks`.
+    """
+    tasks = build_tasks(settings, [split, *others])
     (x, y), (a, b) = tasks.batch(split, 0, settings.tasks_per_batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
     shape = {"input_shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
     save_weights(path, {"support": x, "support_targets": y, "query": a, "query_targets": b}, shape)
 
@@ -68,18 +84,23 @@ def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
         memory_steps: numbers of inner steps at which memory is measured, besides those of the settings.
 
     Raises:
-        Failed: the process that measured did not end well.
+        Failed: the process that measured with the settings' own number of inner steps did not end well.
     """
     found = _in_fresh_process(settings, tasks, everything=True)
     memory_at = {settings.inner_steps: found.pop("memory")}
     for steps in memory_steps:
         if steps not in memory_at:
-            memory_at[steps] = peak(replace(settings, inner_steps=steps), tasks)
+            with contextlib.suppress(Failed):
+                memory_at[steps] = peak(replace(settings, inner_steps=steps), tasks)
     return Cost.of(found | {"memory_at": dict(sorted(memory_at.items()))})
 
 
 def peak(settings: Settings, tasks: Path) -> int:
-    """Peak bytes of a method's meta-step above model and tasks; arguments and errors as in `cost`."""
+    """Peak bytes of a method's meta-step above model and tasks; arguments as in `cost`.
+
+    Raises:
+        Failed: the process that measured did not end well.
+    """
     return int(_in_fresh_process(settings, tasks, everything=False)["memory"])
 
 

@@ -1,8 +1,9 @@
-"""Several trainings, each a process of its own, some at once, under one progress bar."""
+"""Several trainings, each a process of its own, some at once."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,12 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from innerloop.studies.measure import Failed
 from innerloop.training.fit import METRICS
-from innerloop.training.logs import read_records
 from innerloop.training.runs import RESULTS, SETTINGS
 from innerloop.training.settings import Settings
 
@@ -29,20 +28,22 @@ PATIENCE = 60  # seconds in which a training that is stopped has to write its ch
 
 
 class Training(NamedTuple):
-    """One run of ``innerloop train``: its folder, its name for people, its settings."""
+    """One run of ``innerloop train``: its folder, its name for people, its settings, the seconds of a meta-step."""
 
     folder: Path
     name: str
     settings: Settings
+    seconds: float
 
 
-def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dict[Path, str]:
+def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[Path, str]:
     """Train all that are not trained yet, so many at once; those that were interrupted are continued.
 
     Args:
         trainings: what to train.
         jobs: processes at once.
-        console: where progress is shown.
+        bar: in its only row the seconds of meta-steps still to do become the rest of the total, and advance; where
+            there is no terminal, its console gets a line whenever a training ends.
 
     Returns:
         By the folder of each training that diverged: why.
@@ -54,7 +55,8 @@ def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dic
     failed: dict[Path, str] = {}
     waiting = [each for each in trainings if not (each.folder / RESULTS).exists()]
     running: dict[Training, subprocess.Popen[bytes]] = {}
-    with _display(trainings, console) as show, _stopped(running):
+    show = _display(trainings, waiting, bar)
+    with _stopped(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 each = waiting.pop(0)
@@ -67,7 +69,7 @@ def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dic
                     failed[each.folder] = words.removeprefix(OURS)
                 elif status:
                     raise Failed(f"training {each.name} failed: {words} (all of it: {_log(each)})")
-            show(running)
+            show(waiting, running)
     return failed
 
 
@@ -126,31 +128,41 @@ def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[No
                 process.kill()
 
 
-@contextlib.contextmanager
-def _display(trainings: Sequence[Training], console: Console) -> Iterator[Callable[[Collection[Training]], None]]:
-    """A bar over the outer steps of all trainings; where there is no terminal, a line whenever one ends."""
-    total = sum(each.settings.steps for each in trainings)
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn()
-    ended: set[Path] = set()
-    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
-        row = bar.add_task("training", total=total, completed=sum(map(_steps_done, trainings)))
+def _display(
+    trainings: Sequence[Training], waiting: Sequence[Training], bar: Progress
+) -> Callable[[Collection[Training], Collection[Training]], None]:
+    """What shows how far the trainings are, given those that wait and those that run.
 
-        def show(running: Collection[Training]) -> None:
-            names = ", ".join(each.name for each in running)
-            bar.update(row, completed=sum(map(_steps_done, trainings)), description=names)
-            if not console.is_terminal:
-                for number, each in enumerate(trainings, 1):
-                    if each.folder not in ended and (each.folder / RESULTS).exists():
-                        ended.add(each.folder)
-                        console.print(f"trained {each.name} ({number} of {len(trainings)})")
+    ``waiting`` are those that wait before any runs: what is left of them is what the bar has still to cover.
+    """
+    (row,) = bar.tasks
+    end = row.completed + _left(waiting)
+    bar.update(row.id, total=end)
+    told: set[Path] = set()
 
-        yield show
+    def show(waiting: Collection[Training], running: Collection[Training]) -> None:
+        names = ", ".join(each.name for each in running)
+        bar.update(row.id, completed=end - _left([*waiting, *running]), description=names)
+        if not bar.console.is_terminal:
+            for number, each in enumerate(trainings, 1):
+                if each.folder not in told and (each.folder / RESULTS).exists():
+                    told.add(each.folder)
+                    bar.console.print(f"trained {each.name} ({number} of {len(trainings)})")
+
+    return show
+
+
+def _left(trainings: Sequence[Training]) -> float:
+    """Seconds of meta-steps that are still to be done, as far as that is on disk."""
+    return sum(each.seconds * (each.settings.steps - _steps_done(each)) for each in trainings)
 
 
 def _steps_done(training: Training) -> int:
-    """Outer steps done, as far as they are on disk."""
-    if (training.folder / RESULTS).exists():
-        return training.settings.steps
+    """Of an unfinished training, from the last whole line of its records, which may be many."""
     file = training.folder / METRICS
-    records = read_records(file) if file.exists() else []
-    return int(records[-1]["step"]) if records else 0
+    if not file.exists():
+        return 0
+    with file.open("rb") as records:
+        records.seek(max(0, records.seek(0, os.SEEK_END) - 4096))
+        lines = records.read().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0

@@ -1,0 +1,43 @@
+"""The pages of the experiments say what their results say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "experiments"
+NAMES = sorted(file.parent.name for file in ROOT.glob("*/run.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_is_what_its_results_make_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / name
+    monkeypatch.setattr(sys, "path", [str(folder), str(ROOT), *sys.path])
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", folder / "run.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {
+        part: json.loads(file.read_text("utf-8"))
+        for part in module.PARTS
+        if (file := folder / f"{part}.json").is_file()
+    }
+    assert set(found) == set(module.PARTS), "parts without a committed result"
+    page = (folder / "README.md").read_text("utf-8")
+    assert page == module.page(found), "run.py writes the page anew with --only of any part"
+    for part, results in found.items():
+        assert {"command", "commit", "versions", "machine", "seconds", "time"} <= results["made"].keys()
+        assert results["made"]["command"].startswith(f"python experiments/{name}/run.py"), part
+    assert all((folder / picture).is_file() for picture in re.findall(r"\]\((\w+\.png)\)", page))
+
+
+def test_every_experiment_has_a_page_in_the_index() -> None:
+    index = (ROOT / "README.md").read_text("utf-8")
+    assert len(NAMES) == 5
+    assert all(f"]({name}/README.md)" in index for name in NAMES)
