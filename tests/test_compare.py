@@ -312,6 +312,17 @@ def test_the_bar_goes_by_the_seconds_of_meta_steps(tmp_path):
     assert bar.tasks[0].completed == 5 + 10 + 3 * 4
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with trainings._stopped({}):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_trainings_that_are_stopped_write_their_checkpoint(tmp_path, monkeypatch, stop):
     settings = Settings(steps=5000, validate_every=5000, **TINY)

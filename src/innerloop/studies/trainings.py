@@ -113,7 +113,8 @@ def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[No
         raise KeyboardInterrupt
 
     here = threading.current_thread() is threading.main_thread()
-    before = {stop: signal.signal(stop, interrupt) for stop in STOPS} if here else {}
+    heeded = [stop for stop in STOPS if signal.getsignal(stop) is not signal.SIG_IGN]  # nohup ignores the hang-up
+    before = {stop: signal.signal(stop, interrupt) for stop in heeded} if here else {}
     try:
         yield
     finally:
