@@ -153,8 +153,8 @@ METHODS: dict[str, Estimator] = {
 
 
 def accuracy(arguments: argparse.Namespace) -> Results:
-    tasks = il.tasks.cifar_fs(5, 1, QUERIES, data=arguments.data / "cifarfs32.npz")
-    return accuracies(tasks, 3, 32, list(METHODS), validation_tasks=100, test_tasks=600, seconds=180.0)
+    tasks = il.tasks.cifar_fs(5, 1, QUERIES, data=arguments.data)
+    return accuracies(tasks, 3, 32, list(METHODS), validation_tasks=100, test_tasks=600, seconds=100.0)
 
 
 def accuracies(
