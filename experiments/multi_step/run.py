@@ -423,7 +423,7 @@ def errors(steps: int, windows: list[int], rates: list[float], draws: int) -> Re
                 for rate in rates
             }
             found[name].append([distances(grads[rate], exact[rate]) for rate in rates])
-    rows = {name: torch.tensor(values).median(0).values.tolist() for name, values in found.items()}
+    rows = {name: torch.tensor(values).quantile(0.5, 0).tolist() for name, values in found.items()}
     return {"inner steps": steps, "rates": rates, "draws": draws, "rows": rows}
 
 
