@@ -18,6 +18,7 @@ from innerloop.studies.comparison import Point, Timing
 from innerloop.studies.comparison_report import read
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.measure import Failed
+from innerloop.training.build import build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Estimate
 from innerloop.training.settings import Settings
@@ -168,6 +169,24 @@ def test_costs_are_measured(tmp_path):
     assert all(size > 0 for size in found.memory_at.values())
     assert 0 < found.adaptation.median < 10
     assert Cost.of(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_the_dearer_first_meta_steps_of_a_multi_step_loss_count(monkeypatch):
+    settings = Settings(adapts="everything", inner="sgd", meta_gradient="unrolled", multi_step_loss=0.25, **TINY)
+    tasks = build_tasks(settings, ["train"])
+    learner = build_learner(settings, tasks.input_shape, tasks.output_size, regression=False)
+    weights, seconds = [], iter([Timing(5.0, 4.0, 6.0), Timing(1.0, 1.0, 1.0), Timing(0.1, 0.1, 0.1)])
+    meta_step = learner.meta_step
+
+    def noted(batch, *, step_weights=None):
+        weights.append(step_weights)
+        return meta_step(batch, step_weights=step_weights)
+
+    monkeypatch.setattr(learner, "meta_step", noted)
+    monkeypatch.setattr(costs, "_timed", lambda function, _: (function(), next(seconds))[1])
+    found = costs._measure(learner, tasks.batch("train", 0, 2), learner, settings, everything=True)
+    assert found["meta_step"] == (2.0, 1.75, 2.25)
+    assert weights == [None, [0.5, 0.5], [0.5, 0.5], None]  # a warm-up, memory, and both timings
 
 
 def test_a_comparison_on_the_command_line(tmp_path, capsys):

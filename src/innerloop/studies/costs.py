@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from innerloop.studies.comparison import Timing
 from innerloop.studies.measure import Failed, peak_memory, quiet_environment, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.fit import multi_step_weights
 from innerloop.training.settings import Settings
 
 SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, something is repeated to be timed
@@ -127,7 +129,9 @@ def measure_here(asked: str) -> None:
     task = Task((tensors["support"], tensors["support_targets"]), (tensors["query"], tensors["query_targets"]))
     batch = task.to(place.device, place.dtype)
     with arithmetic(settings):
-        found = _measure(learner, batch, _learner(replace(settings, inner_steps=1), shape), what["everything"])
+        found = _measure(
+            learner, batch, _learner(replace(settings, inner_steps=1), shape), settings, what["everything"]
+        )
     sys.stdout.write(json.dumps(found) + "\n")
 
 
@@ -135,19 +139,28 @@ def _learner(settings: Settings, shape: dict[str, Any]) -> MetaLearner:
     return build_learner(settings, tuple(shape["input_shape"]), shape["outputs"], shape["regression"])
 
 
-def _measure(learner: MetaLearner, batch: Task, short: MetaLearner, everything: bool) -> dict[str, Any]:
+def _measure(
+    learner: MetaLearner, batch: Task, short: MetaLearner, settings: Settings, everything: bool
+) -> dict[str, Any]:
+    """Memory is that of the dearest meta-step; seconds are the mean where the first ones have the multi-step loss."""
     device = batch.support[0].device
+    first = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_steps else None
     short.meta_step(_first(batch))  # libraries load their kernels on first use; that is not the method's memory
     short.zero_grad(set_to_none=True)
     products: list[Tensor] = []
 
-    def meta_step() -> None:
-        products[:] = [learner.meta_step(batch).diagnostics["curvature_products"]]
+    def meta_step(weights: Sequence[float] | None = None) -> None:
+        products[:] = [learner.meta_step(batch, step_weights=weights).diagnostics["curvature_products"]]
 
-    found: dict[str, Any] = {"memory": peak_memory(meta_step, device)}
+    found: dict[str, Any] = {"memory": peak_memory(partial(meta_step, first), device)}
     if everything:
         inputs, targets = (tensor[0] for tensor in batch.support)
-        found["meta_step"] = _timed(meta_step, device)
+        share = min(1.0, (settings.multi_step_steps or 0) / settings.steps)
+        timings = (
+            _timed(partial(meta_step, first), device) if share else Timing(0.0, 0.0, 0.0),
+            _timed(meta_step, device),
+        )
+        found["meta_step"] = Timing(*(share * dear + (1 - share) * plain for dear, plain in zip(*timings, strict=True)))
         found["products"] = products[0].item()
         learner.eval()
         found["adaptation"] = _timed(lambda: learner.adapt(inputs, targets), device)
