@@ -156,11 +156,11 @@ def _measure(
     if everything:
         inputs, targets = (tensor[0] for tensor in batch.support)
         share = min(1.0, (settings.multi_step_steps or 0) / settings.steps)
-        timings = (
-            _timed(partial(meta_step, first), device) if share else Timing(0.0, 0.0, 0.0),
-            _timed(meta_step, device),
+        dear = _timed(partial(meta_step, first), device) if share else Timing(0.0, 0.0, 0.0)
+        plain = _timed(meta_step, device)
+        found["meta_step"] = Timing(
+            *(share * one + (1 - share) * other for one, other in zip(dear, plain, strict=True))
         )
-        found["meta_step"] = Timing(*(share * dear + (1 - share) * plain for dear, plain in zip(*timings, strict=True)))
         found["products"] = products[0].item()
         learner.eval()
         found["adaptation"] = _timed(lambda: learner.adapt(inputs, targets), device)
