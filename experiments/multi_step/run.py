@@ -29,7 +29,7 @@ from torch.func import functional_call
 
 import innerloop as il
 from innerloop.problem import Tree
-from innerloop.studies.measure import peak_memory, time_of
+from innerloop.studies.measure import peak_memory
 from innerloop.training import evaluate
 from innerloop.training.evaluation import Estimate, Scores
 
@@ -186,7 +186,7 @@ def accuracies(
         return il.MetaLearner(model, inner=il.SGD(lr=RATE, steps=STEPS), meta_gradient=METHODS[name])
 
     batch = tasks.batch("train", 0, TASKS_PER_BATCH)
-    step_seconds = {name: time_of(partial(learner(name).meta_step, batch), 5, "cpu").median for name in methods}
+    step_seconds = in_turns({name: partial(learner(name).meta_step, batch) for name in methods}, 15)
     counts = {name: steps or max(1, int(seconds / step)) for name, step in step_seconds.items()}
     equal = min(counts.values())
     rows, scores = {}, {}
