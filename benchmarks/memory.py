@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -266,7 +267,7 @@ def main() -> None:
 
     accelerator = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     record = {
-        "command": "python benchmarks/memory.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
