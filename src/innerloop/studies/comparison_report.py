@@ -292,24 +292,29 @@ def _marks(comparison: Comparison, dark: bool) -> Iterator[tuple[Entry, dict[str
 
 def _draw_memory_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[Label]:
     costs = [float(max(entry.memory, 1)) for entry in comparison.entries]
-    axes.set_xscale("log")
-    low, high = _limits(costs)
-    ticks = _powers_of_two(low, high)
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [size(tick) for tick in ticks])
+    _cost_axis(axes, costs, _powers_of_two, size)
     axes.set_xlabel("peak memory of a meta-step")
     return _draw_costs(axes, comparison, dark, costs)
 
 
 def _draw_step_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[Label]:
     costs = [entry.meta_step.median for entry in comparison.entries]
-    axes.set_xscale("log")
-    low, high = _limits(costs)
-    ticks = _round_numbers(low, high)
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [duration(tick) for tick in ticks])
+    _cost_axis(axes, costs, _round_numbers, duration)
     axes.set_xlabel("time of a meta-step")
     return _draw_costs(axes, comparison, dark, costs)
+
+
+def _cost_axis(
+    axes: Axes,
+    costs: list[float],
+    ticks_of: Callable[[float, float], list[float]],
+    text: Callable[[float], str],
+) -> None:
+    axes.set_xscale("log")
+    low, high = _limits(costs)
+    ticks = ticks_of(low, high)
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [text(tick) for tick in ticks])
 
 
 def _draw_time_cost(axes: Axes, comparison: Comparison, dark: bool) -> list[Label]:
