@@ -142,20 +142,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def details(results: dict[str, Results]) -> str:
-    """How each part was made, folded away."""
-    return f"<details><summary>How each part was made</summary>\n\n{made(results)}\n\n</details>\n"
-
-
-def made(results: dict[str, Results]) -> str:
-    """How each part was made, a line each."""
+def details(results: dict[str, Results], how: str) -> str:
+    """How to make all parts, and how each of them was made, a line each; folded away."""
     lines = []
     for name, found in results.items():
-        how = found["made"]
-        machine = how["machine"]
-        versions = ", ".join(f"{package} {number}" for package, number in how["versions"].items())
+        one = found["made"]
+        machine = one["machine"]
+        versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
         lines.append(
-            f"* {name}: `{how['command']}`, {how['seconds']:.0f} s on {machine['gpu'] or machine['processor']} "
-            f"with {machine['threads']} threads, {versions}, commit {how['commit']}, {how['time'][:10]}"
+            f"* {name}: `{one['command']}`, {one['seconds']:.0f} s on {machine['gpu'] or machine['processor']} "
+            f"with {machine['threads']} threads, {versions}, commit {one['commit']}, {one['time'][:10]}"
         )
-    return "\n".join(lines)
+    made = "\n".join(lines)
+    return f"<details><summary>How each part was made</summary>\n\n{how}\n\n{made}\n\n</details>\n"

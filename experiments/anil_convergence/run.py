@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import COLOURS, Part, Results, in_turns, made, run, table, verdict
+from common import COLOURS, Part, Results, details, in_turns, run, table, verdict
 
 import innerloop as il
 from innerloop.tasks import TaskSource
@@ -555,7 +555,7 @@ def page(found: dict[str, Results]) -> str:
             "the head's start, and fewer parameters are left that matter.\n\n![geometry](geometry.png)\n"
         )
     how = "`python experiments/anil_convergence/run.py --threads 1`"
-    parts.append(f"<details><summary>How each part was made</summary>\n\n{how}\n\n{made(found)}\n\n</details>\n")
+    parts.append(details(found, how))
     return "\n".join(parts)
 
 

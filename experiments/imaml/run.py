@@ -356,7 +356,7 @@ def page(results: dict[str, Results]) -> str:
             "with quarter rotations as further training classes."
         )
     parts += [sections[name](found) + f"\n\n![{name}]({name}.png)" for name, found in results.items()]
-    parts.append("```\npython experiments/imaml/run.py --threads 1\n```\n\n" + details(results))
+    parts.append(details(results, "`python experiments/imaml/run.py --threads 1`"))
     return "\n\n".join(parts)
 
 

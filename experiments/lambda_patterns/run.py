@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import COLOURS, ROOT, Part, Results, made, percent, run, table, verdict
+from common import COLOURS, ROOT, Part, Results, details, percent, run, table, verdict
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -34,6 +34,7 @@ from innerloop.training.runs import SETTINGS
 
 TOLERANCES = 0.5, 1.0, 2.0  # percentage points
 ABOUT_THREE = 2.5  # times faster, at least
+HOW = "`python experiments/lambda_patterns/run.py` trains the models, if they are not in `runs/`, and measures."
 MAML = {1: "58.9 ± 1.9", 5: "71.5 ± 1.0"}  # 5-way CIFAR-FS, of other work: github.com/cainiaomyf/FSL-Insight
 SUFFIXES = [("1" * moving).zfill(5) for moving in range(1, 6)]
 TRAINING = {
@@ -55,17 +56,18 @@ def innerloop(*arguments: str) -> None:
 
 def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     """Train, unless that is done, and study all patterns with the command."""
-    run_folder, data = f"runs/cifar-fs-{shots}-shot", os.path.relpath(arguments.data, ROOT)
+    run_folder = f"runs/cifar-fs-{shots}-shot"
     folder = ROOT / run_folder
+    data = ["--data", os.path.relpath(arguments.data, ROOT)] if arguments.data else []
     if not (folder / "results.json").exists():
         if (folder / SETTINGS).exists():
             innerloop("train", "--resume", run_folder)
         else:
             options = (RECIPE.format(shots=shots) + TRAINING[shots]).split()
-            innerloop("train", "--out", run_folder, "--data", data, *options)
+            innerloop("train", "--out", run_folder, *data, *options)
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     options = ["--tolerance", "1.0", "--steps", "1,5,10", *STUDY[shots].split()]
-    innerloop("patterns", run_folder, "--data", data, *options, *threads)
+    innerloop("patterns", run_folder, *data, *options, *threads)
     found = json.loads((folder / "patterns.json").read_text("utf-8"))
     training = json.loads((folder / "results.json").read_text("utf-8"))
     keep = ("training", "test", "command")
@@ -347,14 +349,7 @@ multiply-adds in brackets. Last column: the choice at other tolerances.
 
 {pictures}
 
-<details><summary>How each part was made</summary>
-
-`python experiments/lambda_patterns/run.py` trains the models, if they are not in `runs/`, and measures.
-
-{made(results)}
-
-</details>
-"""
+{details(results, HOW)}"""
 
 
 PARTS = {

@@ -684,7 +684,7 @@ def page(found: dict[str, Results]) -> str:
             parts += convergence_section(name, found[name])
     if "heads" in found:
         parts += heads_section(found["heads"])
-    parts += ["```\npython experiments/memory_reduced/run.py --threads 1\n```\n", details(found)]
+    parts.append(details(found, "`python experiments/memory_reduced/run.py --threads 1`"))
     return "\n".join(parts)
 
 

@@ -34,7 +34,7 @@ from innerloop.training import evaluate
 from innerloop.training.evaluation import Estimate, Scores
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import COLOURS, Part, Results, in_fresh_process, in_turns, made, percent, run, table, verdict
+from common import COLOURS, Part, Results, details, in_fresh_process, in_turns, percent, run, table, verdict
 
 Estimator = il.meta_gradient.MetaGradient
 FROZEN, TRUE, RECORDED, FIRST = "frozen", "true forward", "frozen, recorded graph", "FOMAML"
@@ -509,7 +509,7 @@ def page(results: dict[str, Results]) -> str:
     words = {"cost": cost_words, "accuracy": accuracy_words, "meta_network": meta_network_words, "error": error_words}
     parts += [words[name](found) + f"\n\n![{name}]({name}.png)" for name, found in results.items()]
     how = "`python experiments/multi_step/run.py --threads 1`"
-    parts.append(f"<details><summary>How each part was made</summary>\n\n{how}\n\n{made(results)}\n\n</details>")
+    parts.append(details(results, how).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
