@@ -15,14 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors, whole_numbers
-from innerloop.studies.compare import CHOSEN, MEMORY_STEPS, METHODS, MINUTES, SHARE, Plan, carry_out, plan, read_plan
+from innerloop.studies.compare import (
+    CHOSEN,
+    MEMORY_STEPS,
+    METHODS,
+    MINUTES,
+    OWN,
+    SHARE,
+    Plan,
+    carry_out,
+    plan,
+    read_plan,
+)
 from innerloop.studies.comparison import recommend
 from innerloop.studies.comparison_report import HTML
 from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
 
 USAGE = "[--methods NAME,NAME,...] [--budget TIME] [options]"
-OWN = ("seed", "minutes", "validate_every")  # the comparison's business
 OTHERWISE = dict.fromkeys(CHOSEN, "the method's") | {"steps": "as many as --budget allows"}
 UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
@@ -57,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-steps", metavar="N,N,...",
         help=f"inner steps at which memory is measured [{','.join(map(str, MEMORY_STEPS))}]",
     )  # fmt: skip
-    add_settings(parser, {each.name for each in fields(Settings)} - set(OWN), otherwise=OTHERWISE)
+    add_settings(parser, {each.name for each in fields(Settings)} - {*OWN, "minutes"}, otherwise=OTHERWISE)
 
 
 def run(arguments: argparse.Namespace) -> None:

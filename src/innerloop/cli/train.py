@@ -56,10 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         processes.join(device)
         with processes.rank_0_first():
             tasks = build_tasks(settings)
-        if settings.tasks_per_batch % processes.world():
-            raise UsageError(
-                f"--tasks-per-batch is {settings.tasks_per_batch}; give a multiple of the {processes.world()} processes"
-            )
+        processes.check_batch(settings.tasks_per_batch)  # before there is a folder
         learner = build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
         optimizer, scheduler = build_optimizer(settings, learner)
         _try_out(settings, learner, tasks)

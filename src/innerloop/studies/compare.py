@@ -54,6 +54,9 @@ CHOSEN = (
     "multi_step_loss", "optimizer", "outer_lr", "batch_norm",
 )  # fmt: skip
 
+# What the comparison sets itself, from its own numbers.
+OWN = ("seed", "validate_every")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -126,7 +129,7 @@ def plan(
                 f"{flag(odd[0])} of {name} alone cannot be changed, or the methods are not compared on equal terms; a "
                 f"method may have its own {', '.join(map(flag, CHOSEN))}"
             )
-    if odd := sorted({"seed", "validate_every"} & settings.keys()):
+    if odd := sorted(settings.keys() & set(OWN)):
         raise ValueError(f"{flag(odd[0])} is the comparison's business: give the number of seeds, or leave it out")
     if seeds < 1:
         raise ValueError(f"{seeds} seeds; give 1 or more")

@@ -111,10 +111,7 @@ def fit(
         steps=steps, tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, patience=patience,
         validate_every=validate_every, minutes=minutes,
     )  # fmt: skip
-    if tasks_per_batch % processes.world():
-        raise ValueError(
-            f"tasks_per_batch is {tasks_per_batch}; it must be a multiple of {processes.world()} processes"
-        )
+    processes.check_batch(tasks_per_batch)
     optimizer = optimizer or torch.optim.Adam(learner.parameters(), lr=1e-3)
     run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
     if run.folder and resume:

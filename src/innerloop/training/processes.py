@@ -47,6 +47,12 @@ def world() -> int:
     return dist.get_world_size() if joined() else 1
 
 
+def check_batch(tasks: int) -> None:
+    """Raise ValueError where a batch of so many tasks does not divide among the processes."""
+    if tasks % world():
+        raise ValueError(f"tasks_per_batch is {tasks}; it must be a multiple of {world()} processes")
+
+
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor, in place, by its mean over the processes, in one exchange."""
     if not joined():
