@@ -226,6 +226,8 @@ def forward_share(found: Results) -> list[float]:
 def claims(results: dict[str, Results]) -> list[list[str]]:
     """Claim, published, here, verdict, likely cause."""
     pairs = [(found, section) for found in results.values() if "sections" in found for section in found["sections"]]
+    if not pairs:
+        return []
     times = {
         of: {case_of(*pair): faster(pair[1], pair[1]["chosen"], of) for pair in pairs}
         for of in ("time", "time_reusing")
