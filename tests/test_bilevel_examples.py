@@ -11,9 +11,9 @@ from torch import Tensor
 
 import innerloop as il
 from innerloop.linear import CG
-from innerloop.meta_gradient.binomial import Binomial
-from innerloop.meta_gradient.implicit import Implicit
-from innerloop.meta_gradient.window import Window
+from innerloop.meta_gradient._binomial import Binomial
+from innerloop.meta_gradient._implicit import Implicit
+from innerloop.meta_gradient._window import Window
 
 Tree = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 import innerloop as il
 from innerloop.meta_gradient import binomial
-from innerloop.meta_gradient.binomial import Binomial
-from innerloop.meta_gradient.mixed import Mixed
+from innerloop.meta_gradient._binomial import Binomial
+from innerloop.meta_gradient._mixed import Mixed
 from problems import SOLVERS, model_and_batch, relative_error, subset
 from reference import rule
 

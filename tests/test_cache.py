@@ -7,7 +7,7 @@ import numpy as np
 import platformdirs
 import pytest
 
-from innerloop.tasks.cache import Arrays, atomic_write, cache_folder, cached_arrays
+from innerloop.tasks._cache import Arrays, atomic_write, cache_folder, cached_arrays
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import innerloop as il
 from innerloop.curvature import gradient, observed
-from innerloop.meta_gradient.adjoint import Snapshot
+from innerloop.meta_gradient._adjoint import Snapshot
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))

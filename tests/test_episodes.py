@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from innerloop.problem import Task
-from innerloop.tasks.baseline import nearest_neighbour
-from innerloop.tasks.episodes import Episodes, ImageSet, TaskSource, random_bits, uniform
+from innerloop.tasks._baseline import nearest_neighbour
+from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, random_bits, uniform
 
 COUNTS = (6, 9, 5, 7, 8, 5, 6, 10, 5, 6, 7, 5)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from innerloop.tasks.baseline import nearest_neighbour
-from innerloop.tasks.episodes import Episodes, ImageSet
-from innerloop.tasks.glyphs import FACES, SCRIPTS, VARIANTS, _fill, _letters, _outlines, _polygons, _variants, glyphs
+from innerloop.tasks._baseline import nearest_neighbour
+from innerloop.tasks._episodes import Episodes, ImageSet
+from innerloop.tasks._glyphs import FACES, SCRIPTS, VARIANTS, _fill, _letters, _outlines, _polygons, _variants, glyphs
 
 
 @pytest.fixture(scope="module")

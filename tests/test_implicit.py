@@ -12,9 +12,9 @@ from torch.func import functional_call
 import innerloop as il
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerSolver, bind
-from innerloop.inner.newton_cg import NewtonCG
+from innerloop.inner._newton_cg import NewtonCG
 from innerloop.linear import CG, Neumann, Nystrom
-from innerloop.meta_gradient.implicit import Implicit
+from innerloop.meta_gradient._implicit import Implicit
 from innerloop.problem import Tree
 from problems import SOLVERS, model_and_batch, relative_error, subset
 

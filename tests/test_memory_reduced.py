@@ -10,9 +10,9 @@ from torch.func import functional_call
 
 import innerloop as il
 from innerloop.inner import InnerSolver
-from innerloop.inner.newton_cg import NewtonCG
+from innerloop.inner._newton_cg import NewtonCG
 from innerloop.linear import CG, Nystrom
-from innerloop.meta_gradient.memory_reduced import MemoryReduced, Warm, WarmStarts
+from innerloop.meta_gradient._memory_reduced import MemoryReduced, Warm, WarmStarts
 from innerloop.problem import Tree
 from problems import model_and_batch, relative_error
 

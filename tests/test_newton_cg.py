@@ -8,8 +8,8 @@ from torch import Tensor
 
 import innerloop as il
 from innerloop.inner import bind
-from innerloop.inner.newton_cg import NewtonCG
-from innerloop.meta_gradient.implicit import Implicit
+from innerloop.inner._newton_cg import NewtonCG
+from innerloop.meta_gradient._implicit import Implicit
 from innerloop.problem import Tree
 from problems import model_and_batch
 

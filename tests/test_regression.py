@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import innerloop as il
 from innerloop.tasks import TaskSource
-from innerloop.tasks.regression import normal, quadratic_form
+from innerloop.tasks._regression import normal, quadratic_form
 
 SOURCES = ["sinusoid", "linear", "quadratic", "stations"]
 

@@ -20,8 +20,8 @@ from PIL import Image
 import innerloop as il
 from innerloop.problem import Task
 from innerloop.tasks import Episodes, TaskSource, nearest_neighbour
-from innerloop.tasks.cache import cache_folder
-from innerloop.tasks.downloads import download
+from innerloop.tasks._cache import cache_folder
+from innerloop.tasks._downloads import download
 
 # As attributes of the package these names are the sources, no longer their modules.
 omniglot = importlib.import_module("innerloop.tasks.omniglot")

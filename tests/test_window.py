@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 import innerloop as il
-from innerloop.inner.newton_cg import NewtonCG
-from innerloop.meta_gradient.binomial import Binomial
-from innerloop.meta_gradient.mixed import Mixed
-from innerloop.meta_gradient.window import Window, windows
+from innerloop.inner._newton_cg import NewtonCG
+from innerloop.meta_gradient._binomial import Binomial
+from innerloop.meta_gradient._mixed import Mixed
+from innerloop.meta_gradient._window import Window, windows
 from problems import SOLVERS, model_and_batch, relative_error, subset
 from reference import rule
 

@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import innerloop as il
 from innerloop.studies.measure import peak_memory, time_of
-from innerloop.tasks.regression import quadratic_form
+from innerloop.tasks._regression import quadratic_form
 from innerloop.training import assess, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -1,9 +1,13 @@
 """innerloop: meta-learning by optimisation, with the meta-gradient of your choice at the memory of one inner step."""
 
+from typing import TYPE_CHECKING, Any
+
 from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
-from innerloop.inner import SGD, Adam, LearnedRates, Momentum, NewtonCG
-from innerloop.learner import Evaluation, MetaLearner, Metrics
+from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
+from innerloop.few_shot import Prototypes
+from innerloop.inner import SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
+from innerloop.learner import MetaLearner
 from innerloop.linear import CG, Neumann, Nystrom
 from innerloop.meta_gradient import (
     Binomial,
@@ -11,24 +15,37 @@ from innerloop.meta_gradient import (
     Implicit,
     MemoryReduced,
     Mixed,
+    ReleasedIMAML,
     Reptile,
     Result,
     Truncated,
     Unrolled,
     Window,
-    hypergradient,
 )
-from innerloop.problem import Problem, Task
-from innerloop.studies import check, compare
-from innerloop.training import fit
+from innerloop.problem import End, Problem, Steps, Task
+
+if TYPE_CHECKING:
+    from innerloop.studies.check import check
+    from innerloop.studies.compare import compare
+    from innerloop.training.fit import fit
+
+# Loaded when first asked for: they bring drawing, logs and tables with them.
+_LAZY = {
+    "check": "innerloop.studies.check",
+    "compare": "innerloop.studies.compare",
+    "fit": "innerloop.training.fit",
+}
 
 __all__ = [
     "CG",
     "SGD",
     "Adam",
+    "AdamW",
+    "Bilevel",
     "Binomial",
     "Blocks",
     "Body",
+    "End",
     "Evaluation",
     "Everything",
     "FirstOrder",
@@ -45,8 +62,11 @@ __all__ = [
     "NewtonCG",
     "Nystrom",
     "Problem",
+    "Prototypes",
+    "ReleasedIMAML",
     "Reptile",
     "Result",
+    "Steps",
     "Task",
     "Truncated",
     "Unrolled",
@@ -58,3 +78,15 @@ __all__ = [
     "models",
     "tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'innerloop' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from innerloop.problem import Tree
 
 
+def chain_of(model: nn.Module) -> tuple[list[nn.Module], bool] | None:
+    """The parts whose composition is the model, or None if it does not say which.
+
+    Such are the children of an ``nn.Sequential`` whose forward pass is torch's own and has no hooks; and what any other
+    module names by an attribute ``blocks``, a sequence of sub-modules that hold all of its parameters.
+
+    Returns:
+        The parts, and whether that they are the whole forward pass still has to be seen on real inputs.
+    """
+    plain = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+    hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
+    if plain and not hooks and "forward" not in vars(model):
+        return list(model), False  # type: ignore[arg-type]
+    declared = getattr(model, "blocks", None)
+    if not isinstance(declared, (Sequence, nn.ModuleList, nn.Sequential)):
+        return None
+    parts = list(declared)
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    return (parts, True) if len(parameter_names(model, parts)) == len(list(model.named_parameters())) else None
+
+
 def blocks_of(model: nn.Module) -> list[list[nn.Module]] | None:
     """Split a model into blocks, or return None if it does not say how.
 
-    An ``nn.Sequential`` is the chain of its children; any other module may name its chain by an attribute ``blocks``, a
-    sequence of its sub-modules whose composition is the model. Parts without parameters join the block before them (the
-    first ones the block after them).
+    Parts without parameters join the block before them (the first ones the block after them).
     """
-    chain = model if isinstance(model, nn.Sequential) else getattr(model, "blocks", None)
-    if not isinstance(chain, (Sequence, nn.ModuleList, nn.Sequential)):
-        return None
+    chain = chain_of(model)
     blocks: list[list[nn.Module]] = []
     leading: list[nn.Module] = []
-    for part in chain:
+    for part in chain[0] if chain else ():
         if next(part.parameters(), None) is not None:
             blocks.append([*leading, part])
             leading = []
@@ -33,10 +53,28 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]] | None:
     return blocks or None
 
 
-def parameter_names(model: nn.Module, parts: Sequence[nn.Module]) -> list[str]:
+def parameter_names(model: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
     """Names in ``model.named_parameters()`` of the parameters that the parts hold; a shared parameter has one name."""
     inside = {id(parameter) for part in parts for parameter in part.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
+def call(module: nn.Module, tree: Tree, inputs: Any) -> Any:
+    """A module as a function of its parameters.
+
+    A dict of inputs is given by keywords where the module's forward pass takes those; all else is its one argument.
+    """
+    if type(inputs) is dict and _takes(module, inputs):
+        return functional_call(module, tree, (), inputs)
+    return functional_call(module, tree, (inputs,))
+
+
+def _takes(module: nn.Module, keywords: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(module.forward).bind(**keywords)
+    except TypeError:
+        return False
+    return True
 
 
 class Chain:
@@ -48,16 +86,16 @@ class Chain:
     """
 
     def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self.parts = parts
         self._named = [
-            (part, {local: names[id(parameter)] for local, parameter in part.named_parameters()}) for part in parts
+            (part, {local: names[id(tensor)] for local, tensor in (*part.named_parameters(), *part.named_buffers())})
+            for part in parts
         ]
         self.names = parameter_names(model, parts)
 
-    def __call__(self, tree: Tree, inputs: Tensor) -> Tensor:
-        """Pass the inputs through the parts; parameters that the tree does not name keep their own values."""
+    def __call__(self, tree: Tree, inputs: Any) -> Any:
+        """Pass the inputs through the parts; what the tree does not name keeps its own value."""
         for part, names in self._named:
-            values = {local: tree[name] for local, name in names.items() if name in tree}
-            inputs = functional_call(part, values, (inputs,))
+            inputs = call(part, {local: tree[name] for local, name in names.items() if name in tree}, inputs)
         return inputs

@@ -14,21 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from innerloop.problem import Batch, Problem, Tree
 
-_without_forward_mode: weakref.WeakSet[Callable[..., Tensor]] = weakref.WeakSet()
+Graph = Literal["transform", "none", "kept"]
+
 _observer: ContextVar[Callable[[int, Tree, tuple[Tree, Tree]], None] | None] = ContextVar("observer", default=None)
 
 
-def gradient(problem: Problem, params: Tree, meta: Tree, support: Batch, step: int = 0) -> tuple[Tree, Tensor]:
+def gradient(
+    problem: Problem, params: Tree, meta: Tree, support: Batch, step: int = 0, graph: Graph = "transform"
+) -> tuple[Tree, Tensor]:
     """Gradient of the inner loss in the parameters, and the loss itself.
 
     Args:
@@ -37,12 +42,22 @@ def gradient(problem: Problem, params: Tree, meta: Tree, support: Batch, step: i
         meta: the meta-parameters, held fixed.
         support: what the inner loss reads.
         step: which inner step this is; the same step always sees the same random draws.
+        graph: ``"transform"`` is ``torch.func.grad``, which can be vmapped and differentiated by other transforms, and
+            builds a graph of the backward pass for that; ``"none"`` and ``"kept"`` are plain autograd's, without such a
+            graph and with one that outlives the call.
 
     Returns:
         A tree like ``params``, and a scalar.
     """
-    with replayed(problem.seed, step):
-        return torch.func.grad_and_value(problem.inner_loss)(params, meta, support)
+    with replayed(problem.seed, step, params):
+        if graph == "transform":
+            return torch.func.grad_and_value(problem.inner_loss)(params, meta, support)
+        keep = graph == "kept"
+        leaves = {name: p if keep and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad():
+            loss = problem.inner_loss(leaves, meta, support)
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=keep, materialize_grads=True)
+        return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
 def curvature(
@@ -84,7 +99,7 @@ def observed(observe: Callable[[int, Tree, tuple[Tree, Tree]], None]) -> Iterato
 def _products(
     problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int
 ) -> tuple[Tree, Tree]:
-    if problem.inner_loss not in _without_forward_mode:
+    if problem.known.forward_mode:
         try:
             return _forward_over_reverse(problem, params, meta, support, direction, step)
         except RuntimeError as error:
@@ -93,7 +108,7 @@ def _products(
             # The loss could be differentiated once, so forward mode is what it lacks.
             reason = str(error).splitlines()[0]
             warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=3)
-            _without_forward_mode.add(problem.inner_loss)
+            problem.known.forward_mode = False
     return _reverse_over_reverse(problem, params, meta, support, direction, step)
 
 
@@ -105,7 +120,7 @@ def _forward_over_reverse(
 
     # jvp refuses overlapping memory, which parameters broadcast over tasks or expanded by the user have.
     primal = {name: value.contiguous() for name, value in params.items()}
-    with replayed(problem.seed, step):
+    with replayed(problem.seed, step, params):
         products: tuple[Tree, Tree] = torch.func.jvp(gradients, (primal,), (direction,))[1]
     return products
 
@@ -116,24 +131,51 @@ def _reverse_over_reverse(
     def gradient_in_params(at: Tree, given: Tree) -> Tree:
         return torch.func.grad(problem.inner_loss)(at, given, support)
 
-    with replayed(problem.seed, step):
+    with replayed(problem.seed, step, params):
         products: tuple[Tree, Tree] = torch.func.vjp(gradient_in_params, params, meta)[1](direction)
     return products
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is active, under which values cannot be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def fresh_seed() -> int:
+    """A seed from torch's global generator, which moves on; under a transform, one that its state stands for."""
+    if in_transform():
+        return zlib.crc32(torch.default_generator.get_state().numpy().tobytes())
+    return int(torch.randint(2**31, ()))
+
+
 @contextlib.contextmanager
-def replayed(seed: int | None, step: int) -> Iterator[None]:
+def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
     """Draw the random numbers of ``step`` from their own seed, so that a step recomputed is the same step.
 
-    Dropout masks and the like repeat whenever the step's gradient is taken again; with ``seed=None`` nothing is
-    touched.
+    Whatever draws, dropout masks and the like repeat when the step's gradient is taken again. Generators other than
+    the CPU's and that of the device in use are left alone, so that no other device is initialised.
+
+    Args:
+        seed: with None nothing is touched.
+        step: added to it.
+        like: a tree of tensors; the device is theirs.
     """
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + step)
+    generators = [torch.default_generator]
+    device = next((leaf.device for leaf in pytree.tree_leaves(like) if isinstance(leaf, Tensor)), torch.device("cpu"))
+    if device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[place])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed + step)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @contextlib.contextmanager

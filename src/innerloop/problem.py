@@ -2,16 +2,21 @@
 
 minimise over meta   mean over tasks i of  outer_loss(params_i, meta, query_i)
 where params_i is what an inner solver makes of  inner_loss(params, meta, support_i),  started at start(meta)
+
+What the inner solver lowers is ``inner_loss`` and the two terms that it names itself, weight decay and proximal.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Tree = dict[str, Tensor]
 """Parameters by name. Estimators and solvers map trees to trees and never look at the names."""
@@ -21,12 +26,14 @@ Batch = Any
 
 
 class Task(NamedTuple):
-    """One few-shot task, or a batch of them: then every tensor has a leading task dimension.
+    """One task, or a batch of them: then every tensor has a leading task dimension.
 
     Attributes:
-        support: inputs ``[ways * shots, ...]`` and targets ``[ways * shots]`` (integers below ``ways``, or values to
-            regress), the examples that the inner loop learns from.
+        support: what the inner loop learns from; for few-shot learning inputs ``[ways * shots, ...]`` and targets
+            ``[ways * shots]`` (integers below ``ways``, or values to regress), each any tree of tensors.
         query: the same for the examples that judge the adapted parameters.
+
+    Either may be `Steps`, a batch of its own for every inner step.
     """
 
     support: Any
@@ -35,10 +42,82 @@ class Task(NamedTuple):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Task:
         """Move every tensor to ``device`` and the floating ones to ``dtype``."""
 
-        def move(tensor: Tensor) -> Tensor:
+        def move(tensor: Any) -> Any:
+            if not isinstance(tensor, Tensor):
+                return tensor
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=True)
 
-        return torch.utils._pytree.tree_map(move, self)
+        return pytree.tree_map(move, self)
+
+
+class Steps:
+    """A batch for every inner step, in place of one for all: ``il.Task(support=il.Steps(batches), query=held_out)``.
+
+    As support, step k reads row k. As query, row k judges the parameters after step k, as ``step_weights`` says;
+    without them the last row judges the last.
+
+    Args:
+        rows: a tree of tensors whose leading dimension is the inner step (behind the task's, in a batch of tasks); or a
+            function ``step -> batch``, for streams that do not fit in memory. Rows are counted from 0 in every call.
+            The function is given the task's own step, which goes on where a task is taken up with ``begin=``. It must
+            give the same batch whenever it is asked for the same step.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        return f"Steps({self.rows!r})"
+
+    def check(self, part: str, steps: int) -> None:
+        """Refuse fewer rows than inner steps.
+
+        Raises:
+            ValueError: so; or no tensor at all.
+        """
+        leaves = [leaf for leaf in pytree.tree_leaves(self.rows) if isinstance(leaf, Tensor)]
+        if callable(self.rows):
+            return
+        if not leaves or min(leaf.ndim for leaf in leaves) == 0:
+            raise ValueError(f"Steps as {part} needs tensors with a leading dimension for the inner step")
+        if (rows := min(map(len, leaves))) < steps:
+            raise ValueError(f"Steps as {part} holds {rows} rows for {steps} inner steps: give a row for every step")
+
+    def row(self, place: int, step: int) -> Batch:
+        """The batch of the ``place``-th step of this call, which is the task's own step ``step``."""
+        return self.rows(step) if callable(self.rows) else pytree.tree_map(lambda leaf: leaf[place], self.rows)
+
+
+# A function is no tree of tensors: it travels in the structure.
+pytree.register_pytree_node(
+    Steps,
+    lambda steps: ([], steps.rows) if callable(steps.rows) else ([steps.rows], None),
+    lambda children, function: Steps(*children) if function is None else Steps(function),
+)
+
+
+class End(NamedTuple):
+    """Where a task was left: what ``begin=`` takes to go on from there.
+
+    Attributes:
+        params: the parameters, a tree.
+        state: what the inner solver carries from step to step.
+        step: inner steps taken so far, those of earlier calls included.
+        solution: of the linear system, for estimators that solve one; empty otherwise.
+    """
+
+    params: Tree
+    state: Any
+    step: int
+    solution: Tree = {}  # noqa: RUF012  # never changed
+
+
+@dataclass
+class Known:
+    """What was found out about a problem while computing with it; shared by all its copies."""
+
+    forward_mode: bool = True
+    warned: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,18 +125,35 @@ class Problem:
     """A bilevel problem for one task, as three pure functions over trees.
 
     Attributes:
-        start: ``start(meta) -> params``, where the inner solver begins.
+        start: ``start(meta) -> params``, where the inner solver begins; or ``start(meta, support) -> params``, where
+            that depends on the task.
         inner_loss: ``inner_loss(params, meta, support) -> scalar``, what the inner solver lowers.
         outer_loss: ``outer_loss(params, meta, query) -> scalar``, what the meta-parameters are judged by. It may return
             ``(scalar, extra)`` instead; ``extra``, any tree of tensors, then comes back in the result.
-        seed: where the inner loss draws random numbers (dropout), a seed for them: step ``k`` always draws from
-            ``seed + k``, so that a step recomputed is the same step. None if the inner loss draws none.
-        moves: where not all parameters move in all inner steps, the names of those that do in step 0, 1, ...; the last
-            holds for all further steps. The others stand still in that step, and their part of the solver's state too.
+        seed: fixes what the inner loss draws at random (dropout): step ``k`` always draws from ``seed + k``, so that a
+            step recomputed is the same step. None takes a seed from torch's global generator for every estimate.
+
+    Example:
+        >>> problem = il.Problem(lambda meta: {"w": meta["w"]}, inner_loss, outer_loss)
+        >>> il.hypergradient(problem, meta, task, inner=il.SGD(lr=0.1, steps=5)).grad
     """
 
-    start: Callable[[Tree], Tree]
+    start: Callable[..., Tree]
     inner_loss: Callable[[Tree, Tree, Batch], Tensor]
     outer_loss: Callable[[Tree, Tree, Batch], Any]
     seed: int | None = None
-    moves: tuple[frozenset[str], ...] = ()
+    known: Known = field(default_factory=Known, repr=False, compare=False)
+
+    @cached_property
+    def reads_support(self) -> bool:
+        """Whether ``start`` takes the support set as well."""
+        try:
+            parameters = inspect.signature(self.start).parameters.values()
+        except (TypeError, ValueError):
+            return False
+        places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return sum(each.kind in places and each.default is each.empty for each in parameters) > 1
+
+    def begin(self, meta: Tree, support: Batch) -> Tree:
+        """Where the inner solver begins."""
+        return self.start(meta, support) if self.reads_support else self.start(meta)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from innerloop.cli import adapt, check, compare, data, evaluate, patterns, train
 from innerloop.cli.arguments import Parser, UsageError
 from innerloop.studies.measure import Failed
-from innerloop.training import Diverged
+from innerloop.training.fit import Diverged
 
 COMMANDS = {
     "train": train,

@@ -22,7 +22,7 @@ from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.studies.measure import Failed
 from innerloop.training.build import arithmetic, build_learner, build_tasks
-from innerloop.training.choices import META_GRADIENT, check_name, make
+from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import Settings, read_config

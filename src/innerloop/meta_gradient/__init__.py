@@ -1,16 +1,16 @@
 """How the meta-gradient is found: one estimator a file."""
 
-from innerloop.meta_gradient.base import MetaGradient, Result
-from innerloop.meta_gradient.binomial import Binomial
-from innerloop.meta_gradient.first_order import FirstOrder
-from innerloop.meta_gradient.hypergradient import hypergradient
-from innerloop.meta_gradient.implicit import Implicit
-from innerloop.meta_gradient.memory_reduced import MemoryReduced, WarmStarts
-from innerloop.meta_gradient.mixed import Mixed
-from innerloop.meta_gradient.reptile import Reptile
-from innerloop.meta_gradient.truncated import Truncated
-from innerloop.meta_gradient.unrolled import Unrolled
-from innerloop.meta_gradient.window import Window
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen
+from innerloop.meta_gradient._binomial import Binomial
+from innerloop.meta_gradient._failures import fault, finite
+from innerloop.meta_gradient._first_order import FirstOrder
+from innerloop.meta_gradient._implicit import Implicit, MemoryReduced
+from innerloop.meta_gradient._mixed import Mixed
+from innerloop.meta_gradient._released import ReleasedIMAML
+from innerloop.meta_gradient._reptile import Reptile
+from innerloop.meta_gradient._truncated import Truncated
+from innerloop.meta_gradient._unrolled import Unrolled
+from innerloop.meta_gradient._window import Window
 
 __all__ = [
     "Binomial",
@@ -19,11 +19,13 @@ __all__ = [
     "MemoryReduced",
     "MetaGradient",
     "Mixed",
+    "ReleasedIMAML",
     "Reptile",
     "Result",
+    "Seen",
     "Truncated",
     "Unrolled",
-    "WarmStarts",
     "Window",
-    "hypergradient",
+    "fault",
+    "finite",
 ]

@@ -1,45 +1,35 @@
 """How far each estimator is from the exact meta-gradient, on a user's own model and tasks, and why.
 
-Estimators are compared task by task with ``Unrolled`` on the inner problem that they themselves pose: ``Implicit`` adds
-a proximal term and ``MemoryReduced`` an L2 term, which the exact gradient then has too, and what an estimator does not
-learn is left out on both sides. The spectrum of the inner Hessian, by Lanczos on curvature products, says where an
-approximation can be expected to hold.
+All estimators are compared on one problem, the learner's own, task by task with ``Unrolled``. The spectrum of the inner
+Hessian, by Lanczos on curvature products, says where an approximation can be expected to hold.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from innerloop.curvature import curvature, gradient, second_order_kernels
-from innerloop.inner import SGD, InnerSolver, LearnedRates, Momentum
-from innerloop.learner import MetaLearner
-from innerloop.meta_gradient import (
-    Binomial,
-    FirstOrder,
-    Implicit,
-    MemoryReduced,
-    MetaGradient,
-    Reptile,
-    Truncated,
-    Unrolled,
-    Window,
-)
-from innerloop.problem import Batch, Problem, Task, Tree
+from innerloop.bilevel import Bilevel
+from innerloop.choices import choice
+from innerloop.curvature import second_order_kernels
+from innerloop.inner import InnerLoop
+from innerloop.meta_gradient import MetaGradient, Seen, Unrolled
+from innerloop.problem import Task, Tree
 from innerloop.tasks import TaskSource
-from innerloop.training.choices import META_GRADIENT, make
+from innerloop.training.evaluation import evaluation_mode
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
@@ -107,7 +97,6 @@ class Row:
 
     Attributes:
         name: the estimator.
-        against: what it is compared with.
         refused: why it does not work here, with what does; then all that follows is None.
         cosine: between the two meta-gradients of a task.
         error: norm of their difference over that of the exact one; None for Reptile, whose length means nothing.
@@ -123,7 +112,6 @@ class Row:
     """
 
     name: str
-    against: str
     refused: str | None = None
     cosine: Spread | None = None
     error: Spread | None = None
@@ -149,15 +137,16 @@ class Check:
 class _Measured:
     """One estimator on one task."""
 
-    grad: Tensor
+    grad: Tree
     residual: float
+    unsolved: float
     products: float
     seconds: float
     memory: int | None
 
 
 def check(
-    learner: MetaLearner,
+    learner: Bilevel,
     tasks: TaskSource,
     estimators: Sequence[str | MetaGradient] = ESTIMATORS,
     count: int = 32,
@@ -165,12 +154,12 @@ def check(
 ) -> Check:
     """Compare estimators with the exact meta-gradient of a learner as it stands, on the first tasks of a split.
 
-    Copies of the learner are compared, without dropout; whatever its own estimator is makes no difference, but for the
-    proximal or L2 term that it has put into the inner problem. ``MemoryReduced`` begins every task at the start. Tasks
-    are computed one by one, so that time and memory are those of one.
+    All of them see the learner's own problem, without dropout; its own estimator makes no difference. Those that do not
+    learn the start are compared in what they learn. Tasks are computed one by one, each from the start, so that time and
+    memory are those of one.
 
     Args:
-        learner: model, inner solver and subset.
+        learner: a `MetaLearner` or any `Bilevel`.
         tasks: where the tasks come from.
         estimators: as in settings, such as ``"window:5"``, or objects.
         count: number of tasks.
@@ -181,153 +170,139 @@ def check(
     """
     if count < 1:
         raise ValueError(f"count={count}: a check needs 1 task or more")
-    chosen: dict[str, MetaGradient] = {
-        str(each): make("estimator", META_GRADIENT, each) if isinstance(each, str) else each for each in estimators
-    }
-    variants: dict[tuple[MetaGradient, InnerSolver], MetaLearner] = {}
-
-    def variant(estimator: MetaGradient, inner: InnerSolver) -> tuple[MetaGradient, InnerSolver]:
-        if isinstance(estimator, MemoryReduced):
-            estimator = replace(estimator, warm_start="none")
-        built = _variant(learner, estimator, inner)
-        variants.setdefault((estimator, built.inner), built)
-        return estimator, built.inner
-
-    pairs: dict[str, tuple[tuple[MetaGradient, InnerSolver], tuple[MetaGradient, InnerSolver]]] = {}
-    rows: dict[str, Row] = {}
-    for name, estimator in chosen.items():
-        wanted: MetaGradient = estimator
-        try:
-            key = variant(wanted, learner.inner)
-            wanted = Unrolled(learn_start=getattr(estimator, "learn_start", True))
-            pairs[name] = key, variant(wanted, key[1])
-        except ValueError as error:
-            reason = str(error) if wanted is estimator else f"no exact meta-gradient to compare with: {error}"
-            rows[name] = Row(name, "", refused=reason, sentence=f"{name} is refused here: {reason}.")
-    used = {key for pair in pairs.values() for key in pair}
-    found: dict[str, list[tuple[_Measured, _Measured, float]]] = {name: [] for name in pairs}
-    itself, spectra = _variant(learner, learner.meta_gradient, learner.inner), []
-    for index in range(count):
-        batch = tasks.batch(split, index, 1)
-        spectra.append(_spectrum(itself, batch))
-        measured = {key: _measure(variants[key], batch) for key in used}
-        for name, (key, exact) in pairs.items():
-            solves = not math.isnan(measured[key].residual)
-            unsolved = _unsolved(variants[key], batch) if solves else math.nan
-            found[name].append((measured[key], measured[exact], unsolved))
+    chosen: dict[str, MetaGradient] = {str(each): choice(each, "meta_gradient") for each in estimators}
+    refused = {name: reason for name, each in chosen.items() if (reason := _refused(learner, each))}
+    exact = Unrolled()
+    if reason := _refused(learner, exact):
+        refused = dict.fromkeys(chosen, f"no exact meta-gradient to compare with: {reason}")
+    found: dict[str, list[tuple[_Measured, _Measured]]] = {name: [] for name in chosen if name not in refused}
+    spectra = []
+    with evaluation_mode(learner):
+        for index in range(count):
+            task = _single(tasks.batch(split, index, 1))
+            loop, _ = learner.loop(task)
+            spectra.append(_spectrum(learner, loop))
+            if found:
+                truth = _measure(learner, loop, task, exact)
+            for name in found:
+                mine = truth if chosen[name] == exact else _measure(learner, loop, task, chosen[name])
+                found[name].append((mine, truth))
     smallest, largest = (Spread.of(values) for values in zip(*spectra, strict=True))
-    geometry = Geometry(largest, smallest, _rate(learner), learner.inner.steps)
-    for name, (key, _) in pairs.items():
-        row = _row(name, key[0], _against(key[0], key[1], learner.inner), found[name])
-        shift = _shift(key[1]) - _shift(learner.inner)
-        rows[name] = replace(row, sentence=f"{name} {_verdict(row, key[0])}{_advice(row, key[0], geometry, shift)}.")
-    return Check(count, geometry, [rows[name] for name in chosen])
+    geometry = Geometry(largest, smallest, learner.inner.largest_rate(learner.learned()), learner.inner.steps)
+    rows = []
+    for name, estimator in chosen.items():
+        if name in refused:
+            rows.append(Row(name, refused=refused[name], sentence=f"{name} is refused here: {refused[name]}."))
+            continue
+        row = _row(name, estimator, learner.adapted, found[name])
+        far = row.cosine is None or (row.error is not None and row.error.median > CLOSE)
+        seen = Seen(
+            far,
+            learner.inner,
+            geometry.rate,
+            smallest and smallest.low,
+            largest and largest.high,
+            row.residual and row.residual.median,
+            row.unsolved and row.unsolved.median,
+        )
+        advice = estimator.advice(seen)
+        rows.append(replace(row, sentence=f"{name} {_verdict(row, estimator)}{advice and '; ' + advice}."))
+    return Check(count, geometry, rows)
 
 
-def _variant(learner: MetaLearner, estimator: MetaGradient, inner: InnerSolver) -> MetaLearner:
-    built = MetaLearner(
-        learner.model,
-        adapts=learner.adapts,
-        inner=inner,
-        meta_gradient=estimator,
-        loss=learner.loss,
-        batch_norm=learner.batch_norm,
-        chunk_size=1,
-    )
-    built.load_state_dict(learner.state_dict())  # learned rates
-    return built.eval()
+def _refused(learner: Bilevel, estimator: MetaGradient) -> str | None:
+    """Why an estimator does not work on the learner's problem."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            learner.accepts(estimator)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
-def _measure(learner: MetaLearner, batch: Task) -> _Measured:
-    place = next(learner.parameters())
-    batch, cuda = batch.to(place.device, place.dtype), place.device.type == "cuda"
-    learner.zero_grad()
+def _single(batch: Any) -> Task:
+    """The only task of a batch, without a task dimension."""
+    if not isinstance(batch, Task):
+        task: Task = batch[0]
+        return task
+    return pytree.tree_map(lambda value: value[0], batch)  # type: ignore[no-any-return]
+
+
+def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradient) -> _Measured:
+    place = next(learner.parameters()).device
+    cuda = place.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(place.device)
-        torch.cuda.reset_peak_memory_stats(place.device)
-    before = torch.cuda.memory_allocated(place.device) if cuda else 0
+        torch.cuda.synchronize(place)
+        torch.cuda.reset_peak_memory_stats(place)
+    before = torch.cuda.memory_allocated(place) if cuda else 0
     began = time.perf_counter()
-    diagnostics = learner.meta_step(batch).diagnostics
+    result = learner.estimate(task, estimator)
     if cuda:
-        torch.cuda.synchronize(place.device)
+        torch.cuda.synchronize(place)
     seconds = time.perf_counter() - began
-    memory = torch.cuda.max_memory_allocated(place.device) - before if cuda else None
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters()]
-    residual = diagnostics["residual"].item() if "residual" in diagnostics else math.nan
-    products = diagnostics["curvature_products"].item()
-    return _Measured(torch.cat([grad.double().reshape(-1) for grad in grads]), residual, products, seconds, memory)
+    memory = torch.cuda.max_memory_allocated(place) - before if cuda else None
+    solves = "residual" in result.diagnostics
+    return _Measured(
+        {**result.grad, **{f"rate of {name}": value for name, value in result.learned_grad.items()}},
+        result.diagnostics["residual"].item() if solves else math.nan,
+        _unsolved(learner, loop, result.params) if solves else math.nan,
+        result.diagnostics["curvature_products"].item(),
+        seconds,
+        memory,
+    )
 
 
-def _row(name: str, estimator: MetaGradient, against: str, found: list[tuple[_Measured, _Measured, float]]) -> Row:
+def _row(
+    name: str, estimator: MetaGradient, adapted: Sequence[str], found: list[tuple[_Measured, _Measured]]
+) -> Row:
     cosines, errors = [], []
-    for mine, exact, _ in found:
-        size = exact.grad.norm()
-        cosines.append((mine.grad @ exact.grad / (mine.grad.norm() * size)).item())
-        errors.append(((mine.grad - exact.grad).norm() / size).item())
+    for mine, exact in found:
+        names = [each for each in exact.grad if estimator.learn_start or each not in adapted]
+        grad, wanted = (
+            torch.cat([(tree[each] if each in tree else torch.zeros_like(exact.grad[each])).double().reshape(-1) for each in names])
+            for tree in (mine.grad, exact.grad)
+        )
+        size = wanted.norm()
+        cosines.append((grad @ wanted / (grad.norm() * size)).item())
+        errors.append(((grad - wanted).norm() / size).item())
     return Row(
         name,
-        against,
         cosine=Spread.of(cosines),
-        error=None if isinstance(estimator, Reptile) else Spread.of(errors),
+        error=Spread.of(errors) if estimator.is_gradient else None,
         failed=sum(not math.isfinite(cosine) for cosine in cosines),
-        residual=Spread.of(mine.residual for mine, _, _ in found),
-        unsolved=Spread.of(unsolved for _, _, unsolved in found),
+        residual=Spread.of(mine.residual for mine, _ in found),
+        unsolved=Spread.of(mine.unsolved for mine, _ in found),
         products=found[0][0].products,
-        seconds=float(np.median([mine.seconds for mine, _, _ in found])),
-        memory=max((mine.memory for mine, _, _ in found if mine.memory is not None), default=None),
+        seconds=float(np.median([mine.seconds for mine, _ in found])),
+        memory=max((mine.memory for mine, _ in found if mine.memory is not None), default=None),
     )
 
 
 # The inner problem.
 
 
-def _problem(learner: MetaLearner) -> tuple[Problem, Tree]:
-    """The inner loss as a function of what is adapted, and where that starts."""
-    fixed = {name: parameter.detach() for name, parameter in learner.model.named_parameters()}
-
-    def inner_loss(params: Tree, meta: Tree, support: Batch) -> Tensor:
-        inputs, targets = support
-        return learner.loss(functional_call(learner.model, {**fixed, **params}, (inputs,)), targets)
-
-    start = {name: fixed[name] for name in learner.adapted}
-    return Problem(lambda meta: start, inner_loss, inner_loss), start
-
-
-def _ends(learner: MetaLearner, batch: Task) -> tuple[Problem, Batch, list[Tree]]:
-    """The inner problem of a batch of one task, its support set, and the parameters before and after the inner loop."""
-    place = next(learner.parameters())
-    moved = batch.to(place.device, place.dtype)
-    inputs, targets = moved.support[0][0], moved.support[1][0]
-    problem, start = _problem(learner)
-    adapted = learner.adapt(inputs, targets, steps=learner.inner.steps)
-    return problem, (inputs, targets), [start, {name: adapted.get_parameter(name).detach() for name in start}]
-
-
-def _spectrum(learner: MetaLearner, batch: Task) -> tuple[float, float]:
+def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
     """The smallest eigenvalue and the largest absolute eigenvalue of H that are seen on one task."""
-    with torch.no_grad(), _kernels(learner):
-        problem, support, places = _ends(learner, batch)
-        seen = torch.cat([_eigenvalues(problem, params, support) for params in places]) + _shift(learner.inner)
+    with torch.no_grad(), second_order_kernels(learner.recurrent):
+        places = loop.begin.params, loop.run(learner.inner.steps).params
+        seen = torch.cat([_eigenvalues(loop, params) for params in places])
+    seen = seen + (0.0 if learner.inner.decoupled else learner.inner.weight_decay) + learner.inner.proximal
     return seen.min().item(), seen.abs().max().item()
 
 
-def _unsolved(learner: MetaLearner, batch: Task) -> float:
+def _unsolved(learner: Bilevel, loop: InnerLoop, solved: Tree) -> float:
     """Norm of the full inner gradient at the end over that at the beginning."""
-    with torch.no_grad(), _kernels(learner):
-        problem, support, places = _ends(learner, batch)
-        grads = [
-            learner.inner.full_gradient(params, gradient(problem, params, {}, support)[0], places[0])
-            for params in places
-        ]
-    first, last = (torch.cat([value.reshape(-1) for value in grad.values()]).norm() for grad in grads)
-    return (last / first).item()
+    with torch.no_grad(), second_order_kernels(learner.recurrent):
+        last, first = (
+            learner.inner.full_gradient(params, loop.gradient(loop.steps.stop, params)[0], loop.start)
+            for params in (solved, loop.begin.params)
+        )
+    sizes = [torch.cat([value.reshape(-1) for value in grad.values()]).norm() for grad in (last, first)]
+    return (sizes[0] / sizes[1]).item()
 
 
-def _kernels(learner: MetaLearner) -> AbstractContextManager[None]:
-    return second_order_kernels(any(isinstance(module, nn.RNNBase) for module in learner.modules()))
-
-
-def _eigenvalues(problem: Problem, params: Tree, support: Batch) -> Tensor:
+def _eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
     """Ritz values of the Hessian of the inner loss at a point."""
     shapes = {name: value.shape for name, value in params.items()}
     sizes = [value.numel() for value in params.values()]
@@ -336,7 +311,7 @@ def _eigenvalues(problem: Problem, params: Tree, support: Batch) -> Tensor:
     def product(vector: Tensor) -> Tensor:
         parts = zip(shapes.items(), vector.split(sizes), strict=True)
         direction = {name: part.view(shape) for (name, shape), part in parts}
-        bent, _ = curvature(problem, params, {}, support, direction)
+        bent = loop.hessian(loop.begin.step, params, direction)
         return torch.cat([bent[name].reshape(-1) for name in shapes])
 
     first = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -371,43 +346,19 @@ def lanczos(product: Callable[[Tensor], Tensor], vector: Tensor, iterations: int
     return torch.linalg.eigvalsh(torch.diag(small) + torch.diag(large, 1) + torch.diag(large, -1))
 
 
-def _rate(learner: MetaLearner) -> float | None:
-    if isinstance(learner.inner, LearnedRates):
-        return max(rate.abs().max().item() for rate in learner.rates.values())
-    return learner.inner.lr if isinstance(learner.inner, (SGD, Momentum)) else None
-
-
-def _shift(inner: InnerSolver) -> float:
-    """What the solver's own terms add to every eigenvalue of the inner Hessian."""
-    return inner.weight_decay + inner.proximal
-
-
 # In words.
-
-
-def _against(estimator: MetaGradient, inner: InnerSolver, own: InnerSolver) -> str:
-    words = "unrolled"
-    if inner.proximal != own.proximal:
-        words += f" with proximal {inner.proximal:g}"
-    if inner.weight_decay != own.weight_decay:
-        words += f" with weight decay {inner.weight_decay:g}"
-    if not getattr(estimator, "learn_start", True):
-        words += ", what is not adapted alone"
-    if isinstance(estimator, Reptile):
-        words += ", direction alone"
-    return words
 
 
 def _verdict(row: Row, estimator: MetaGradient) -> str:
     """How good it is, by what was measured."""
-    where = "" if row.against == "unrolled" else f" (against {row.against})"
+    where = "" if estimator.learn_start else " (in what is not adapted, all that it learns)"
     if row.cosine is None:
         return f"is not usable here: it is not finite on any task{where}"
     lost = f"; it is not finite on {row.failed} of the tasks" if row.failed else ""
     if row.error is None:
         return f"is no gradient of the query loss; median cosine {_short(row.cosine.median)}{where}{lost}"
     numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
-    if isinstance(estimator, Unrolled):
+    if type(estimator) is Unrolled:
         return f"is exact{where}{lost}"
     if row.error.median <= ROUNDING:
         return f"agrees with the exact meta-gradient here, relative error {_short(row.error.median)}{where}{lost}"
@@ -420,75 +371,6 @@ def _verdict(row: Row, estimator: MetaGradient) -> str:
     else:
         words = "does not follow the exact meta-gradient here"
     return f"{words}: {numbers}{where}{lost}"
-
-
-def _advice(row: Row, estimator: MetaGradient, geometry: Geometry, shift: float) -> str:
-    """Why it is no better, and what helps; empty where nothing is to be said."""
-    far = row.cosine is None or (row.error is not None and row.error.median > CLOSE)
-    steps, reach, rate = geometry.steps, geometry.reach, geometry.rate
-    match estimator:
-        case Window(size=size) if size > 1 and steps > 1:
-            jump = min(size, steps)
-            if reach is not None and rate is not None and jump * reach > 1:
-                return (
-                    f"; outside its safe range: {jump} * lr * |H| = {_short(jump * reach)}, and above 1 a window's "
-                    f"factors change sign: use window:{max(1, int(1 / reach))} or an inner rate below "
-                    f"{_short(rate / (jump * reach))}"
-                )
-            return f"; use window:{jump - 1} or a smaller inner rate" if far else ""
-        case Binomial(order=order) if order < steps:
-            if reach is not None and rate is not None and reach > 1:
-                return (
-                    f"; outside its safe range: lr * |H| = {_short(reach)}, and above 1 a low order can be worse than "
-                    f"first-order: use unrolled, or an inner rate below {_short(rate / reach)}"
-                )
-            return f"; use binomial:{order + 1}, or unrolled, which takes no more curvature products" if far else ""
-        case FirstOrder() if far:
-            big = "" if reach is None else f" of size steps * lr * |H| = {_short(steps * reach)}"
-            return f"; it leaves out terms{big}: use unrolled or truncated, or a smaller inner rate"
-        case Truncated(horizon=horizon) if far and horizon < steps:
-            return f"; the {steps - horizon} steps left out matter: use truncated:{horizon + 1} or unrolled"
-        case Reptile():
-            return "; for one that is, at no curvature product either, use first-order"
-        case Implicit() | MemoryReduced() if far:
-            return _solution_advice(row, estimator, geometry, shift)
-    return ""
-
-
-def _solution_advice(row: Row, estimator: Implicit | MemoryReduced, geometry: Geometry, shift: float) -> str:
-    """Which of the three things that a solution's derivative relies on is missing.
-
-    Args:
-        row: what was measured.
-        estimator: whose solution it is.
-        geometry: of the learner's own inner problem.
-        shift: what the estimator's own term adds to those eigenvalues.
-    """
-    term, weight = ("proximal", estimator.proximal) if isinstance(estimator, Implicit) else ("l2", estimator.l2)
-    if geometry.largest is None or geometry.smallest is None:
-        return "; its inner loop diverges: use a smaller inner rate"
-    causes = []
-    lowest, highest, rate = geometry.smallest.low + shift, geometry.largest.high + shift, geometry.rate
-    if lowest <= 0:
-        needed = weight - lowest
-        slower = "" if rate is None else f" and an inner rate below {_short(1 / (highest - lowest))}"
-        causes.append(
-            f"its system is not positive definite, the smallest eigenvalue with {term} {weight:g} being "
-            f"{_short(lowest)}: give {term} above {_short(needed)}{slower}"
-        )
-    if row.unsolved is not None and row.unsolved.median > CLOSE:
-        overshoots = rate is not None and rate * highest > 1.5
-        cure = f"a rate below {_short(1 / highest)}" if overshoots else f"a larger rate or a larger {term}"
-        causes.append(
-            f"the inner loop leaves {row.unsolved.median:.0%} of its gradient, and the estimate takes it for solved: "
-            f"take more inner steps, {'or ' if overshoots else ''}{cure}"
-        )
-    if row.residual is not None and row.residual.median > CLOSE:
-        causes.append(
-            f"the linear solver leaves a residual of {row.residual.median:.0%}: give it more iterations, or a larger "
-            f"{term}"
-        )
-    return "".join(f"; {cause}" for cause in causes)
 
 
 def _short(value: float, digits: int = 3) -> str:

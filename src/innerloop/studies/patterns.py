@@ -162,7 +162,7 @@ def with_pattern(learner: MetaLearner, blocks: Blocks, reuse_prefix: bool = True
     found = MetaLearner(
         learner.model,
         adapts=blocks,
-        inner=learner.inner,
+        inner=replace(learner.inner, moves=()),
         # never trained, so the cheapest that takes the solver
         meta_gradient=FirstOrder() if learner.inner.differentiable else learner.meta_gradient,
         loss=learner.loss,

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from innerloop.tasks.baseline import nearest_neighbour
-from innerloop.tasks.cifar import cifar_fs, fc100
-from innerloop.tasks.episodes import Episodes, ImageSet, TaskSource
-from innerloop.tasks.folder import folder
-from innerloop.tasks.glyphs import glyphs
-from innerloop.tasks.imagenet import mini_imagenet, tiered_imagenet
-from innerloop.tasks.omniglot import omniglot
-from innerloop.tasks.regression import linear, quadratic, sinusoid
-from innerloop.tasks.stations import stations
+from innerloop.tasks._baseline import nearest_neighbour
+from innerloop.tasks._cifar import cifar_fs, fc100
+from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource
+from innerloop.tasks._folder import folder
+from innerloop.tasks._glyphs import glyphs
+from innerloop.tasks._imagenet import mini_imagenet, tiered_imagenet
+from innerloop.tasks._omniglot import omniglot
+from innerloop.tasks._regression import linear, quadratic, sinusoid
+from innerloop.tasks._stations import stations
 
 SOURCES: dict[str, Callable[..., TaskSource]] = {
     "glyphs": glyphs,

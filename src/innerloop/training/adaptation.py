@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from innerloop.tasks.images import decode, is_image
+from innerloop.tasks._images import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.settings import Settings

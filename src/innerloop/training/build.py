@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from innerloop.learner import MetaLearner
 from innerloop.tasks import SOURCES, TaskSource
-from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE, make
+from innerloop.choices import make
+from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.settings import Settings, flag
 
 SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels"  # what only some sources take
@@ -58,6 +59,8 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
         meta_gradient=meta_gradient,
         loss=F.mse_loss if regression else F.cross_entropy,
         batch_norm=settings.batch_norm,  # type: ignore[arg-type]  # checked with the settings
+        start=settings.start,
+        carry=settings.carry,  # type: ignore[arg-type]
         chunk_size=settings.chunk_size,
     )
     dtype = torch.float64 if settings.precision == "float64" else torch.float32

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop.batch_norm import TaskBatchNorm
+from innerloop.bilevel import Bilevel
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource, nearest_neighbour
 from innerloop.training import processes
@@ -58,7 +59,7 @@ class Scores(NamedTuple):
 
 
 def evaluate(
-    learner: MetaLearner,
+    learner: Bilevel,
     tasks: TaskSource,
     split: str = "test",
     count: int = 1000,
@@ -90,7 +91,7 @@ def evaluate(
     results: list[tuple[int, dict[str, Tensor]]] = []
     for start in range(processes.rank() * tasks_per_batch, count, processes.world() * tasks_per_batch):
         batch = tasks.batch(split, start, min(tasks_per_batch, count - start))
-        with _evaluation_mode(learner):
+        with evaluation_mode(learner):
             found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
         results.append(
             (start, {key: value.cpu() for key, value in found.items() if value is not None and key != "outputs"})
@@ -119,7 +120,8 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(learner: MetaLearner) -> Iterator[None]:
+def evaluation_mode(learner: Bilevel) -> Iterator[None]:
+    """Within the block nothing of the learner is random that is so in training alone."""
     modes = {module: module.training for module in learner.modules()}
     learner.eval()
     try:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from innerloop.learner import MetaLearner
-from innerloop.meta_gradient import MemoryReduced
+from innerloop.bilevel import Bilevel
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training import processes
@@ -54,7 +53,7 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    learner: MetaLearner,
+    learner: Bilevel,
     tasks: TaskSource,
     *,
     steps: int,
@@ -83,8 +82,9 @@ def fit(
     this inside ``torch.autocast``.
 
     Args:
-        learner: trained in place, on the device and in the precision that its parameters have.
-        tasks: where tasks come from.
+        learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision that its parameters have.
+        tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks or a
+            list of them and is a pure function of its arguments.
         steps: outer steps, those of earlier sessions included.
         tasks_per_batch: tasks in one outer step, over all processes.
         optimizer: any optimiser of torch over ``learner.parameters()``; by default Adam at 1e-3.
@@ -102,7 +102,8 @@ def fit(
         log: also called with every record, see `innerloop.training.logs`.
 
     Raises:
-        ValueError: a setting outside its range, or a folder that already holds a run while ``resume`` is False.
+        ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, or a folder
+            that already holds a run while ``resume`` is False.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
@@ -113,6 +114,12 @@ def fit(
     )  # fmt: skip
     processes.check_batch(tasks_per_batch)
     optimizer = optimizer or torch.optim.Adam(learner.parameters(), lr=1e-3)
+    own = {id(parameter) for parameter in learner.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would change "
+            "nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
+        )
     run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
     if run.folder and resume:
         run.restore()
@@ -195,7 +202,7 @@ class _Progress:
 class _Run:
     """A learner in training, with all that a checkpoint holds."""
 
-    learner: MetaLearner
+    learner: Bilevel
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
     folder: Path | None
@@ -204,7 +211,7 @@ class _Run:
     saved: str = ""
 
     def step(
-        self, batch: Task, weights: list[float] | None, clip: float | None, flags: list[float]
+        self, batch: Task | list[Task], weights: list[float] | None, clip: float | None, flags: list[float]
     ) -> tuple[Record, list[float]]:
         """One outer step; returns its record and the flags, each averaged over the processes."""
         like = next(self.learner.parameters())
@@ -224,7 +231,7 @@ class _Run:
         if not (math.isfinite(record["loss"]) and math.isfinite(size)):
             raise Diverged(
                 f"outer step {self.progress.step + 1}: loss {record['loss']:.4g}, norm of its gradient {size:.4g}"
-                f"{self._cause(batch, weights)}; "
+                f"{self._cause(batch, len(metrics.losses), weights)}; "
                 f"lower the inner rate, then the outer one, or clip the gradient{self.saved and f' ({self.saved})'}"
             )
         if clip is not None:
@@ -235,11 +242,11 @@ class _Run:
         self.progress.step += 1
         return record, means[len(values) :]
 
-    def _cause(self, batch: Task, weights: list[float] | None) -> str:
-        """What `MetaLearner.diagnose` finds, on the first process that finds something."""
+    def _cause(self, batch: Task | list[Task], share: int, weights: list[float] | None) -> str:
+        """What `Bilevel.diagnose` finds, on the first process that finds something."""
         self.optimizer.zero_grad()
         mine = self.learner.diagnose(batch, weights)
-        share, tasks = len(batch.support[1]), len(batch.support[1]) * processes.world()
+        tasks = share * processes.world()
         for rank, reason in enumerate(processes.gather([mine])):
             if reason is not None:
                 first = self.progress.step * tasks + rank * share
@@ -256,7 +263,7 @@ class _Run:
             self.progress.best, self.progress.best_step = scores.quality, self.progress.step
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.learner.state_dict().items()}
             if self.folder and processes.rank() == 0:
-                shape = {"input_shape": tasks.input_shape, "output_size": tasks.output_size, "ways": tasks.ways}
+                shape = {name: getattr(tasks, name, None) for name in ("input_shape", "output_size", "ways")}
                 save_weights(self.folder / BEST, self.best_weights, {"step": self.progress.step, **shape})
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(scores.loss.mean if self.scheduler.mode == "min" else scores.quality)
@@ -268,7 +275,7 @@ class _Run:
         """Write the checkpoint, on rank 0 and where there is a folder."""
         if self.folder:
             self.saved = f"the checkpoint of step {self.progress.step} is in {self.folder}"
-        warm_starts = processes.gather([self.learner.warm_starts.state_dict()])
+        carried = processes.gather([self.learner.carried.state_dict()])
         if self.folder and processes.rank() == 0:
             save_checkpoint(
                 self.folder / LAST,
@@ -279,7 +286,7 @@ class _Run:
                     "best": self.best_weights or {},
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-                    "warm_starts": dict(enumerate(warm_starts)),
+                    "carried": dict(enumerate(carried)),
                 },
             )
 
@@ -299,13 +306,13 @@ class _Run:
         self.optimizer.load_state_dict(states["optimizer"])
         if self.scheduler:
             self.scheduler.load_state_dict(states["scheduler"])
-        warm_starts = states.get("warm_starts", {})
-        if any(warm_starts.values()) and len(warm_starts) != processes.world():
+        carried = states.get("carried", {})
+        if any(carried.values()) and len(carried) != processes.world():
             raise ValueError(
-                f"{self.folder} holds the warm starts of {len(warm_starts)} processes, not {processes.world()}; "
+                f"{self.folder} holds where {len(carried)} processes left their tasks, not {processes.world()}; "
                 "resume it with as many"
             )
-        self.learner.warm_starts.load_state_dict(warm_starts.get(processes.rank(), {}))
+        self.learner.carried.load_state_dict(carried.get(processes.rank(), {}))
 
     def _kinds(self) -> dict[str, str]:
         return {"optimizer": type(self.optimizer).__name__, "scheduler": type(self.scheduler).__name__}
@@ -334,8 +341,8 @@ def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _warn_of_curvature(learner: MetaLearner, step: int, share: float) -> None:
-    cure = "l2" if isinstance(learner.meta_gradient, MemoryReduced) else "proximal"
+def _warn_of_curvature(learner: Bilevel, step: int, share: float) -> None:
+    cure = "proximal" if learner.inner.proximal else "weight_decay"
     name = type(learner.meta_gradient).__name__
     warnings.warn(
         f"outer step {step}: in {share:.0%} of the tasks the linear solve of {name} met a direction in which the inner "

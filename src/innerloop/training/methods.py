@@ -10,8 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from innerloop.adapts import Adapts, Blocks, Body, Everything, Head
+from innerloop.choices import check_name, text
+from innerloop.inner import SGD, Adam, InnerSolver, LearnedRates, NewtonCG
+from innerloop.linear import CG
+from innerloop.meta_gradient import (
+    Binomial,
+    FirstOrder,
+    Implicit,
+    MemoryReduced,
+    MetaGradient,
+    Reptile,
+    Truncated,
+    Unrolled,
+    Window,
+)
 from innerloop.training.build import INK
-from innerloop.training.choices import check_name
 
 
 @dataclass(frozen=True)
@@ -22,9 +36,10 @@ class Method:
         title: its name as people write it.
         paper: arXiv number of the paper that it comes from.
         source: where the hyper-parameters come from.
-        settings: of `innerloop.training.settings.Settings`, whatever the tasks are.
-        characters: further ones for glyphs and Omniglot.
-        pictures: further ones for all other tasks.
+        adapts: what moves in the inner loop.
+        inner: how; a pair where that differs: for glyphs and Omniglot, and for all other tasks.
+        meta_gradient: how the outer gradient is found.
+        outer: further settings of `innerloop.training.settings.Settings`, such as the outer rate.
         argument: the setting that takes what is typed behind a colon, with ``{}`` in its place; None takes nothing.
         example: what may be typed there.
     """
@@ -32,149 +47,142 @@ class Method:
     title: str
     paper: str
     source: str
-    settings: Mapping[str, Any]
-    characters: Mapping[str, Any] = field(default_factory=dict)
-    pictures: Mapping[str, Any] = field(default_factory=dict)
+    adapts: Adapts | None = None
+    inner: InnerSolver | tuple[InnerSolver, InnerSolver] | None = None
+    meta_gradient: MetaGradient | None = None
+    outer: Mapping[str, Any] = field(default_factory=dict)
     argument: tuple[str, str] | None = None
     example: str = ""
 
     def settings_for(self, dataset: str, typed: str = "") -> dict[str, Any]:
         """All settings for a data set, with what was typed behind the name."""
-        found = {**self.settings, **(self.characters if dataset in INK else self.pictures)}
+        found: dict[str, Any] = {}
+        if self.adapts is not None and self.inner is not None and self.meta_gradient is not None:
+            inner = self.inner if isinstance(self.inner, InnerSolver) else self.inner[dataset not in INK]
+            found = {"adapts": text(self.adapts), "inner": text(inner), "meta_gradient": text(self.meta_gradient)}
+            found |= {"inner_lr": inner.lr, "inner_steps": inner.steps}
+            rest = {name: getattr(inner, name) for name in ("test_steps", "weight_decay", "proximal")}
+            found |= {name: value for name, value in rest.items() if value}
+        found |= self.outer
         if self.argument and typed:
             name, template = self.argument
             found[name] = template.format(typed)
         return found
 
 
-MAML_CHARACTERS = {"inner_lr": 0.4, "inner_steps": 1}
-MAML_20_WAY = {"inner_lr": 0.1, "inner_steps": 5}  # for characters, where a method is about several inner steps
-MAML_PICTURES = {"inner_lr": 0.01, "inner_steps": 5}
-WHOLE = {"adapts": "everything", "inner": "sgd", "outer_lr": 1e-3}
-HEAD = {"adapts": "head", "inner": "sgd"}
+PICTURES = SGD(lr=0.01, steps=5)
+MAML = SGD(lr=0.4, steps=1), PICTURES
+SEVERAL = SGD(lr=0.1, steps=5), PICTURES  # of MAML for 20-way Omniglot, where a method is about several inner steps
+ANIL = SGD(lr=0.1, steps=5)
+OUTER = {"outer_lr": 1e-3}
 MAML_SOURCE = "authors' code: Omniglot 5-way inner rate 0.4, one step; miniImageNet 0.01, five steps; Adam 1e-3 outside"
 LEARN2LEARN = "learn2learn's FC100 example: inner rate 0.1, five steps, Adam 1e-3 outside"
 STOCBIO = "stocBiO's FC100 setting: inner rate 0.1, 20 steps, Adam 1e-3 outside"
+IMAML_OUTER = {"outer_lr": 1e-3, "optimizer": "adam:eps=1e-3"}
 
 METHODS: dict[str, Method] = {
-    "maml": Method(
-        "MAML", "1703.03400", MAML_SOURCE, WHOLE | {"meta_gradient": "unrolled"}, MAML_CHARACTERS, MAML_PICTURES
-    ),
-    "fomaml": Method(
-        "first-order MAML", "1703.03400", MAML_SOURCE, WHOLE | {"meta_gradient": "first-order"}, MAML_CHARACTERS,
-        MAML_PICTURES,
-    ),
+    "maml": Method("MAML", "1703.03400", MAML_SOURCE, Everything(), MAML, Unrolled(), OUTER),
+    "fomaml": Method("first-order MAML", "1703.03400", MAML_SOURCE, Everything(), MAML, FirstOrder(), OUTER),
     "reptile": Method(
         "Reptile", "1803.02999",
         "authors' README: inner Adam without first moment, 1e-3, five steps (Omniglot 5-way) or eight (miniImageNet), "
         "50 at test, outer step from 1 falling to 0; here on the support set alone, whole in each step",
-        {"adapts": "everything", "inner": "adam:beta1=0", "inner_lr": 1e-3, "test_steps": 50,
-         "meta_gradient": "reptile", "optimizer": "sgd", "outer_lr": 1.0},
-        {"inner_steps": 5}, {"inner_steps": 8},
+        Everything(),
+        (Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999)), Adam(lr=1e-3, steps=8, test_steps=50, betas=(0.0, 0.999))),
+        Reptile(),
+        {"optimizer": "sgd", "outer_lr": 1.0},
     ),
-    "anil": Method(
-        "ANIL", "1909.09157", LEARN2LEARN,
-        HEAD | {"inner_lr": 0.1, "inner_steps": 5, "meta_gradient": "unrolled", "outer_lr": 1e-3},
-    ),
+    "anil": Method("ANIL", "1909.09157", LEARN2LEARN, Head(), ANIL, Unrolled(), OUTER),
     "fo-anil": Method(
-        "first-order ANIL", "1909.09157", LEARN2LEARN + ", with the exact gradient there",
-        HEAD | {"inner_lr": 0.1, "inner_steps": 5, "meta_gradient": "first-order", "outer_lr": 1e-3},
+        "first-order ANIL", "1909.09157", LEARN2LEARN + ", with the exact gradient there", Head(), ANIL, FirstOrder(),
+        OUTER,
     ),
     "boil": Method(
         "BOIL", "2008.08882", "authors' code: one inner step at 0.5, Adam 1e-3 outside",
-        {"adapts": "body", "inner": "sgd", "inner_lr": 0.5, "inner_steps": 1, "meta_gradient": "unrolled",
-         "outer_lr": 1e-3},
+        Body(), SGD(lr=0.5, steps=1), Unrolled(), OUTER,
     ),
     "lambda": Method(
         "Lambda pattern", "2206.05930",
         "the paper's are not known; those of a related code of its author: inner rate 0.01, five steps, ten at test, "
         "Adam 1e-3 outside. Here the pattern holds in training as well",
-        WHOLE | {"adapts": "blocks:00011", "inner_lr": 0.01, "inner_steps": 5, "test_steps": 10,
-                 "meta_gradient": "unrolled"},
-        argument=("adapts", "blocks:{}"), example="00011",
+        Blocks("00011"), SGD(lr=0.01, steps=5, test_steps=10), Unrolled(), OUTER, ("adapts", "blocks:{}"), "00011",
     ),
     "imaml": Method(
         "iMAML", "1909.04630",
         "Omniglot as published: lambda 2, five CG steps, 16 inner steps (at 0.1, and Adam with eps 1e-3, in the "
         "authors' README); miniImageNet by two re-implementations: lambda 0.5, ten inner steps, 0.1",
-        WHOLE | {"inner_lr": 0.1, "optimizer": "adam:eps=1e-3"},
-        {"inner_steps": 16, "meta_gradient": "implicit:proximal=2.0,iterations=5"},
-        {"inner_steps": 10, "meta_gradient": "implicit:proximal=0.5,iterations=5"},
+        Everything(), (SGD(lr=0.1, steps=16, proximal=2.0), SGD(lr=0.1, steps=10, proximal=0.5)), Implicit(CG(5)),
+        IMAML_OUTER,
     ),
     "imaml-hf": Method(
         "iMAML, Hessian-free", "1909.04630",
         "as iMAML; the number of Newton steps is not published and ours: three, of five CG steps and a line search",
-        WHOLE | {"inner": "newton-cg", "inner_lr": 1.0, "inner_steps": 3, "optimizer": "adam:eps=1e-3"},
-        {"meta_gradient": "implicit:proximal=2.0,iterations=5"},
-        {"meta_gradient": "implicit:proximal=0.5,iterations=5"},
+        Everything(), (NewtonCG(steps=3, proximal=2.0), NewtonCG(steps=3, proximal=0.5)), Implicit(CG(5)), IMAML_OUTER,
     ),
     "memory-reduced": Method(
         "memory-reduced", "2412.12030",
         "authors' code for CIFAR-FS and FC100: inner rate 0.1, 20 steps, 20 CG steps, Adam 1e-4 outside; the L2 weight "
         "is not published and ours (the authors' code has none)",
-        HEAD | {"inner_lr": 0.1, "inner_steps": 20, "meta_gradient": "memory-reduced:l2=0.05,iterations=20",
-                "outer_lr": 1e-4},
+        Head(), SGD(lr=0.1, steps=20, weight_decay=0.05), MemoryReduced(CG(20)), {"outer_lr": 1e-4},
     ),
     "itd-bio": Method(
-        "ITD-BiO", "2010.07962", STOCBIO,
-        HEAD | {"inner_lr": 0.1, "inner_steps": 20, "meta_gradient": "unrolled:learn_start=false", "outer_lr": 1e-3},
+        "ITD-BiO", "2010.07962", STOCBIO, Head(), SGD(lr=0.1, steps=20), Unrolled(learn_start=False), OUTER
     ),
     "window": Method(
         "window gradient reuse", "2006.04298",
         "the paper's are not known; MAML's for 20-way Omniglot: inner rate 0.1, five steps; for miniImageNet: 0.01, "
         "five steps; Adam 1e-3 outside",
-        WHOLE | {"meta_gradient": "window:2"}, MAML_20_WAY, MAML_PICTURES, ("meta_gradient", "window:{}"), "5",
+        Everything(), SEVERAL, Window(2), OUTER, ("meta_gradient", "window:{}"), "5",
     ),
     "binomial": Method(
         "BinomMAML", "2604.13263",
         "authors' code: inner rate 0.01, five steps, Adam 1e-3 outside; theirs for characters are not known, so "
         "MAML's for 20-way Omniglot: 0.1, five steps",
-        WHOLE | {"meta_gradient": "binomial:2"}, MAML_20_WAY, MAML_PICTURES, ("meta_gradient", "binomial:{}"), "2",
+        Everything(), SEVERAL, Binomial(2), OUTER, ("meta_gradient", "binomial:{}"), "2",
     ),
     "truncated": Method(
         "truncated MAML", "1703.03400",
         "not published for truncation; MAML's for 20-way Omniglot: inner rate 0.1, five steps; for miniImageNet: 0.01, "
         "five steps; Adam 1e-3 outside",
-        WHOLE | {"meta_gradient": "truncated:2"}, MAML_20_WAY, MAML_PICTURES, ("meta_gradient", "truncated:{}"), "2",
+        Everything(), SEVERAL, Truncated(2), OUTER, ("meta_gradient", "truncated:{}"), "2",
     ),
     "meta-sgd": Method(
         "Meta-SGD", "1707.09835", "one inner step at learned rates; their start and the outer rate are ours",
-        {"adapts": "everything", "inner": "learned-rates:parameter", "inner_lr": 0.1, "inner_steps": 1,
-         "meta_gradient": "unrolled", "outer_lr": 1e-3},
+        Everything(), LearnedRates(lr=0.1, steps=1), Unrolled(), OUTER,
     ),
     "maml++": Method(
         "MAML++", "1810.09502",
         "authors' configurations: five steps at learned rates that start at 0.1 (Omniglot) or 0.01 (miniImageNet), "
         "Adam 1e-3 outside, multi-step loss in the first 15 % of training. Batch norm is the library's, without "
         "statistics or biases of its own for each step",
-        {"adapts": "everything", "inner": "learned-rates:layer-step", "inner_steps": 5, "meta_gradient": "unrolled",
-         "outer_lr": 1e-3, "multi_step_loss": 0.15},
-        {"inner_lr": 0.1}, {"inner_lr": 0.01},
+        Everything(),
+        (LearnedRates(lr=0.1, steps=5, per="layer-step"), LearnedRates(lr=0.01, steps=5, per="layer-step")),
+        Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15},
     ),
-    "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train", {}),
+    "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
 }  # fmt: skip
 
 
-def method(text: str) -> Method:
+def method(chosen: str) -> Method:
     """The method of ``name`` or ``name:argument``.
 
     Raises:
         ValueError: an unknown name, or an argument that it does not take.
     """
-    name, colon, typed = text.partition(":")
+    name, colon, typed = chosen.partition(":")
     check_name("method", name, METHODS)
     found = METHODS[name]
     if colon and not found.argument:
-        raise ValueError(f"method {text!r}: {name} takes nothing behind a colon")
+        raise ValueError(f"method {chosen!r}: {name} takes nothing behind a colon")
     if colon and not typed:
-        raise ValueError(f"method {text!r}: write what follows the colon, such as {name}:{found.example}")
+        raise ValueError(f"method {chosen!r}: write what follows the colon, such as {name}:{found.example}")
     return found
 
 
-def method_settings(text: str, dataset: str) -> dict[str, Any]:
+def method_settings(chosen: str, dataset: str) -> dict[str, Any]:
     """The settings of ``name`` or ``name:argument`` for a data set.
 
     Raises:
         ValueError: as `method`.
     """
-    return method(text).settings_for(dataset, text.partition(":")[2])
+    return method(chosen).settings_for(dataset, chosen.partition(":")[2])

@@ -18,7 +18,8 @@ from innerloop.adapts import Adapts
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.tasks import SOURCES
-from innerloop.training.choices import ADAPTS, INNER, META_GRADIENT, MODEL, OPTIMIZER, SCHEDULE, check_name, make
+from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
+from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -136,6 +137,8 @@ class Settings:
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
+    start: str | None = option(None, "where the inner loop begins: at class means; none: at the model", names=START)
+    carry: str = option("none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot"))
     multi_step_loss: float | None = option(
         None, "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all", above=0
     )

@@ -1,0 +1,715 @@
+"""A bilevel problem bound to its choices: `hypergradient` for one task, `Bilevel` for batches of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from innerloop.choices import choice
+from innerloop.curvature import fresh_seed, second_order_kernels
+from innerloop.few_shot import Stated
+from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
+from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault, finite
+from innerloop.problem import Batch, End, Problem, Steps, Task, Tree
+
+Out = TypeVar("Out")
+Carry = Literal["none", "slot", "task"]
+
+
+def hypergradient(
+    problem: Problem,
+    meta: Tree,
+    task: Task,
+    inner: InnerSolver,
+    estimator: MetaGradient | str | None = None,
+    learned: Tree | None = None,
+    *,
+    begin: End | None = None,
+    step_weights: Sequence[float] | None = None,
+) -> Result:
+    """Solve the inner problem of one task and estimate the gradient of the outer loss in the meta-parameters.
+
+    Args:
+        problem: start, inner loss and outer loss.
+        meta: the meta-parameters, tensors by name; they are not changed and need no ``requires_grad``.
+        task: what the two losses read: ``task.support`` for the inner, ``task.query`` for the outer; either may be
+            `Steps`, a batch for every inner step.
+        inner: the inner solver.
+        estimator: how the gradient is found; None is the exact ``Unrolled()``.
+        learned: the solver's own meta-parameters (learned rates); None starts them as ``inner.learned`` says.
+        begin: take the task up where an earlier result's ``end`` left it: parameters, solver state, count of steps.
+            It is a constant; ``problem.start(meta)`` then is the centre of the proximal term and nothing else.
+        step_weights: weights of the outer loss after each inner step; None puts all weight on the last.
+
+    Returns:
+        ``grad`` (a tree like ``meta``), ``loss``, ``params``, ``end``, ``diagnostics`` and more: see ``Result``.
+
+    Raises:
+        ValueError: the estimator refuses the solver or the task; see the message for what to use instead.
+
+    Example:
+        >>> problem = il.Problem(start, inner_loss, outer_loss)
+        >>> first = il.hypergradient(problem, meta, task, il.AdamW(lr=1e-3, steps=2))
+        >>> then = il.hypergradient(problem, meta, task, il.AdamW(lr=1e-3, steps=2), begin=first.end)
+    """
+    estimator = choice(estimator, "meta_gradient") if estimator is not None else Unrolled()
+    inner = choice(inner, "inner")
+    with torch.no_grad(), second_order_kernels():
+        if learned is None:
+            learned = inner.learned(begin.params if begin else problem.begin(meta, task.support))
+        estimator.check(inner, learns=bool(learned))
+        result = estimator.estimate(
+            bind(problem, meta, task.support, inner, learned, begin), task.query, step_weights
+        )
+    _warn_of_zeros(problem, estimator, result.grad)
+    return result
+
+
+class Metrics(NamedTuple):
+    """What a meta-step reports.
+
+    Attributes:
+        loss: outer loss at the adapted parameters, averaged over the tasks by their weights, a scalar.
+        accuracy: share of query examples classified rightly, a scalar; None where targets are not classes.
+        diagnostics: what the estimator reports, by name, averaged over the tasks.
+        losses: the outer loss of every task, ``[tasks]``.
+        end: where the tasks were left, which ``begin=`` takes: a list, or one `End` for a lone `Task`; None unless asked
+            for.
+    """
+
+    loss: Tensor
+    accuracy: Tensor | None
+    diagnostics: dict[str, Tensor]
+    losses: Tensor
+    end: End | list[End] | None
+
+
+class Evaluation(NamedTuple):
+    """How each task went.
+
+    Attributes:
+        loss: outer loss after adaptation, ``[tasks]``.
+        accuracy: query accuracy after adaptation, ``[tasks]``; None where targets are not classes.
+        outputs: what the outer loss returned beside its value, for a learner the model's outputs for the query
+            examples: a tree of ``[tasks, queries, ...]``; for a list of tasks a list of one each.
+        loss_curve: outer loss after 0, 1, ... steps, ``[tasks, steps + 1]``; None if not asked for.
+        accuracy_curve: the same of the accuracy.
+    """
+
+    loss: Tensor
+    accuracy: Tensor | None
+    outputs: Any
+    loss_curve: Tensor | None
+    accuracy_curve: Tensor | None
+
+
+class Bilevel(nn.Module):
+    """Any bilevel problem with its meta-parameters, as a module: `innerloop.fit`, checkpoints, several processes, check.
+
+    Its parameters are the meta-parameters, ``meta``, and the rates that the inner solver learns, ``rates``.
+
+    Args:
+        problem: start, inner loss and outer loss; ``meta`` reaches them as a dict of tensors by name.
+        meta: the meta-parameters: a module, whose parameters they are, or a dict of tensors, which is copied.
+        inner: the inner solver.
+        meta_gradient: how the outer gradient is found; None is the exact ``Unrolled()``.
+        carry: where a task begins: ``"none"``: at the start; ``"slot"``: where the same place of the last batch ended,
+            whichever task that was; ``"task"``: where the same task, by its ``task_ids``, ended when last seen.
+        stacked: a `Task` given to ``meta_step`` is a batch, with a leading task dimension in every tensor; otherwise it
+            is one task.
+        chunk_size: how many tasks of such a batch are computed at once; bounds memory and changes no result. None takes
+            8 on the CPU and all on an accelerator; 1 computes task by task.
+
+    Raises:
+        ValueError: choices that do not go together; the message says what does.
+
+    Example:
+        >>> learner = il.Bilevel(problem, {"log decay": torch.zeros(8)}, inner=il.AdamW(lr=1e-3, steps=2, clip=1.0))
+        >>> metrics = learner.meta_step(il.Task(support=il.Steps(batches), query=held_out))
+    """
+
+    adapted: Sequence[str] = ()
+    """Names of the meta-parameters that are where the inner loop begins, if they are known to be."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        meta: nn.Module | Mapping[str, Tensor],
+        inner: InnerSolver | None = None,
+        meta_gradient: MetaGradient | str | None = None,
+        *,
+        carry: Carry = "none",
+        stacked: bool = False,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.problem = problem
+        self.meta = meta if isinstance(meta, nn.Module) else _parameters(meta)
+        self._bind(inner, meta_gradient, carry, stacked, chunk_size, (), None)
+
+    def _bind(
+        self,
+        inner: InnerSolver | None,
+        meta_gradient: MetaGradient | str | None,
+        carry: Carry,
+        stacked: bool,
+        chunk_size: int | None,
+        moves: Sequence[frozenset[str]],
+        whole: bool | None,
+    ) -> None:
+        """Take the choices, once the meta-parameters are there."""
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: give how many tasks to compute at once, 1 or more, or None")
+        if carry not in ("none", "slot", "task"):
+            raise ValueError(f"carry={carry!r}: choose 'none', 'slot' or 'task'")
+        inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
+        self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
+        self.meta_gradient: MetaGradient = (
+            choice(meta_gradient, "meta_gradient") if meta_gradient is not None else Unrolled()
+        )
+        learned: Tree = {}
+        if type(self.inner).learned is not InnerSolver.learned:
+            learned = self.inner.learned(self._first_params())
+        self.meta_gradient.check(self.inner, learns=bool(learned), whole=whole)
+        self.rates = _parameters(learned)
+        self.carry, self.stacked, self.chunk_size = carry, stacked, chunk_size
+        self.carried = Carried()
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.modules())
+        self._vectorise, self._looked_for_zeros = True, False
+
+    def meta_step(
+        self,
+        batch: Task | Sequence[Task],
+        step_weights: Sequence[float] | None = None,
+        task_ids: Sequence[Hashable] | None = None,
+        *,
+        task_weights: Tensor | Sequence[float] | None = None,
+        begin: End | Sequence[End] | None = None,
+        keep_end: bool | None = None,
+    ) -> Metrics:
+        """Adapt to every task of a batch and add the mean meta-gradient to ``.grad``, as ``backward()`` would.
+
+        Args:
+            batch: tasks; moved to the learner's device and precision. A list of tasks may hold tasks of unequal sizes,
+                and is computed one by one.
+            step_weights: weights of the outer loss after each inner step (the multi-step loss of MAML++); None puts all
+                weight on the last.
+            task_ids: what names each task, for ``carry="task"`` alone.
+            task_weights: the weight of each task in the sum of losses and gradients, ``[tasks]``; None is 1 / tasks.
+            begin: where each task is taken up, as an earlier ``end`` gave it.
+            keep_end: whether to report where the tasks were left, which holds their parameters in memory; None does so
+                for a lone task and where ``begin`` is given.
+
+        Returns:
+            Loss, accuracy, diagnostics and the loss of each task. Where they or the gradient are not finite, `diagnose`
+            tells why.
+
+        Raises:
+            ValueError: the batch is not what is asked for, or its weights, ``task_ids`` or ``begin`` are of another
+                number.
+        """
+        tasks, count = self._checked(batch)
+        meta, learned = self.meta_tree(), self.learned()
+        starts, keys = self._starts(count, task_ids, begin)
+        weights = self._weights(count, task_weights)
+        if keep_end is None:
+            keep_end = count == 1 or begin is not None
+        keep = keep_end or self.carry != "none"
+        ways = self._ways(tasks)
+
+        def task_gradient(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
+            result = self._estimate(task, meta, learned, start, step_weights, seed, rows, ways)
+            accuracy = self._accuracy(result.extra, task)
+            end = (result.end.params, result.end.state, result.end.solution) if keep else ()
+            return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
+
+        total: Any = None
+        found: list[tuple[list[int], Any, Any]] = []
+        with second_order_kernels(self.recurrent):
+            for places, (grads, numbers, left) in self._over_tasks(task_gradient, tasks, count, starts):
+                share = weights[places]
+                mean = pytree.tree_map(lambda value, share=share: torch.tensordot(share.to(value), value, 1), grads)
+                total = mean if total is None else pytree.tree_map(torch.add, total, mean)
+                found.append((places, numbers, left))
+        losses, accuracies, diagnostics = _in_order(found, count)
+        reached = self._ends(found, starts, count) if keep else None
+        if self.carry != "none" and reached is not None:
+            self.carried.store(keys, reached)
+        self._accumulate(*total)
+        alone = isinstance(batch, Task) and not self.stacked
+        return Metrics(
+            weights.to(losses) @ losses,
+            accuracies[0].mean(0) if accuracies else None,
+            {name: value.mean(0) for name, value in diagnostics.items()},
+            losses,
+            None if reached is None or not keep_end else reached[0] if alone else reached,
+        )
+
+    def estimate(
+        self,
+        task: Task,
+        estimator: MetaGradient | str | None = None,
+        *,
+        step_weights: Sequence[float] | None = None,
+        begin: End | None = None,
+    ) -> Result:
+        """The meta-gradient of one task, ``.grad`` left alone; ``result.grad`` is named as `meta_tree`.
+
+        Args:
+            task: without a task dimension.
+            estimator: in place of the learner's own.
+            step_weights: as in ``meta_step``.
+            begin: where the task is taken up.
+
+        Raises:
+            ValueError: the estimator does not go with the inner solver.
+        """
+        own = self.meta_gradient if estimator is None else choice(estimator, "meta_gradient")
+        if own is not self.meta_gradient:
+            self.accepts(own)
+        tasks, _ = self._checked([task])
+        ways = self._ways(tasks)
+        with torch.no_grad(), second_order_kernels(self.recurrent):
+            return self._estimate(
+                tasks[0], self.meta_tree(), self.learned(), begin, step_weights, fresh_seed(), None, ways, own
+            )
+
+    def loop(self, task: Task, begin: End | None = None) -> tuple[InnerLoop, Batch]:
+        """The inner loop of one task and what its outer loss reads, for those who look inside; under ``no_grad``."""
+        tasks, _ = self._checked([task])
+        stated = self._state(tasks[0], self.meta_tree(), self._ways(tasks), differentiate=False)
+        loop = bind(stated.problem, stated.meta, stated.task.support, self.inner, self.learned(), begin)
+        return loop, stated.task.query
+
+    def diagnose(
+        self,
+        batch: Task | Sequence[Task],
+        step_weights: Sequence[float] | None = None,
+        task_ids: Sequence[Hashable] | None = None,
+        *,
+        begin: End | Sequence[End] | None = None,
+    ) -> str | None:
+        """Why the meta-gradient of a batch is not finite: the first task at fault, and what in it is the first.
+
+        Call it where `meta_step` gave such a loss or gradient, with the same arguments. It computes the meta-gradient
+        again, task by task, and changes nothing.
+
+        Returns:
+            A clause; None where every task is finite by itself. So it can be if what went wrong was drawn at random
+            (dropout), or was in ``.grad`` before.
+
+        Raises:
+            ValueError: as in ``meta_step``.
+        """
+        for name, parameter in self.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the learner's own {name} is not finite: go back to weights that are"
+        tasks, count = self._checked(batch)
+        meta, learned = self.meta_tree(), self.learned()
+        starts, _ = self._starts(count, task_ids, begin)
+        ways = self._ways(tasks)
+        found: dict[int, str] = {}
+        with torch.no_grad(), second_order_kernels(self.recurrent):
+            for place in range(count):
+                one = _task(tasks, place)
+
+                def estimate(task: Task = one, start: End | None = starts[place]) -> Result:
+                    return self._estimate(task, meta, learned, start, step_weights, fresh_seed(), None, ways)
+
+                if reason := fault(estimate, one, self.inner.steps):
+                    found[place] = reason
+        if not found:
+            return None
+        place, reason = next(iter(found.items()))
+        name = "" if task_ids is None else f" ({task_ids[place]!r})"
+        others = f"; of {count} tasks {len(found)} fail" if len(found) > 1 else ""
+        return f"in task {place} of the batch{name} {reason}{others}"
+
+    def evaluate(
+        self, batch: Task | Sequence[Task], steps: int | None = None, inductive: bool = False, curve: bool = False
+    ) -> Evaluation:
+        """Adapt to every task of a batch and judge it on its queries; nothing is recorded and nothing changes.
+
+        Every task begins at the start, whatever ``carry`` says.
+
+        Args:
+            batch: as in ``meta_step``.
+            steps: inner steps; None takes the solver's ``test_steps``.
+            inductive: normalise queries by the support set's statistics, so that no query sees another. Always so with
+                ``batch_norm="task"``, and without effect with ``"frozen"``.
+            curve: also report loss and accuracy after each step, at one more query pass a step.
+
+        Raises:
+            ValueError: the batch is not what is asked for, or ``steps`` is negative.
+        """
+        steps = self._steps(steps)
+        tasks, count = self._checked(batch)
+        meta, learned = self.meta_tree(), self.learned()
+        ways = self._ways(tasks)
+
+        def one(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
+            stated = self._state(task, meta, ways, inductive=inductive, differentiate=False)
+            problem = stated.problem if stated.problem.seed is not None else replace(stated.problem, seed=seed)
+            loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows)
+            losses: list[Tensor] = []
+            accuracies: list[Tensor] = []
+            found: list[Any] = []
+
+            def judge(step: int, params: Tree, *_: object) -> None:
+                query = loop.judged(stated.task.query, max(step - 1, 0))
+                value = problem.outer_loss(params, stated.meta, query)
+                loss, output = value if isinstance(value, tuple) else (value, None)
+                losses.append(loss)
+                accuracies.extend(self._accuracy(output, task))
+                found[:] = [() if output is None else output]
+
+            judge(steps, loop.run(steps, judge if curve else None).params)
+            return torch.stack(losses), [torch.stack(accuracies)] if accuracies else [], found[0]
+
+        alone = isinstance(tasks, list)
+        with second_order_kernels(self.recurrent):
+            found = [
+                (places, out[:2] if alone else out, out[2])
+                for places, out in self._over_tasks(one, tasks, count, [None] * count)
+            ]
+        losses, accuracies, *stacked = _in_order([(places, numbers, ()) for places, numbers, _ in found], count)
+        outputs: Any = [pytree.tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
+        accuracy = accuracies[0] if accuracies else None
+        return Evaluation(
+            losses[:, -1],
+            None if accuracy is None else accuracy[:, -1],
+            outputs,
+            losses if curve else None,
+            accuracy if curve else None,
+        )
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Refused: a learner is trained, and adapts.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} is not called: train it with meta_step(batch), judge it with evaluate(batch), or "
+            "call what MetaLearner.adapt(images, labels) returns"
+        )
+
+    def extra_repr(self) -> str:
+        """The choices."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in ("inner", "meta_gradient", "carry"))
+
+    def meta_tree(self) -> Tree:
+        """The meta-parameters as the problem's functions see them, by name, detached."""
+        if isinstance(self.meta, nn.ParameterDict):
+            return _tree(self.meta)
+        return {name: p.detach() for name, p in self.meta.named_parameters() if p.requires_grad}
+
+    def learned(self) -> Tree:
+        """The rates that the inner solver learns, by parameter, detached."""
+        return _tree(self.rates)
+
+    def accepts(self, estimator: MetaGradient) -> None:
+        """Raise ValueError where an estimator does not go with this learner, with what to use instead."""
+        estimator.check(self.inner, learns=len(self.rates) > 0, whole=self._whole())
+
+    # What a few-shot learner does in its own way.
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        """The parameter whose gradient the meta-gradient of this name is; None where it is not learned."""
+        if isinstance(self.meta, nn.ParameterDict):
+            return self.meta[_key(name)]
+        return self.meta.get_parameter(name)
+
+    def _first_params(self) -> Tree:
+        if self.problem.reads_support:
+            raise ValueError(
+                f"{type(self.inner).__name__} learns a rate for each parameter, and a start that reads the support set "
+                "tells their shapes too late: use start(meta), or SGD, Momentum or Adam"
+            )
+        return self.problem.start(self.meta_tree())
+
+    def _whole(self) -> bool | None:
+        return None
+
+    def _state(self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, differentiate: bool) -> Stated:
+        return Stated(self.problem, meta, task, None)
+
+    def _ways(self, tasks: Task | list[Task]) -> int:
+        return 0
+
+    def _accuracy(self, outputs: Any, task: Task) -> list[Tensor]:
+        return []
+
+    def _checked(self, batch: Task | Sequence[Task]) -> tuple[Task | list[Task], int]:
+        """The tasks on the learner's device, and how many there are."""
+        if isinstance(batch, Task) and self.stacked:
+            moved = self._moved(batch)
+            lengths = {len(leaf) if leaf.ndim else 0 for leaf in _tensors(moved)}
+            if len(lengths) != 1 or lengths == {0}:
+                raise ValueError(
+                    "a batch of tasks has the same leading task dimension in every tensor, but theirs are "
+                    f"{sorted(lengths)}; give a single task in a list, [task]"
+                )
+            return moved, lengths.pop()
+        tasks = [batch] if isinstance(batch, Task) else list(batch)
+        if not tasks or not all(isinstance(task, Task) for task in tasks):
+            raise ValueError("give a Task, or a list of one or more of them: il.Task(support=..., query=...)")
+        return [self._moved(task) for task in tasks], len(tasks)
+
+    # Batches of tasks.
+
+    def _estimate(
+        self,
+        task: Task,
+        meta: Tree,
+        learned: Tree,
+        begin: End | None,
+        step_weights: Sequence[float] | None,
+        seed: int,
+        rows: Tensor | None,
+        ways: int,
+        estimator: MetaGradient | None = None,
+    ) -> Result:
+        problem, reduced, reduced_task, carry = self._state(task, meta, ways, differentiate=True)
+        problem = problem if problem.seed is not None else replace(problem, seed=seed)
+        loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows)
+        result = (estimator or self.meta_gradient).estimate(loop, reduced_task.query, step_weights)
+        return result if carry is None else result._replace(grad=carry(result.grad))
+
+    def _over_tasks(
+        self, function: Callable[..., Out], tasks: Task | list[Task], count: int, starts: Sequence[End | None]
+    ) -> Iterator[tuple[list[int], Out]]:
+        """Map ``function(task, start, seed, rows)`` over tasks; yields places in the batch, and results stacked.
+
+        A batch is computed by chunks of tasks that are taken up at the same step. A model that vmap cannot take is
+        computed task by task from then on, with one warning.
+        """
+        listed = isinstance(tasks, list)
+        size = self.chunk_size or (8 if self._place().type == "cpu" else count)
+        groups: dict[int | None, list[int]] = {}
+        for place, start in enumerate(starts):
+            groups.setdefault(None if start is None else start.step, []).append(place)
+        base = fresh_seed()
+        rows = self._rows(tasks, base, count)
+        todo = [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
+        refusal: Exception | None = None
+        with torch.no_grad():
+            while todo:
+                places = todo.pop(0)
+                if len(places) > 1 and (listed or not self._vectorise):
+                    todo[:0] = [[place] for place in places]
+                    continue
+                seed, mine = base + 1000 * places[0], [starts[place] for place in places]
+                try:
+                    if len(places) > 1:
+                        out = self._vectorised(function, tasks, places, mine, seed, rows)
+                    else:
+                        row = None if rows is None else rows[places[0]]
+                        one = function(_task(tasks, places[0]), mine[0], seed, row)
+                        out = pytree.tree_map(lambda value: value.unsqueeze(0), one)
+                except torch.OutOfMemoryError as error:
+                    error.add_note(f"{len(places)} tasks were computed at once: give a smaller chunk_size")
+                    raise
+                except RuntimeError as error:
+                    if len(places) == 1:
+                        raise
+                    # If the loop fails as well, the fault is not vmap's, and the loop's error is the clearer one.
+                    self._vectorise, refusal = False, error
+                    todo.insert(0, places)
+                    continue
+                if refusal is not None:
+                    warnings.warn(
+                        f"{self._what()} is computed task by task, same result, slower, because vmap cannot take it: "
+                        f"{str(refusal).splitlines()[0]}",
+                        stacklevel=4,
+                    )
+                    refusal = None
+                yield places, out
+
+    def _vectorised(
+        self,
+        function: Callable[..., Out],
+        tasks: Any,
+        places: list[int],
+        starts: list[End | None],
+        seed: int,
+        rows: Tensor | None,
+    ) -> Out:
+        whole = places == list(range(places[0], places[-1] + 1))
+        part: Any = slice(places[0], places[-1] + 1) if whole else places
+        chunk = pytree.tree_map(lambda value: value[part], tasks)
+        known = [start for start in starts if start is not None]
+        step = known[0].step if known else 0
+        begin = _stack([(start.params, start.state, start.solution) for start in known]) if known else None
+
+        def one(task: Task, begin: Any, row: Any) -> Out:
+            start = None if begin is None else End(begin[0], begin[1], step, begin[2])
+            return function(task, start, seed, row)
+
+        dims = (0, None if begin is None else 0, None if rows is None else 0)
+        return torch.func.vmap(one, in_dims=dims, randomness="different")(
+            chunk, begin, None if rows is None else rows[part]
+        )
+
+    def _rows(self, tasks: Task | list[Task], seed: int, count: int) -> Tensor | None:
+        """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""
+        if self.inner.minibatch is None or isinstance(tasks, list):
+            return None
+        seeds = [seed + 1000 * place for place in range(count)]
+        return minibatches(self.inner, _task(tasks, 0).support, seeds).to(self._place())
+
+    def _starts(
+        self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End] | None
+    ) -> tuple[list[End | None], Sequence[Hashable]]:
+        """Where the tasks begin, and the keys under which they are left."""
+        if (task_ids is not None) != (self.carry == "task"):
+            raise ValueError(
+                f"task_ids {'are needed' if task_ids is None else 'have no use'} here: give them with carry='task' and "
+                "with nothing else"
+            )
+        keys: Sequence[Hashable] = range(count) if task_ids is None else task_ids
+        given = [begin] if isinstance(begin, End) else begin
+        for name, items in (("task_ids", keys), ("begin", given)):
+            if items is not None and len(items) != count:
+                raise ValueError(f"{len(items)} {name} were given for {count} tasks: give one a task")
+        if given is not None:
+            return list(given), keys
+        if self.carry == "none":
+            return [None] * count, keys
+        return self.carried.gather(keys, self._place()), keys
+
+    def _ends(
+        self, found: list[tuple[list[int], Any, Any]], starts: Sequence[End | None], count: int
+    ) -> list[End]:
+        ends: list[End] = [None] * count  # type: ignore[list-item]
+        for places, _, left in found:
+            for row, place in enumerate(places):
+                params, state, solution = pytree.tree_map(lambda value, row=row: value[row], left)
+                start = starts[place]
+                ends[place] = End(params, state, self.inner.steps + (0 if start is None else start.step), solution)
+        return ends
+
+    def _weights(self, count: int, weights: Tensor | Sequence[float] | None) -> Tensor:
+        if weights is None:
+            return torch.full((count,), 1 / count, device=self._place(), dtype=torch.float64)
+        given = torch.as_tensor(weights, device=self._place()).detach()
+        if given.shape != (count,):
+            raise ValueError(f"task_weights of shape {tuple(given.shape)} for {count} tasks: give one number a task")
+        return given.double()
+
+    def _accumulate(self, grad: Tree, learned_grad: Tree) -> None:
+        for name, value in grad.items():
+            if (parameter := self._parameter(name)) is not None:
+                parameter.grad = value.clone() if parameter.grad is None else parameter.grad + value
+        for name, value in learned_grad.items():
+            rate = self.rates[_key(name)]
+            rate.grad = value.clone() if rate.grad is None else rate.grad + value
+        if not self._looked_for_zeros:
+            self._looked_for_zeros = True
+            learnt = {name: value for name, value in grad.items() if self._parameter(name) is not None}
+            _warn_of_zeros(self.problem, self.meta_gradient, learnt)
+
+    def _moved(self, task: Task) -> Task:
+        like = next(self.parameters(), None)
+        return task if like is None else task.to(like.device, like.dtype)
+
+    def _place(self) -> torch.device:
+        like = next(self.parameters(), None)
+        return torch.device("cpu") if like is None else like.device
+
+    def _what(self) -> str:
+        return "the problem"
+
+    def _steps(self, steps: int | None) -> int:
+        if steps is not None and steps < 0:
+            raise ValueError(f"steps={steps}: give 0 or more inner steps")
+        return self.inner.adaptation_steps if steps is None else steps
+
+
+
+class Carried:
+    """Where tasks were left, by key: the place in the batch, or whatever names a task that recurs.
+
+    Holds the adapted parameters, solver state and solution of every key seen. It is no part of a learner's
+    ``state_dict()`` and has its own; `innerloop.fit` keeps both.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[Hashable, End] = {}
+
+    def gather(self, keys: Sequence[Hashable], device: torch.device) -> list[End | None]:
+        """Where the tasks were left, None for a key not seen."""
+        found = [self._left.get(key) for key in keys]
+        return pytree.tree_map_only(Tensor, lambda value: value.to(device), found)
+
+    def store(self, keys: Sequence[Hashable], ends: Sequence[End]) -> None:
+        """Keep where tasks were left; one in which something is not finite stays where it was."""
+        for key, end in zip(keys, ends, strict=True):
+            if finite((end.params, end.state, end.solution)):
+                self._left[key] = pytree.tree_map_only(Tensor, torch.clone, end)
+
+    def state_dict(self) -> dict[Hashable, dict[str, Any]]:
+        """Where every task was left, in dicts and tensors alone."""
+        return {key: left._asdict() for key, left in self._left.items()}
+
+    def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Any]]) -> None:
+        """Take over what ``state_dict`` gave, in place of what is held."""
+        self._left = {key: End(**left) for key, left in state.items()}
+
+
+def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree) -> None:
+    """Warn once where an estimator that leaves something out leaves meta-parameters without any gradient."""
+    if problem.known.warned or (estimator.second_order and estimator.learn_start):
+        return
+    values = list(grad.values())
+    if not values or any(torch._C._functorch.is_batchedtensor(value) for value in values):
+        return
+    problem.known.warned = True
+    names = [name for name, value in grad.items() if not value.any()]
+    if names:
+        why = (
+            "takes no second derivative, so that nothing reaches what only the inner loss reads: use Unrolled() or "
+            "Truncated() for those"
+            if not estimator.second_order
+            else "does not learn the start: use learn_start=True for what only that reads"
+        )
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(f"the meta-gradient of {shown} is exactly zero. {type(estimator).__name__} {why}", stacklevel=4)
+
+
+def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
+    """Numbers of all tasks, stacked in the batch's order."""
+    order = torch.tensor([place for places, _, _ in found for place in places]).argsort()
+    return pytree.tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *(each for _, each, _ in found))
+
+
+def _task(tasks: Any, place: int) -> Task:
+    """One task of a batch."""
+    found: Task = tasks[place] if isinstance(tasks, list) else pytree.tree_map(lambda value: value[place], tasks)
+    return found
+
+
+def _stack(trees: list[Any]) -> Any:
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *trees)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # torch allows no dot in a parameter's own name
+
+
+def _parameters(tree: Mapping[str, Tensor]) -> nn.ParameterDict:
+    return nn.ParameterDict({_key(name): nn.Parameter(value.detach().clone()) for name, value in tree.items()})
+
+
+def _tree(parameters: nn.ParameterDict) -> Tree:
+    return {name.replace("/", "."): value.detach() for name, value in parameters.items()}

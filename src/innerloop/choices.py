@@ -1,0 +1,226 @@
+"""What can be chosen by a short string such as ``truncated:2``: one table a choice, one row a name.
+
+Behind the colon come the arguments of what the name stands for, separated by commas, by place or as ``name=value``:
+``blocks:00011``, ``named:block4.*,head.*``, ``implicit:iterations=5``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+
+from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
+from innerloop.few_shot import Prototypes
+from innerloop.inner import SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
+from innerloop.linear import CG
+from innerloop.meta_gradient import (
+    Binomial,
+    FirstOrder,
+    Implicit,
+    MemoryReduced,
+    MetaGradient,
+    Mixed,
+    ReleasedIMAML,
+    Reptile,
+    Truncated,
+    Unrolled,
+    Window,
+)
+
+Table = Mapping[str, Callable[..., Any]]
+
+
+def blocks(pattern: str, batch_norm: bool = True) -> Blocks:
+    """``Blocks``, so that a table can be typed, ``blocks:11111/00011``: a row for each inner step."""
+    rows = pattern.split("/")
+    return Blocks(rows if len(rows) > 1 else pattern, batch_norm)
+
+
+def learned_rates(per: str = "parameter", **options: Any) -> LearnedRates:
+    """``LearnedRates``, so that ``learned-rates:layer-step`` can be typed."""
+    return LearnedRates(per=per, **options)  # type: ignore[arg-type]  # an unknown one is refused there
+
+
+def adam(beta1: float = 0.9, beta2: float = 0.999, **options: Any) -> Adam:
+    """``Adam``, so that ``adam:beta1=0`` can be typed."""
+    return Adam(betas=(beta1, beta2), **options)
+
+
+def adamw(beta1: float = 0.9, beta2: float = 0.999, **options: Any) -> AdamW:
+    """``AdamW``, likewise."""
+    return AdamW(betas=(beta1, beta2), **options)
+
+
+def implicit(iterations: int = 5, damping: float = 0.0) -> Implicit:
+    """``Implicit`` with so many iterations of conjugate gradient."""
+    return Implicit(CG(iterations, damping))
+
+
+def released_imaml(proximal: float = 2.0, iterations: int = 5, damping: float = 1.0) -> ReleasedIMAML:
+    """``ReleasedIMAML`` with so many iterations of conjugate gradient."""
+    return ReleasedIMAML(proximal, CG(iterations, damping))
+
+
+def memory_reduced(iterations: int = 20) -> Implicit:
+    """``MemoryReduced`` with so many iterations of conjugate gradient."""
+    return MemoryReduced(CG(iterations))
+
+
+def mixed(*unweighted: str, **weights: str) -> Mixed:
+    """``Mixed``, typed as ``mixed:1=0.2,5=0.8``: horizons and their weights."""
+    try:
+        if unweighted or not weights:
+            raise ValueError
+        shares = {int(horizon): float(weight) for horizon, weight in weights.items()}
+    except ValueError:
+        given = [*unweighted, *(f"{horizon}={weight}" for horizon, weight in weights.items())]
+        raise ValueError(f"mixed takes horizon=weight, as in mixed:1=0.2,5=0.8, not {','.join(given)!r}") from None
+    return Mixed(tuple(shares), tuple(shares.values()))
+
+
+ADAPTS: Table = {"everything": Everything, "head": Head, "body": Body, "blocks": blocks, "named": Named}
+INNER: Table = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "adam": adam,
+    "adamw": adamw,
+    "learned-rates": learned_rates,
+    "newton-cg": NewtonCG,
+}
+META_GRADIENT: Table = {
+    "unrolled": Unrolled,
+    "truncated": Truncated,
+    "first-order": FirstOrder,
+    "reptile": Reptile,
+    "window": Window,
+    "binomial": Binomial,
+    "mixed": mixed,
+    "implicit": implicit,
+    "released-imaml": released_imaml,
+    "memory-reduced": memory_reduced,
+}
+
+_OPTIONS = {"lr", "steps", "test_steps", "weight_decay", "proximal", "moves"}  # of the command, beside the strings
+
+START: Table = {"prototypes": Prototypes}
+
+_KINDS: dict[str, tuple[type, Table, str]] = {
+    "adapts": (Adapts, ADAPTS, "Head()"),
+    "inner": (InnerSolver, INNER, "SGD(lr=0.1, steps=5)"),
+    "meta_gradient": (MetaGradient, META_GRADIENT, "Unrolled()"),
+    "start": (Prototypes, START, "Prototypes()"),
+}
+
+
+def choice(value: Any, what: str) -> Any:
+    """A value of one of the choices, from the object itself or from the string that the command takes.
+
+    Args:
+        value: what was given.
+        what: ``"adapts"``, ``"inner"`` or ``"meta_gradient"``.
+
+    Raises:
+        ValueError: something else, or a string that says too little.
+    """
+    kind, table, example = _KINDS[what]
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str):
+        if what == "inner" and not {"lr=", "steps="} <= {text for text in ("lr=", "steps=") if text in value}:
+            raise ValueError(f"inner={value!r} has no rate and no steps: write il.{example}, or '{value}:lr=0.1,steps=5'")
+        return make(what, table, value)
+    if isinstance(value, type):
+        example = example if what == "inner" else f"{value.__name__}()"
+        raise ValueError(f"{what}={value.__name__} is a class: give an object, such as il.{example}")
+    if isinstance(value, torch.optim.Optimizer):
+        raise ValueError(
+            f"{what}=torch.optim.{type(value).__name__}(...) steps parameters in place, which has no derivative: give "
+            f"il.{example}, Momentum, Adam or AdamW; an optimiser of torch's is for the outer loop, over learner.parameters()"
+        )
+    raise ValueError(
+        f"{what}={value!r} is no {kind.__name__}: give il.{example}, or an object of a subclass of {kind.__module__.rpartition('._')[0]}.{kind.__name__}"
+    )
+
+
+def text(value: Any) -> str:
+    """The string that chooses an object of a choice, without what the command sets by options of its own."""
+    if isinstance(value, Named):
+        return f"named:{','.join(value.globs)}"
+    if isinstance(value, Mixed):
+        return "mixed:" + ",".join(f"{n}={weight}" for n, weight in zip(value.horizons, value.weights, strict=True))
+    reduced = isinstance(value, Implicit) and not value.learn_start
+    name = "memory-reduced" if reduced else next(
+        name for _, table, _ in _KINDS.values() for name in table if name.replace("-", "") == type(value).__name__.lower()
+    )
+    typed: list[str] = []
+    for field in fields(value):
+        held = getattr(value, field.name)
+        if field.name in _OPTIONS or (field.name == "learn_start" and reduced):
+            continue
+        if isinstance(held, CG):
+            defaults = inspect.signature(META_GRADIENT[name]).parameters
+            each = {"iterations": held.iterations, "damping": held.damping}
+            typed += [f"{key}={it}" for key, it in each.items() if key in defaults and defaults[key].default != it]
+        elif field.name == "betas":
+            typed += [f"beta{n}={beta}" for n, beta in enumerate(held, 1) if beta != field.default[n - 1]]
+        elif field.name == "pattern":
+            typed.append(held if isinstance(held, str) else "/".join(held))
+        elif field.default is MISSING or field.name == "per":
+            typed.append(str(held))
+        elif held != field.default:
+            typed.append(f"{field.name}={json.dumps(held) if isinstance(held, bool) else held}")
+    return ":".join([name, *([",".join(typed)] if typed else [])])
+
+
+def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
+    """Build what ``text`` chooses from a table.
+
+    Args:
+        what: what is chosen, for messages.
+        table: names and what they stand for.
+        text: ``name`` or ``name:arguments``.
+        *args: first arguments, which are not to be typed.
+        **options: further arguments; those that are None are left out.
+
+    Raises:
+        ValueError: an unknown name, or arguments that it does not take; and whatever is refused at construction.
+    """
+    name, _, rest = text.partition(":")
+    check_name(what, name, table)
+    typed = [part.strip() for part in rest.split(",") if part.strip()]
+    named = dict(part.split("=", 1) for part in typed if "=" in part)
+    places = [part for part in typed if "=" not in part]
+    options = {key: value for key, value in options.items() if value is not None}
+    signature = inspect.signature(table[name])
+    try:
+        bound = signature.bind(*args, *places, **named, **options)
+    except TypeError as error:
+        taken = list(signature.parameters)[len(args) :]
+        raise ValueError(f"{what} {text!r}: {error}; {name} takes {', '.join(taken) or 'no arguments'}") from error
+    for key, value in bound.arguments.items():
+        if isinstance(value, str) and signature.parameters[key].annotation != "str":
+            bound.arguments[key] = _number(value)
+    return table[name](*bound.args, **bound.kwargs)
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> None:
+    """Raise ValueError where a name is not among those known, and say which is nearest."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{what} {name!r} is unknown: {hint}choose one of {', '.join(names)}")
+
+
+def _number(text: str) -> Any:
+    """A number or boolean as JSON writes it; any other text stays text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

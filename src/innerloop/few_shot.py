@@ -1,0 +1,371 @@
+"""The few-shot problem of a model: what its losses are, what all inner steps share, and what the model turns out to be.
+
+    inner_loss(params, meta, (inputs, targets))  =  loss(model(inputs), targets)     with params in place of meta's
+
+What lies below the lowest adapted block is computed once a task; its features enter the problem as meta-parameters,
+so that no estimator knows about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from innerloop.adapts import Adapts
+from innerloop.batch_norm import BatchNormMode, statistics_from_first
+from innerloop.blocks import Chain, blocks_of, call, chain_of, parameter_names
+from innerloop.curvature import replayed
+from innerloop.problem import Batch, Problem, Steps, Task, Tree
+
+# Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
+SUPPORT, QUERY, LOSS = "support features", "query features", "loss"
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """The head begins at the class means of the support set's features (Proto-MAML, arXiv 1903.03096).
+
+        weight_c = 2 mean_c,     bias_c = - |mean_c|^2
+
+    so that before any inner step the model is a ProtoNet (arXiv 1703.05175): its scores are minus the squared distances
+    to the means, but for a term that all classes share. The exact gradient flows through the means. Any number of
+    classes will do, whatever the model's head was built for; the head's own weights are not learned.
+    """
+
+    def layer(self, model: nn.Module, adapted: Sequence[str]) -> str:
+        """The name of the linear layer that is the head.
+
+        Raises:
+            ValueError: the model ends in no linear layer with a bias, or that does not adapt.
+        """
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        last = next((name for name in reversed(names) if {f"{name}.weight", f"{name}.bias"} <= set(adapted)), None)
+        if last is None:
+            raise ValueError(
+                "Prototypes() sets weight and bias of the model's last linear layer, but no linear layer with both "
+                "adapts here: use adapts=Head() or Everything(), and a head nn.Linear(..., bias=True)"
+            )
+        return last
+
+    def head(self, features: Tensor, targets: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+        """Weight ``[ways, width]`` and bias ``[ways]`` from features ``[examples, width]`` and their classes."""
+        member = (targets.unsqueeze(-1) == torch.arange(ways, device=targets.device)).to(features.dtype)
+        means = member.mT @ features / member.sum(0).clamp(min=1).unsqueeze(-1)
+        return 2 * means, -means.square().sum(-1)
+
+
+class Stated(NamedTuple):
+    """A task's bilevel problem, and what carries its meta-gradient back to the model's (None: it is that already)."""
+
+    problem: Problem
+    meta: Tree
+    task: Task
+    carry: Callable[[Tree], Tree] | None
+
+
+class FewShot:
+    """The problem of a model whose batch norm is converted.
+
+    Args:
+        model: the learner's own copy.
+        adapts: which parameters move.
+        loss: ``loss(output, target) -> scalar``; the parameters of a module are meta-parameters.
+        batch_norm: where queries take their statistics.
+        start: None starts at the initialisation itself.
+        reuse_prefix: compute what all inner steps share once.
+
+    Raises:
+        ValueError: the choice does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapts: Adapts,
+        loss: Callable[[Any, Any], Tensor],
+        batch_norm: BatchNormMode,
+        start: Prototypes | None,
+        reuse_prefix: bool,
+    ) -> None:
+        self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
+        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        selected = set(adapts.select(model))
+        self.adapted = tuple(name for name in trainable if name in selected)
+        if not self.adapted:
+            raise ValueError(f"{adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
+        self.whole = len(self.adapted) == len(trainable)
+        moves = tuple(frozenset(row).intersection(self.adapted) for row in adapts.moves(model))
+        if not all(moves):
+            raise ValueError(f"{adapts!r} has a row of frozen parameters alone: unfreeze some, or leave it out")
+        self.moves = moves
+        self.layer = start.layer(model, self.adapted) if start else None
+        self._names = {name for name, _ in model.named_parameters()}
+        self._moving_buffers: tuple[str, ...] = ()
+        self._seen: dict[tuple[bool, ...], bool] = {}
+        self._to_compare = False
+        self.prefix: Chain | None = None
+        self.suffix: Chain | None = None
+        if reuse_prefix:
+            self._split()
+        begin = self._from_prototypes if start else self._from_meta
+        self.problem = Problem(begin, self._inner_loss, self._outer_loss)
+
+    @property
+    def unlearned(self) -> set[str]:
+        """Names of the head's parameters that its start replaces."""
+        return set() if self.layer is None else {f"{self.layer}.weight", f"{self.layer}.bias"}
+
+    def meta(self) -> Tree:
+        """The meta-parameters: those of the model that are not frozen, and those of the loss."""
+        found = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        if isinstance(self.loss, nn.Module):
+            found |= {f"{LOSS} {name}": p.detach() for name, p in self.loss.named_parameters() if p.requires_grad}
+        return found
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of the model or of the loss that a meta-parameter is."""
+        if name.startswith(f"{LOSS} ") and isinstance(self.loss, nn.Module):
+            return self.loss.get_parameter(name.removeprefix(f"{LOSS} "))
+        return self.model.get_parameter(name)
+
+    def look(self, inputs: Any) -> None:
+        """Run the model on real inputs, once a training mode, and see what it is.
+
+        Args:
+            inputs: of one task.
+
+        Raises:
+            ValueError: the choice of what adapts turns out wrong.
+        """
+        mode = tuple(module.training for module in self.model.modules())
+        if mode in self._seen:
+            return
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        versions = {name: buffer._version for name, buffer in buffers.items()}
+        passed = dict(buffers)
+        with torch.no_grad(), replayed(0, 0, inputs):
+            with _order_of_use(self.model) as order:
+                outputs = call(self.model, passed, inputs)
+            moving = (n for n, b in buffers.items() if passed[n] is not b or b._version != versions[n])
+            self._moving_buffers = tuple(dict.fromkeys((*self._moving_buffers, *moving)))
+            self.adapts.verify(self.model, order)
+            if self._to_compare:
+                self._compare(inputs, outputs)
+            self._seen[mode] = self.prefix is None or _draws(partial(self.prefix, self._buffers(), inputs), inputs)
+
+    def _compare(self, inputs: Any, outputs: Any) -> None:
+        """Do without a declared chain that does not give what the model gives."""
+        assert self.prefix and self.suffix
+        self._to_compare = False
+        try:
+            with replayed(0, 0, inputs):
+                found = self.suffix(self._buffers(), self.prefix(self._buffers(), inputs))
+            same = all(
+                torch.allclose(*pair) for pair in zip(*map(pytree.tree_leaves, (found, outputs)), strict=True)
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            same = False
+        if not same:
+            self.prefix = self.suffix = None
+            warnings.warn(
+                f"the blocks of {type(self.model).__name__}, one after the other, are not its forward pass: features "
+                "below what adapts are computed in every inner step; same result, slower",
+                stacklevel=4,
+            )
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward pass changes, so that the model's own never move."""
+        return {name: self.model.get_buffer(name).clone() for name in self._moving_buffers}
+
+    def _split(self) -> None:
+        """The chains below and from the lowest adapted block, where there are such."""
+        blocks, chain = blocks_of(self.model), chain_of(self.model)
+        if blocks is None or chain is None:
+            return
+        adapted = set(self.adapted)
+        lowest = next(place for place, block in enumerate(blocks) if adapted & set(parameter_names(self.model, block)))
+        below, above = ([part for block in some for part in block] for some in (blocks[:lowest], blocks[lowest:]))
+        if below:
+            self.prefix, self.suffix, self._to_compare = Chain(self.model, below), Chain(self.model, above), chain[1]
+
+    # The losses.
+
+    def _from_meta(self, meta: Tree) -> Tree:
+        return {name: meta[name] for name in self.adapted}
+
+    def _from_prototypes(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
+        assert self.start and self.layer
+        if isinstance(support, Steps):
+            raise ValueError("Prototypes() needs one support set, not a batch for every step (Steps)")
+        inputs, targets = support
+        caught: list[Tensor] = []
+        layer = self.model.get_submodule(self.layer)
+        hook = layer.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        try:
+            self._forward({}, meta, inputs, SUPPORT)
+        finally:
+            hook.remove()
+        weight, bias = self.start.head(caught[-1], targets, ways)
+        return {**self._from_meta(meta), f"{self.layer}.weight": weight, f"{self.layer}.bias": bias}
+
+    def _forward(self, params: Tree, meta: Tree, inputs: Any, part: str) -> Any:
+        tree = {name: value for name, value in {**meta, **params}.items() if name in self._names} | self._buffers()
+        if self.suffix is None or f"{part} 0" not in meta:
+            return call(self.model, tree, inputs)
+        features = []
+        while (name := f"{part} {len(features)}") in meta:
+            features.append(meta[name])
+        # of a stream, the inputs are the number of the row
+        rows = [value.index_select(0, inputs.view(1))[0] for value in features] if _is_place(inputs) else features
+        return self.suffix(tree, pytree.tree_unflatten(rows, self._shape))
+
+    def _judged(self, meta: Tree, outputs: Any, targets: Any) -> Tensor:
+        loss = self.loss
+        if not isinstance(loss, nn.Module):
+            return loss(outputs, targets)
+        own = {name.removeprefix(f"{LOSS} "): meta[name] for name in meta if name.startswith(f"{LOSS} ")}
+        value: Tensor = functional_call(loss, own, (outputs, targets))
+        return value
+
+    def _inner_loss(self, params: Tree, meta: Tree, batch: Batch) -> Tensor:
+        inputs, targets = batch
+        return self._judged(meta, self._forward(params, meta, inputs, SUPPORT), targets)
+
+    def _outer_loss(self, params: Tree, meta: Tree, batch: Batch, rows: int | None = None) -> tuple[Tensor, Any]:
+        inputs, targets = batch
+        with statistics_from_first(self.model, rows):
+            outputs = self._forward(params, meta, inputs, QUERY)
+        if rows:
+            outputs = pytree.tree_map(lambda value: value[rows:], outputs)
+        return self._judged(meta, outputs, targets), pytree.tree_map(torch.detach, outputs)
+
+    # A task's problem.
+
+    def state(
+        self, task: Task, meta: Tree, *, transductive: bool = True, ways: int = 0, reuse: bool = True, differentiate: bool
+    ) -> Stated:
+        """The problem of a task, on the features of the frozen prefix.
+
+        Args:
+            task: one task.
+            meta: as ``meta()``.
+            transductive: queries are normalised together; otherwise by the support set's statistics.
+            ways: number of classes, for `Prototypes`.
+            reuse: False leaves the prefix out.
+            differentiate: whether its meta-gradient will be taken.
+        """
+        problem = self.problem
+        if self.start:
+            problem = replace(problem, start=partial(self._from_prototypes, ways=ways))
+        streams = [isinstance(part, Steps) for part in task]
+        rows = None
+        if not transductive:
+            if any(streams):
+                raise ValueError(
+                    "with a batch for every step (Steps) no one support set gives the queries their statistics: use "
+                    "batch_norm='batch' and leave inductive out, or batch_norm='frozen'"
+                )
+            inputs = task.support[0]
+            rows = len(pytree.tree_leaves(inputs)[0])
+            query = pytree.tree_map(lambda *pair: torch.cat(pair), inputs, task.query[0])
+            task = task._replace(query=(query, task.query[1]))
+            problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows))
+        mode = tuple(module.training for module in self.model.modules())
+        unknown = any(stream and callable(part.rows) for stream, part in zip(streams, task, strict=True))
+        if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(mode, True):
+            return Stated(problem, meta, task, None)
+        prefix, suffix = self.prefix, self.suffix
+
+        def features(tree: Tree) -> Tree:
+            tree = {**tree, **self._buffers()}
+            support, query = (part.rows[0] if stream else part[0] for stream, part in zip(streams, task, strict=True))
+            if task.query is task.support:  # there are no queries, and nothing is computed twice
+                found = self._named(SUPPORT, self._features(prefix, tree, support, streams[0]))
+                return found | {name.replace(SUPPORT, QUERY): value for name, value in found.items()}
+            with statistics_from_first(self.model, rows):
+                judged = self._named(QUERY, self._features(prefix, tree, query, streams[1]))
+            if rows is None:
+                return judged | self._named(SUPPORT, self._features(prefix, tree, support, streams[0]))
+            return judged | {name.replace(QUERY, SUPPORT): value[:rows] for name, value in judged.items()}
+
+        above = {name: meta[name] for name in meta if name in suffix.names or name not in self._names}
+        below = {name: meta[name] for name in prefix.names if name in meta}
+        reduced = Task(*(_numbered(part) if stream else part for stream, part in zip(streams, task, strict=True)))
+        if not differentiate:
+            return Stated(problem, above | features(below), reduced, None)
+        found, pull = torch.func.vjp(features, below)[:2]
+
+        def carry(grad: Tree) -> Tree:
+            (through,) = pull({name: grad[name] for name in found})
+            total = {name: grad[name] for name in above}
+            for name, value in through.items():
+                total[name] = total[name] + value if name in total else value
+            return total
+
+        return Stated(problem, above | found, reduced, carry)
+
+    def _features(self, prefix: Chain, tree: Tree, inputs: Any, stream: bool) -> Any:
+        if not stream:
+            return prefix(tree, inputs)
+        count = len(pytree.tree_leaves(inputs)[0])
+        each = [prefix(tree, pytree.tree_map(lambda value, row=row: value[row], inputs)) for row in range(count)]
+        return pytree.tree_map(lambda *values: torch.stack(values), *each)
+
+    def _named(self, part: str, features: Any) -> Tree:
+        values, self._shape = pytree.tree_flatten(features)
+        return {f"{part} {number}": value for number, value in enumerate(values)}
+
+
+def _numbered(stream: Steps) -> Steps:
+    """A stream whose inputs are the number of their row."""
+    inputs, targets = stream.rows
+    first = pytree.tree_leaves(inputs)[0]
+    return Steps((torch.arange(len(first), device=first.device), targets))
+
+
+def _is_place(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor) and inputs.ndim == 0
+
+
+def _draws(function: Callable[[], Any], like: Any) -> bool:
+    """Whether a function draws random numbers; their generators are left as they were."""
+    device = pytree.tree_leaves(like)[0].device
+    with replayed(0, 0, like):
+        before = _states(device)
+        function()
+        return any(not torch.equal(one, other) for one, other in zip(before, _states(device), strict=True))
+
+
+def _states(device: torch.device) -> list[Tensor]:
+    states = [torch.default_generator.get_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextlib.contextmanager
+def _order_of_use(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Collects the modules with parameters of their own, in order of their last use within the block."""
+    order: list[nn.Module] = []
+
+    def used(module: nn.Module, *_: object) -> None:
+        if module in order:
+            order.remove(module)
+        order.append(module)
+
+    own = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [module.register_forward_pre_hook(used) for module in own]
+    try:
+        yield order
+    finally:
+        for hook in hooks:
+            hook.remove()

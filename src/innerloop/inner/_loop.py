@@ -1,0 +1,214 @@
+"""The inner loop of one task: the solver bound to a problem, a support set and the current meta-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from innerloop.curvature import Graph, curvature, fresh_seed, gradient, replayed
+from innerloop.inner._base import InnerSolver, Probe, State
+from innerloop.problem import Batch, End, Problem, Steps, Tree
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """Everything that stays fixed while a task is adapted to; no method records a graph.
+
+    Steps are the task's own: they go on from ``begin.step``, and the loop's own first step is that one.
+
+    Attributes:
+        start: the centre of the proximal term; where the loop begins too, unless the task is taken up.
+        begin: where the loop begins.
+        rows: for minibatches, which support examples each step sees, ``[steps, minibatch]``.
+        resumed: whether the task is taken up where it was left.
+        graph: what is kept of a gradient's computation, see ``curvature.gradient``.
+    """
+
+    problem: Problem
+    meta: Tree
+    support: Batch
+    solver: InnerSolver
+    learned: Tree
+    start: Tree
+    begin: End
+    rows: Tensor | None = None
+    resumed: bool = False
+    graph: Graph = "transform"
+
+    @property
+    def steps(self) -> range:
+        """The steps of meta-training."""
+        return range(self.begin.step, self.begin.step + self.solver.steps)
+
+    def batch(self, step: int) -> Batch:
+        """What the inner loss reads in a step."""
+        place = step - self.begin.step
+        if isinstance(self.support, Steps):
+            return self.support.row(place, step)
+        if self.rows is None or place >= len(self.rows):  # beyond the last step lies the solution, of all examples
+            return self.support
+        return pytree.tree_map(lambda value, rows=self.rows[place]: value[rows], self.support)
+
+    def judged(self, query: Batch, step: int) -> Batch:
+        """What the outer loss reads after a step."""
+        return query.row(step - self.begin.step, step) if isinstance(query, Steps) else query
+
+    def gradient(self, step: int, params: Tree) -> tuple[Tree, Tensor]:
+        """Gradient of the inner loss and the loss, with the random draws of ``step``; 0 for what stands still in it."""
+        moving = {name: value for name, value in params.items() if self.moves(name, step)}
+        problem, batch = self.problem, self.batch(step)
+        if len(moving) < len(params):
+
+            def inner_loss(moving: Tree, meta: Tree, support: Batch) -> Tensor:
+                return self.problem.inner_loss({**params, **moving}, meta, support)
+
+            problem = replace(problem, inner_loss=inner_loss)
+        grad, loss = gradient(problem, moving, self.meta, batch, step, self.graph)
+        return {name: grad[name] if name in grad else torch.zeros_like(p) for name, p in params.items()}, loss
+
+    def curvature(self, step: int, params: Tree, direction: Tree) -> tuple[Tree, Tree]:
+        """``(H w, B w)`` with the batch and the random draws of ``step``."""
+        return curvature(self.problem, params, self.meta, self.batch(step), direction, step)
+
+    def hessian(self, step: int, params: Tree, direction: Tree) -> Tree:
+        """``H w`` alone, which spares the way back to the meta-parameters."""
+        return curvature(self._constant_meta, params, {}, self.batch(step), direction, step)[0]
+
+    def value(self, step: int, params: Tree) -> Tensor:
+        """The inner loss, with the batch and the random draws of ``step``."""
+        with replayed(self.problem.seed, step, params):
+            return self.problem.inner_loss(params, self.meta, self.batch(step))
+
+    def update(self, step: int, params: Tree, grad: Tree, state: State) -> tuple[Tree, State]:
+        """One update of the solver."""
+        probe = Probe(partial(self.value, step), partial(self.hessian, step))
+        after = self.solver.advance(step, params, grad, state, self.learned, self.start, probe)
+        return self.hold(step, (params, state), after)
+
+    def hold(self, step: int, before: tuple[Tree, State], after: tuple[Tree, State]) -> tuple[Tree, State]:
+        """Parameters and state after ``step``, in which what does not move is as before."""
+        if not self.solver.moves:
+            return after
+
+        def merge(old: Any, new: Any) -> Any:
+            if not isinstance(new, dict):
+                return new
+            if new.keys() == self.begin.params.keys():
+                return {name: value if self.moves(name, step) else old[name] for name, value in new.items()}
+            return {key: merge(old[key], value) for key, value in new.items()}
+
+        return merge(before[0], after[0]), merge(before[1], after[1])
+
+    def run(self, steps: int, visit: Callable[[int, Tree, State, Tree, Tensor], None] | None = None) -> End:
+        """Take ``steps`` steps.
+
+        Args:
+            steps: how many.
+            visit: called before every update with (step, parameters, state, gradient, loss).
+        """
+        if isinstance(self.support, Steps):
+            self.support.check("support", steps)
+        params, state, first, _ = self.begin
+        for step in range(first, first + steps):
+            grad, loss = self.gradient(step, params)
+            if visit is not None:
+                visit(step, params, state, grad, loss)
+            params, state = self.update(step, params, grad, state)
+        return End(params, state, first + steps)
+
+    def moves(self, name: str, step: int) -> bool:
+        """Whether a parameter moves in a step."""
+        rows = self.solver.moves
+        return not rows or name in rows[min(step, len(rows) - 1)]
+
+    @cached_property
+    def _constant_meta(self) -> Problem:
+        return replace(
+            self.problem, inner_loss=lambda params, _, support: self.problem.inner_loss(params, self.meta, support)
+        )
+
+
+def bind(
+    problem: Problem,
+    meta: Tree,
+    support: Batch,
+    solver: InnerSolver,
+    learned: Tree,
+    begin: End | None = None,
+    rows: Tensor | None = None,
+    graph: Graph = "transform",
+) -> InnerLoop:
+    """The inner loop of a task.
+
+    Args:
+        problem: the bilevel problem; without a seed of its own it gets a fresh one.
+        meta: the meta-parameters.
+        support: what the inner loss reads.
+        solver: the inner solver.
+        learned: its own meta-parameters.
+        begin: where the task was left; None begins at the problem's start.
+        rows: which examples each step sees; None draws them where the solver takes minibatches.
+        graph: what is kept of a gradient's computation.
+
+    Raises:
+        ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
+            minibatches are asked of a stream or larger than the support set.
+    """
+    if problem.seed is None:
+        problem = replace(problem, seed=fresh_seed())
+    if begin is None:
+        start = problem.begin(meta, support)
+        at = End(start, solver.init(start), 0)
+    else:
+        # Without a proximal term nothing reads the start.
+        start = problem.begin(meta, support) if solver.proximal else begin.params
+        at = begin
+        _check_begin(solver, start, begin)
+    for row in solver.moves:
+        if unknown := row - at.params.keys():
+            raise ValueError(f"moves names {', '.join(sorted(unknown))}, which is no parameter of the inner problem")
+    if solver.minibatch is not None and rows is None:
+        rows = minibatches(solver, support, [problem.seed or 0], at.step)[0]
+    return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None, graph)
+
+
+def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], first: int = 0) -> Tensor:
+    """Which support examples each step of each task sees, ``[tasks, steps, minibatch]``, on the CPU.
+
+    Examples come in random order, all of them before any comes again (Reptile's authors' sampling, arXiv 1803.02999).
+
+    Args:
+        solver: the inner solver.
+        support: of one task.
+        seeds: one a task.
+        first: the first step's number, which changes the draw.
+
+    Raises:
+        ValueError: the support set is a stream, or smaller than a minibatch.
+    """
+    size = solver.minibatch or 0
+    if isinstance(support, Steps):
+        raise ValueError("minibatch= draws from one support set, and Steps is a batch for every step: leave one out")
+    examples = len(pytree.tree_leaves(support)[0])
+    if size > examples:
+        raise ValueError(f"minibatch={size} is more than the {examples} support examples: give fewer")
+    steps = max(solver.steps, solver.adaptation_steps)
+    drawn = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed + first)
+        rounds = [torch.randperm(examples, generator=generator) for _ in range(-(-steps * size // examples))]
+        drawn.append(torch.cat(rounds)[: steps * size].view(steps, size))
+    return torch.stack(drawn)
+
+
+def _check_begin(solver: InnerSolver, start: Tree, begin: End) -> None:
+    if begin.params.keys() != start.keys():
+        raise ValueError(f"begin holds {', '.join(begin.params)}, but the inner problem has {', '.join(start)}")
+    if pytree.tree_structure(solver.init(begin.params)) != pytree.tree_structure(begin.state):
+        raise ValueError(f"begin was left by another solver than {type(solver).__name__}: go on with the same one")

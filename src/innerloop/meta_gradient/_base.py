@@ -1,0 +1,130 @@
+"""What every estimator of the meta-gradient takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from innerloop.inner import InnerLoop, InnerSolver
+from innerloop.problem import Batch, End, Tree
+
+
+class Result(NamedTuple):
+    """The meta-gradient of one task and what was found on the way.
+
+    Attributes:
+        grad: a tree like the meta-parameters.
+        learned_grad: a tree like the solver's own meta-parameters; empty where it has none.
+        loss: outer loss at the adapted parameters, a scalar.
+        extra: what the outer loss returned beside its value; None if nothing.
+        diagnostics: tensors by name, among them ``support_loss`` (the inner loss where each inner gradient was
+            taken) and ``curvature_products`` (how many were).
+        end: where the task was left; what ``begin=`` takes.
+    """
+
+    grad: Tree
+    learned_grad: Tree
+    loss: Tensor
+    extra: Any
+    diagnostics: dict[str, Tensor]
+    end: End
+
+    @property
+    def params(self) -> Tree:
+        """The adapted parameters."""
+        return self.end.params
+
+
+class Seen(NamedTuple):
+    """What `innerloop.check` sees of an estimator on a user's problem, for its advice.
+
+    Attributes:
+        far: whether it is far from the exact meta-gradient.
+        inner: the inner solver.
+        rate: its largest rate; None where steps are no rate times a gradient.
+        smallest: the smallest eigenvalue of H, the Hessian of all that the inner loop lowers, in nine tasks of ten.
+        largest: the largest in absolute value, likewise; None where not finite.
+        residual: what the linear solver leaves, where there is one.
+        unsolved: norm of the inner gradient at the end over that at the beginning, where a linear system is solved.
+    """
+
+    far: bool
+    inner: InnerSolver
+    rate: float | None
+    smallest: float | None
+    largest: float | None
+    residual: float | None
+    unsolved: float | None
+
+    @property
+    def reach(self) -> float | None:
+        """Rate times largest curvature."""
+        return None if self.rate is None or self.largest is None else self.rate * self.largest
+
+
+class MetaGradient:
+    """An estimator: settings, a few facts about itself, and one method, written for one task.
+
+    It never changes the problem: what the inner loop lowers is the inner loss and the two terms that the inner solver
+    names, whichever estimator is chosen.
+    """
+
+    second_order: ClassVar[bool] = True
+    """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""
+
+    stepless: ClassVar[str] = ""
+    """Why it cannot follow steps in which different parameters move, as in "shares one gradient"; empty if it can."""
+
+    through_steps: ClassVar[bool] = True
+    """Whether it goes back through the inner steps, whose rule then must be an ``update`` that has a derivative."""
+
+    is_gradient: ClassVar[bool] = True
+    """Whether it estimates the gradient of the outer loss, length and all."""
+
+    learn_start: bool = True
+    """Whether the start of the inner loop is learned; if not, nothing reaches meta through it."""
+
+    def check(self, solver: InnerSolver, *, learns: bool = False, whole: bool | None = None) -> None:
+        """Refuse what this estimator does not go with.
+
+        Args:
+            solver: the inner solver.
+            learns: whether it has meta-parameters of its own.
+            whole: whether all that is meta-learned is adapted too; None where that is not known (`hypergradient`).
+
+        Raises:
+            ValueError: the two do not go together; the message says why, and what to use instead.
+        """
+        name, rule = type(self).__name__, type(solver).__name__
+        if self.through_steps and not solver.differentiable:
+            raise ValueError(
+                f"{name} goes through inner steps, but {rule}'s have no derivative: use Implicit(), which "
+                "differentiates the solution, or SGD, Momentum or Adam"
+            )
+        if solver.moves and self.stepless:
+            raise ValueError(
+                f"{name} {self.stepless}, so it cannot follow a table in which other parameters move in other steps: "
+                "use Unrolled(), Truncated() or FirstOrder(), or one pattern for all steps, such as Blocks('00011')"
+            )
+        if whole and not self.learn_start:
+            raise ValueError(
+                f"{name}(learn_start=False) learns only what is not adapted, and here all that is not frozen is: use "
+                f"adapts=Head() with a body that learns, or {name}()"
+            )
+
+    def advice(self, seen: Seen) -> str:
+        """Why it is no better on a user's problem, and what helps, in a clause; empty where nothing is to be said."""
+        return ""
+
+    def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
+        """Adapt to the task's support set and estimate the gradient of the outer loss in the meta-parameters.
+
+        Args:
+            loop: problem, meta-parameters, support set and solver of one task, and where it begins.
+            query: what the outer loss reads.
+            step_weights: weights of the outer loss after each inner step, as many as there are steps (the multi-step
+                loss of MAML++, arXiv 1810.09502); None puts all weight on the last.
+        """
+        raise NotImplementedError

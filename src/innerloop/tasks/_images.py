@@ -1,0 +1,333 @@
+"""Image files, in a folder or an archive, read once into one tensor of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from lzma import LZMAError
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from innerloop.tasks._cache import Arrays, atomic_write, cache_folder, cached_arrays
+from innerloop.tasks._episodes import ImageSet
+
+Pixels = NDArray[np.uint8]
+
+Stamp = tuple[int, int]
+
+Layout = dict[str, dict[str, list[str]]]
+"""The image files of each class of each split."""
+
+SPLITS = ("train", "validation", "test")
+SPLIT_FOLDERS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "test": "test",
+}
+
+_BROKEN = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError)
+
+
+class Files:
+    """The files of a folder, a zip or a tar, read without unpacking.
+
+    Hidden files and the shadow copies that macOS leaves in archives do not count. An archive that wraps everything in
+    one folder is read as that folder.
+
+    Attributes:
+        root: the folder or archive.
+        stamps: of each file, by its path below the root, the size and the time (in a zip, the checksum): what differs
+            when the file does. Sorted by path.
+
+    Raises:
+        FileNotFoundError: there is no such folder or archive.
+        ValueError: the archive is damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if root.is_dir():
+            stamps = _list_folder(root)
+        elif not root.exists():
+            raise FileNotFoundError(f"{root} does not exist; data= (--data) must name a folder or an archive")
+        elif _is_zip(root):
+            stamps = _list_zip(root)
+        else:
+            stamps = _list_tar(root)
+        stamps = {name: stamp for name, stamp in sorted(stamps.items()) if not _hidden(name)}
+        tops = {name.partition("/")[0] + "/" for name in stamps}
+        self._prefix = tops.pop() if len(tops) == 1 and not root.is_dir() else ""
+        self.stamps = {name.removeprefix(self._prefix): stamp for name, stamp in stamps.items()}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of the named files, in whatever order they are read fastest.
+
+        Raises:
+            ValueError: the archive is damaged, or a file cannot be read.
+        """
+        wanted = {self._prefix + name: None for name in names}
+        read = _read_folder if self.root.is_dir() else _read_zip if _is_zip(self.root) else _read_tar
+        try:
+            for name, content in read(self.root, wanted):
+                yield name.removeprefix(self._prefix), content
+        except _BROKEN as error:
+            raise _damaged(self.root, error) from error
+
+
+def read_npz(path: Path, names: Collection[str]) -> Arrays:
+    """The named arrays of an npz file.
+
+    Raises:
+        ValueError: the file is damaged or lacks one of the arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = sorted(set(names) - set(archive.files))
+            arrays = {} if missing else {name: archive[name] for name in names}
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+    if missing:
+        raise ValueError(f"{path} has no array {', '.join(missing)}; is it the file that data= (--data) should name?")
+    return arrays
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is one that Pillow can open."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(os.path.splitext(name)[1].lower(), "") in Image.OPEN
+
+
+def decode(content: bytes, size: int, channels: int, crop: bool = True) -> Pixels:
+    """The image in a file's bytes as uint8 ``[channels, size, size]``, upright as its EXIF data says.
+
+    Args:
+        content: a file of any format that Pillow reads; of several frames the first, on white where it is transparent.
+        size: height and width to resize to (Lanczos).
+        channels: 1 for grey, 3 for colour.
+        crop: cut the largest centred square out first; otherwise the image is squeezed.
+
+    Raises:
+        Exception: Pillow cannot read it. Its decoders raise nearly anything where an image is damaged.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # whose message is the address of the bytes
+        raise ValueError("not in a format that Pillow knows") from None
+    with opened as file:
+        # The JPEG decoder may halve a photograph of many megapixels, to no less than four times the size we need.
+        file.draft(None, (4 * size, 4 * size))
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+        if crop:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        else:
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def split_folders(names: Iterable[str]) -> Layout | None:
+    """The layout of files at ``SPLIT/CLASS/...`` with a train split, or None where they lie otherwise.
+
+    Files beside the split folders do not count.
+    """
+    layout: Layout = {}
+    for name in names:
+        split, _, rest = name.partition("/")
+        if not rest:
+            continue
+        if split not in SPLIT_FOLDERS or "/" not in rest:
+            return None
+        layout.setdefault(SPLIT_FOLDERS[split], {}).setdefault(rest.partition("/")[0], []).append(name)
+    return layout if "train" in layout else None
+
+
+def image_set(name: str, files: Files, layout: Layout, size: int, channels: int, crop: bool) -> ImageSet:
+    """The images of a layout, decoded by all cores the first time and mapped from the cache folder from then on.
+
+    Raises:
+        ValueError: a class or an image is in two places, or an image cannot be read.
+    """
+    layout = {split: layout[split] for split in SPLITS if split in layout}
+    home: dict[str, str] = {}
+    for split, members in layout.items():
+        for label in members:
+            if label in home:
+                raise ValueError(
+                    f"{files.root}: class {label!r} is in {home[label]} and in {split}; few-shot splits share no "
+                    f"class, so give each class one split"
+                )
+            home[label] = split
+    classes = {label: sorted(members[label]) for members in layout.values() for label in sorted(members)}
+    rows = {image: row for row, image in enumerate(image for images in classes.values() for image in images)}
+    counts = tuple(len(images) for images in classes.values())
+    if len(rows) < sum(counts):
+        raise ValueError(f"{files.root}: an image is listed more than once; list each image once")
+
+    def decoded() -> Iterator[tuple[int, Pixels]]:
+        return ((rows[image], pixels) for image, pixels in _decode_all(files, rows, size, channels, crop))
+
+    stamps = [(image, files.stamps[image]) for image in rows]
+    key = hashlib.sha256(repr((stamps, size, channels, crop)).encode()).hexdigest()[:16]
+    images = _cached_pixels(f"{name}-{key}.pixels", (len(rows), channels, size, size), decoded)
+    index = {label: position for position, label in enumerate(classes)}
+    splits = {split: tuple(index[label] for label in sorted(members)) for split, members in layout.items()}
+    return ImageSet(name, images, counts, tuple(classes), splits)
+
+
+def _decode_all(
+    files: Files, names: Collection[str], size: int, channels: int, crop: bool
+) -> Iterator[tuple[str, Pixels]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    def decode_one(item: tuple[str, bytes]) -> tuple[str, Pixels]:
+        name, content = item
+        try:
+            return name, decode(content, size, channels, crop)
+        except Exception as error:  # see `decode`
+            raise ValueError(f"cannot read the image {files.root / name} ({error}); repair or remove it") from error
+
+    def blocks() -> Iterator[tuple[str, Pixels]]:
+        contents = files.read(names)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            while block := list(islice(contents, 64)):
+                yield from pool.map(decode_one, block)
+
+    console = Console(stderr=True)
+    title = f"reading {files.root.name}"
+    return iter(track(blocks(), title, len(names), console=console, transient=True, disable=not console.is_terminal))
+
+
+def _cached_pixels(name: str, shape: tuple[int, ...], make: Callable[[], Iterator[tuple[int, Pixels]]]) -> Tensor:
+    """The images that ``make`` yields with their rows, in any order, as one tensor mapped from the cache folder.
+
+    The file is the bytes followed by their SHA-256. Unlike `cached_arrays` it is neither built nor held in memory, so
+    that a set of many gigabytes opens on a machine with less.
+    """
+    path = cache_folder() / name
+    size = int(np.prod(shape))
+    pixels = _map_pixels(path, size)
+    if pixels is None:
+        try:
+            with atomic_write(path) as partial:
+                with partial.open("wb") as file:
+                    for row, image in make():
+                        file.seek(row * image.size)
+                        file.write(image.tobytes())
+                with partial.open("r+b") as file:
+                    digest = hashlib.file_digest(file, "sha256").digest()
+                    file.write(digest)
+            pixels = np.memmap(path, np.uint8, "c")[:size]
+        except OSError as error:
+            warnings.warn(
+                f"could not keep {path} ({error}); set INNERLOOP_CACHE to a folder that can be written", stacklevel=2
+            )
+            pixels = np.empty(size, np.uint8)
+            for row, image in make():
+                pixels[row * image.size : (row + 1) * image.size] = image.ravel()
+    return torch.from_numpy(pixels.reshape(shape))
+
+
+def _map_pixels(path: Path, size: int) -> Pixels | None:
+    if not path.is_file() or path.stat().st_size != size + hashlib.sha256().digest_size:
+        return None
+    content = np.memmap(path, np.uint8, "c")  # copy on write: torch wants memory that it could write
+    if hashlib.sha256(content[:size].data).digest() != content[size:].tobytes():
+        return None
+    return content[:size]
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _is_zip(root: Path) -> bool:
+    return root.suffix.lower() == ".zip" or zipfile.is_zipfile(root)
+
+
+def _list_folder(root: Path) -> dict[str, Stamp]:
+    stamps = {}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        for name in names:
+            if _hidden(name):
+                continue
+            file = Path(folder, name)
+            status = file.stat()
+            stamps[file.relative_to(root).as_posix()] = (status.st_size, status.st_mtime_ns)
+    return stamps
+
+
+def _list_zip(root: Path) -> dict[str, Stamp]:
+    try:
+        with zipfile.ZipFile(root) as archive:
+            return {item.filename: (item.file_size, item.CRC) for item in archive.infolist() if not item.is_dir()}
+    except _BROKEN as error:
+        raise _damaged(root, error) from error
+
+
+def _list_tar(root: Path) -> dict[str, Stamp]:
+    """Kept in the cache folder, since the list of a compressed tar is found only by unpacking all of it."""
+
+    def make() -> Arrays:
+        try:
+            with tarfile.open(root) as archive:
+                items = [item for item in archive if item.isfile()]
+        except _BROKEN as error:
+            raise _damaged(root, error) from error
+        stamps = np.array([(item.size, int(item.mtime)) for item in items], np.int64)
+        return {"names": np.array([item.name.removeprefix("./") for item in items], str), "stamps": stamps}
+
+    status = root.stat()
+    key = hashlib.sha256(repr((root.resolve(), status.st_size, status.st_mtime_ns)).encode()).hexdigest()[:16]
+    listed = cached_arrays(f"listing-{key}.npz", make)
+    return {str(name): (int(size), int(time)) for name, (size, time) in zip(*listed.values(), strict=True)}
+
+
+def _read_folder(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]]:
+    for name in wanted:
+        yield name, (root / name).read_bytes()
+
+
+def _read_zip(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(root) as archive:
+        for name in archive.namelist():
+            if name in wanted:
+                yield name, archive.read(name)
+
+
+def _read_tar(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(root) as archive:
+        for item in archive:
+            name = item.name.removeprefix("./")
+            if item.isfile() and name in wanted:
+                content = archive.extractfile(item)
+                assert content is not None  # it is a file
+                yield name, content.read()
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(f"cannot read {path} ({reason}); it is damaged or incomplete, so fetch it again")
