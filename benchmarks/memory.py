@@ -27,28 +27,32 @@ from torch.func import functional_call
 import innerloop as il
 from innerloop.studies.measure import peak_memory, quiet_environment, time_of
 
-LR, PROXIMAL, L2 = 0.1, 2.0, 0.05
-AUTOGRAD = "autograd"  # rows that begin so go back through the recorded inner loop, without the library
+RECORDED = il.Unrolled(record=True)
+AUTOGRAD = "autograd"  # rows that begin so go back through the recorded inner loop, by plain autograd
+BY_HAND = "autograd, ANIL, features once"  # without the library, which keeps more of the features' computation
 
 # What each row hands to MetaLearner, by the iterations of conjugate gradient and the window size.
 ROWS: dict[str, Any] = {
     "first-order": lambda cg, window: {"meta_gradient": il.FirstOrder()},
     "reptile": lambda cg, window: {"meta_gradient": il.Reptile()},
     "unrolled": lambda cg, window: {"meta_gradient": il.Unrolled()},
-    "unrolled, snapshots thinned": lambda cg, window: {"meta_gradient": il.Unrolled(keep_every="sqrt")},
+    "unrolled, 10 copies": lambda cg, window: {"meta_gradient": il.Unrolled(copies=10)},
     "truncated:1": lambda cg, window: {"meta_gradient": il.Truncated(1)},
     "mixed:1=0.2,3=0.3,5=0.5": lambda cg, window: {"meta_gradient": il.Mixed((1, 3, 5), (0.2, 0.3, 0.5))},
     "binomial:2": lambda cg, window: {"meta_gradient": il.Binomial(2)},
     "window, frozen": lambda cg, window: {"meta_gradient": il.Window(window)},
     "window, true forward": lambda cg, window: {"meta_gradient": il.Window(window, "true_forward")},
-    "implicit": lambda cg, window: {"meta_gradient": il.Implicit(PROXIMAL, il.CG(cg))},
-    "memory-reduced": lambda cg, window: {"adapts": il.Head(), "meta_gradient": il.MemoryReduced(il.CG(cg), L2)},
+    "implicit": lambda cg, window: {"meta_gradient": il.Implicit(il.CG(cg))},
+    "memory-reduced": lambda cg, window: {"adapts": il.Head(), "meta_gradient": il.MemoryReduced(il.CG(cg))},
     "ANIL, features once": lambda cg, window: {"adapts": il.Head()},
     "ANIL, features every step": lambda cg, window: {"adapts": il.Head(), "reuse_prefix": False},
-    "autograd": lambda cg, window: {},
-    "autograd, ANIL, features once": lambda cg, window: {"adapts": il.Head()},
-    "autograd, ANIL, features every step": lambda cg, window: {"adapts": il.Head(), "reuse_prefix": False},
-}
+    "autograd": lambda cg, window: {"meta_gradient": RECORDED},
+    BY_HAND: lambda cg, window: {"adapts": il.Head()},
+    "autograd, ANIL, features every step": lambda cg, window: {
+        "adapts": il.Head(), "meta_gradient": RECORDED, "reuse_prefix": False
+    },
+}  # fmt: skip
+TERMS = {"implicit": {"proximal": 2.0}, "memory-reduced": {"weight_decay": 0.05}}  # of the inner solver
 CG, WINDOW = 5, 5  # where they do not vary
 SOLVING, WINDOWED = ("implicit", "memory-reduced"), ("window, frozen", "window, true forward")
 
@@ -96,41 +100,28 @@ def build(cell: Cell, filters: int, chunk: int, device: str) -> il.MetaLearner:
     """The learner of a cell."""
     torch.manual_seed(0)
     model = il.models.Conv4(in_channels=1, ways=5, filters=filters)
-    inner = il.SGD(lr=LR, steps=cell.steps)
+    inner = il.SGD(lr=0.1, steps=cell.steps, **TERMS.get(cell.row, {}))
     return il.MetaLearner(model, inner=inner, chunk_size=chunk, **ROWS[cell.row](cell.cg, cell.window)).to(device)
 
 
-def autograd_step(learner: il.MetaLearner, tasks: il.Task, features_once: bool) -> None:
-    """The exact meta-gradient by back-propagation through the recorded inner loop, task after task."""
-    model, count = learner.model, len(tasks.support[1])
-    body, head = model[:-1], model[-1]
-    prefix = list(model.named_children())[-1][0] + "."
+def step_by_hand(learner: il.MetaLearner, tasks: il.Task) -> None:
+    """ANIL by plain autograd, task after task, the features of each computed once."""
+    body, head, count = learner.model[:-1], learner.model[-1], len(tasks.support[1])
     for task in range(count):
-        (inputs, targets), (query, wanted) = ((x[task], y[task]) for x, y in tasks)
-        params = {name: model.get_parameter(name) for name in learner.adapted}
-        features = body(inputs) if features_once else inputs
+        (inputs, targets), (query, wanted) = ((body(x[task]), y[task]) for x, y in tasks)
+        params = dict(head.named_parameters())
         for _ in range(learner.inner.steps):
-            if features_once:
-                own = {name.removeprefix(prefix): value for name, value in params.items()}
-                loss = F.cross_entropy(functional_call(head, own, (features,)), targets)
-            else:
-                loss = F.cross_entropy(functional_call(model, params, (inputs,)), targets)
+            loss = F.cross_entropy(functional_call(head, params, (inputs,)), targets)
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params = {name: p - LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
-        (F.cross_entropy(functional_call(model, params, (query,)), wanted) / count).backward()
+            params = {name: p - learner.inner.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        (F.cross_entropy(functional_call(head, params, (query,)), wanted) / count).backward()
 
 
 def measure(cell: Cell, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory in MiB above the start, and median seconds, of one meta-step in this process."""
     learner = build(cell, args.filters, args.chunk, args.device)
     tasks = batch(args.tasks, args.shots, args.device)
-
-    def meta_step(learner: il.MetaLearner, tasks: il.Task) -> None:
-        if cell.row.startswith(AUTOGRAD):
-            autograd_step(learner, tasks, cell.row.endswith("once"))
-        else:
-            learner.meta_step(tasks)
-
+    meta_step = step_by_hand if cell.row == BY_HAND else il.MetaLearner.meta_step
     # Libraries load their kernels on first use; that is not the meta-step's memory.
     meta_step(build(cell._replace(steps=2), 2, 1, args.device), batch(1, 1, args.device))
     gained = peak_memory(lambda: meta_step(learner, tasks), args.device)

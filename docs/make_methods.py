@@ -10,19 +10,20 @@ from innerloop.training.settings import Settings, flag
 
 PAGE = Path(__file__).with_name("methods.md")
 CHARACTERS, PICTURES = INK[0], "cifar_fs"  # one data set of each of the two variants
-SHOWN = {"adapts", "inner", "inner_lr", "inner_steps", "test_steps", "meta_gradient", "optimizer", "outer_lr"}
+INNER = {"inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal"}
+SHOWN = {"adapts", *INNER, "meta_gradient", "optimizer", "outer_lr"}
 
 INTRO = """# The named methods
 
-A name stands for all that a paper chooses: what adapts, how, by which meta-gradient, and at which inner and outer
-rates. Tasks, model, tasks a batch and the outer schedule stay yours.
+A name stands for all that a paper chooses: what adapts, how it moves, the meta-gradient, and the inner and outer
+rates. You choose the tasks, the model, the number of tasks in a batch and the outer schedule.
 
 ```
-innerloop train --method anil --dataset fc100 --data DATA            # options given as well win over the method's
+innerloop train --method anil --dataset fc100 --data DATA            # other options override the method's
 innerloop compare --methods maml,anil,window:5,lambda:00001 --dataset cifar_fs --data DATA --budget 10m
 ```
 
-Names with a colon take an argument: `window:5`. In Python:
+A name with a colon takes an argument: `window:5`. In Python:
 
 ```python
 from innerloop.training.methods import method_settings
@@ -35,13 +36,13 @@ print(adapts, inner, meta_gradient, settings.outer_lr, sep="\\n")
 
 ```text
 Everything()
-SGD(lr=0.01, steps=5, test_steps=None, weight_decay=0.0, proximal=0.0)
-Window(size=5, mode='frozen')
+SGD(lr=0.01, steps=5)
+Window(size=5)
 0.001
 ```
 
-Those are what `il.MetaLearner` and an outer optimiser take. `il.compare(["anil", "window:5"], folder="study",
-minutes=10)` compares methods. This page is made by `python docs/make_methods.py`.
+`il.MetaLearner` takes the first three, and an outer optimiser takes the rate. `il.compare(["anil", "window:5"],
+folder="study", minutes=10)` compares methods. The script `docs/make_methods.py` makes this page.
 """
 
 
@@ -54,10 +55,10 @@ def _settings() -> list[str]:
     return [
         "## What they set",
         "",
-        f"Where a cell has two lines, the first is for {' and '.join(INK)}, the second for all other tasks.",
-        "Names are those of the settings. *inner*: solver, rate, steps, and those of evaluation where they differ;",
-        "*outer*: optimiser, rate, and whatever else is set. A name with a second form takes an argument, and its row",
-        "is that of the bare name.",
+        f"Some cells have two lines: the first is for {' and '.join(INK)}, the second for all other tasks.",
+        "The words are those of the settings. *inner* gives the solver, its rate and steps, the steps of evaluation",
+        "where they differ, and its weight decay or proximal weight. *outer* gives the optimiser, its rate and what",
+        "else is set. A name with a second form takes an argument, and its row shows the bare name.",
         "",
         "| name | method | paper | adapts | inner | meta-gradient | outer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -67,7 +68,7 @@ def _settings() -> list[str]:
 
 def _row(name: str, each: Method) -> str:
     variants = [Settings(**{"dataset": each_set, **each.settings_for(each_set)}) for each_set in (CHARACTERS, PICTURES)]
-    rest = sorted({*each.settings, *each.characters, *each.pictures} - SHOWN)
+    rest = sorted(each.settings_for(CHARACTERS).keys() - SHOWN)
     cells = [
         [f"`{settings.adapts}`" for settings in variants],
         [_inner(settings) for settings in variants],
@@ -80,9 +81,12 @@ def _row(name: str, each: Method) -> str:
 
 
 def _inner(settings: Settings) -> str:
-    test = "" if settings.test_steps is None else f", {settings.test_steps} in evaluation"
-    steps = f"{settings.inner_steps} step{'s' * (settings.inner_steps > 1)}"
-    return f"`{settings.inner}` at {settings.inner_lr:g}, {steps}{test}"
+    parts = [f"`{settings.inner}` at {settings.inner_lr:g}"]
+    parts.append(f"{settings.inner_steps} step{'s' * (settings.inner_steps > 1)}")
+    if settings.test_steps is not None:
+        parts.append(f"{settings.test_steps} in evaluation")
+    weights = {name: getattr(settings, name) for name in ("weight_decay", "proximal")}
+    return ", ".join([*parts, *(f"{flag(name)} {weight:g}" for name, weight in weights.items() if weight)])
 
 
 def _outer(settings: Settings, rest: list[str]) -> str:

@@ -76,6 +76,10 @@ SOLVERS: dict[str, Callable[[int], il.inner.InnerSolver]] = {
     "sgd": lambda steps: il.SGD(lr=0.1, steps=steps, weight_decay=0.02, proximal=0.1),
     "momentum": lambda steps: il.Momentum(lr=0.05, steps=steps, momentum=0.8),
     "adam": lambda steps: il.Adam(lr=0.02, steps=steps, eps=1e-3),
+    "adamw": lambda steps: il.AdamW(lr=0.02, steps=steps, eps=1e-3, weight_decay=0.3),
+    "clip": lambda steps: il.Momentum(lr=0.1, steps=steps, momentum=0.5, weight_decay=0.02, proximal=0.1, clip=0.3),
+    "schedule": lambda steps: il.SGD(lr=lambda step: 0.2 / (1 + step), steps=steps),
+    "groups": lambda steps: il.Adam(lr={"*t": 0.01, "*": lambda step: 0.02 + 0.01 * step}, steps=steps, eps=1e-3),
     "rates": lambda steps: il.LearnedRates(lr=0.1, steps=steps),
     "layer-step": lambda steps: il.LearnedRates(lr=0.1, steps=steps, per="layer-step"),
 }

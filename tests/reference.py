@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,16 +14,36 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import innerloop as il
 
 
+def rate(solver: il.inner.InnerSolver, step: int, name: str) -> float:
+    """The inner rate: a number, a schedule, or either for the first glob that the parameter's name matches."""
+    given = solver.lr
+    if isinstance(given, Mapping):
+        given = next(value for glob, value in given.items() if fnmatchcase(name, glob))
+    return given(step) if callable(given) else given
+
+
+def clipped(grads: dict[str, Tensor], longest: float | None) -> dict[str, Tensor]:
+    """Gradients shortened to a joint norm by ``clip_grad_norm_``'s formula."""
+    if longest is None:
+        return grads
+    norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
+    return {name: min(1.0, longest / (norm + 1e-6)) * grad for name, grad in grads.items()}
+
+
 def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[str, Tensor]):
     """The solver's update by torch's published formulas: of step, parameters, gradients and a state dict."""
 
     def update(step: int, params: dict[str, Tensor], grads: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
         new = {}
+        grads = clipped(grads, solver.clip)
+        decoupled = isinstance(solver, il.AdamW)
         for name, value in params.items():
-            grad = grads[name] + solver.weight_decay * value + solver.proximal * (value - start[name])
+            decay = 0.0 if decoupled else solver.weight_decay
+            grad = grads[name] + decay * value + solver.proximal * (value - start[name])
+            lr = rate(solver, step, name)
             if isinstance(solver, il.Momentum):
                 state[name] = solver.momentum * state[name] + grad if name in state else grad
-                move = solver.lr * state[name]
+                move = lr * state[name]
             elif isinstance(solver, il.Adam):
                 mean, square = state.get(name, (0.0, 0.0))
                 (b1, b2), t = solver.betas, step + 1
@@ -29,11 +52,13 @@ def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[s
                 # plain autograd gives NaN where a gradient is exactly zero; the library takes the root's slope as 0
                 zero = square == 0
                 root = (square + zero).sqrt() * ~zero / (1 - b2**t) ** 0.5
-                move = solver.lr * (mean / (1 - b1**t)) / (root + solver.eps)
+                move = lr * (mean / (1 - b1**t)) / (root + solver.eps)
+                if decoupled:
+                    move = move + lr * solver.weight_decay * value
             elif isinstance(solver, il.LearnedRates):
                 move = (learned[name] if solver.per == "parameter" else learned[name][step]) * grad
             else:
-                move = solver.lr * grad
+                move = lr * grad
             new[name] = value - move
         return new
 
@@ -45,11 +70,10 @@ def meta_gradient(
     batch: il.Task,
     step_weights: list[float] | None = None,
     horizon: int | None = None,
-    second_order: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Meta-gradient of the mean query loss by ``create_graph=True``, named as the learner's parameters, and the loss.
 
-    ``horizon`` detaches all but the last steps, ``second_order=False`` every inner gradient.
+    ``horizon`` detaches the inner gradients of all but so many of the last steps; 0 is first order.
     """
     model = learner.model
     weights = step_weights or [0.0] * (learner.inner.steps - 1) + [1.0]
@@ -58,7 +82,7 @@ def meta_gradient(
     total = torch.zeros((), dtype=next(iter(meta.values())).dtype)
     with sdpa_kernel(SDPBackend.MATH):
         for task in range(len(batch.support[1])):
-            loss = _task_loss(learner, model, meta, rates, batch, task, weights, horizon, second_order)
+            loss = _task_loss(learner, model, meta, rates, batch, task, weights, horizon)
             total = total + loss / len(batch.support[1])
         leaves = [*meta.values(), *rates.values()]
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -76,23 +100,18 @@ def _task_loss(
     task: int,
     weights: list[float],
     horizon: int | None,
-    second_order: bool,
 ) -> Tensor:
     (inputs, targets), (query, wanted) = ((x[task], y[task]) for x, y in batch)
     start = {name: meta[name] for name in learner.adapted}
     update = rule(learner.inner, rates, start)
     params, loss = start, torch.zeros((), dtype=inputs.dtype)
     state: dict = {}
-    cut = 0 if horizon is None else learner.inner.steps - horizon
     for step in range(learner.inner.steps):
         inner = F.cross_entropy(functional_call(model, {**meta, **params}, (inputs,)), targets)
         grads = torch.autograd.grad(inner, list(params.values()), create_graph=True, materialize_grads=True)
-        if not second_order:
+        if horizon is not None and step < learner.inner.steps - horizon:
             grads = tuple(grad.detach() for grad in grads)
         params = update(step, params, dict(zip(params, grads, strict=True)), state)
-        if step + 1 == cut:  # from here on the parameters count as the start plus a constant
-            params = {name: start[name] + (value - start[name]).detach() for name, value in params.items()}
-            state = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, state)
         if weights[step]:
             loss = loss + weights[step] * F.cross_entropy(functional_call(model, {**meta, **params}, (query,)), wanted)
     return loss

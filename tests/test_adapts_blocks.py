@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.func import functional_call
 import innerloop as il
 from innerloop.inner import bind
 from innerloop.problem import Tree
-from innerloop.training import Settings
+from innerloop.training.settings import Settings
 from problems import SOLVERS, model_and_batch, relative_error
 from reference import rule
 
@@ -21,13 +22,11 @@ from reference import rule
 TABLE, STEPS = ["00110", "01001", "00010"], 4
 
 
-def masked_meta_gradient(
-    learner: il.MetaLearner, rows: list[str], batch: il.Task, second_order: bool = True, horizon: int = STEPS
-) -> Tree:
+def masked_meta_gradient(learner: il.MetaLearner, rows: list[str], batch: il.Task, horizon: int = STEPS) -> Tree:
     """By plain autograd, named as the learner's parameters.
 
-    All gradients are taken in every step; what the solver would make of those of frozen blocks, moves and state, is
-    thrown away.
+    All gradients are taken in every step; those of frozen blocks count as zero, so that none is part of a norm, and
+    what the solver would make of that, moves and state, is thrown away.
     """
     meta = {name: p.detach().clone().requires_grad_() for name, p in learner.model.named_parameters()}
     rates = {name.replace("/", "."): r.detach().clone().requires_grad_() for name, r in learner.rates.items()}
@@ -38,17 +37,14 @@ def masked_meta_gradient(
         params = start = {name: meta[name] for name in learner.adapted}
         update, state = rule(learner.inner, rates, start), {}  # type: ignore[var-annotated]
         for step, row in enumerate(rows):
-            if step == STEPS - horizon:  # from here on the parameters count as the start plus a constant
-                params = {name: start[name] + (value - start[name]).detach() for name, value in params.items()}
-                state = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, state)
             # copies, or the gradient in what stands still would go through the steps before as well
             params = {name: value.clone() for name, value in params.items()}
             loss = F.cross_entropy(functional_call(learner.model, {**meta, **params}, (inputs,)), targets)
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            if not second_order:
-                grads = tuple(grad.detach() for grad in grads)
             moving, before = il.Blocks(row).select(learner.model), dict(state)
-            new = update(step, params, dict(zip(params, grads, strict=True)), state)
+            grads = tuple(grad if step >= STEPS - horizon else grad.detach() for grad in grads)
+            shown = {name: grad if name in moving else 0 * grad for name, grad in zip(params, grads, strict=True)}
+            new = update(step, params, shown, state)
             params = {name: new[name] if name in moving else value for name, value in params.items()}
             state = {**before, **{name: value for name, value in state.items() if name in moving}}
         losses.append(F.cross_entropy(functional_call(learner.model, {**meta, **params}, (query,)), wanted))
@@ -72,12 +68,15 @@ def gradients(learner: il.MetaLearner, batch: il.Task) -> Tree:
     ("estimator", "reference"),
     [
         (il.Unrolled(), {}),
-        (il.Unrolled(keep_every=3), {}),
+        (il.Unrolled(copies=2), {}),
+        (il.Unrolled(copies=3, offload=True), {}),
+        (il.Unrolled(record=True), {}),
         (il.Binomial(STEPS), {}),
         (il.Mixed((STEPS,), (1.0,)), {}),
         (il.Truncated(STEPS), {}),
         (il.Truncated(2), {"horizon": 2}),
-        (il.FirstOrder(), {"second_order": False}),
+        (il.Truncated(0), {"horizon": 0}),
+        (il.FirstOrder(), {"horizon": 0}),
     ],
 )
 def test_the_meta_gradient_goes_through_a_table(solver: str, estimator: Any, reference: dict[str, Any]) -> None:
@@ -142,34 +141,38 @@ def test_equal_rows_are_one_pattern(rows: list[str]) -> None:
     ("estimator", "reason"),
     [
         (il.Implicit(), "Implicit differentiates the solution, not the steps to it"),
-        (il.MemoryReduced(), "MemoryReduced differentiates the solution, not the steps to it"),
+        (il.MemoryReduced(), "Implicit differentiates the solution, not the steps to it"),
+        (il.ReleasedIMAML(), "ReleasedIMAML differentiates the solution, not the steps to it"),
         (il.Window(2), "Window shares one gradient between steps"),
     ],
 )
 def test_estimators_that_do_not_follow_single_steps_refuse_a_table(estimator: Any, reason: str) -> None:
-    model, inner = model_and_batch("conv4")[0], il.SGD(lr=0.1, steps=2)
+    model, inner = model_and_batch("conv4")[0], il.SGD(lr=0.1, steps=2, weight_decay=0.1)
     with pytest.raises(ValueError, match=rf"{reason}, .* use Unrolled\(\), Truncated\(\) or FirstOrder\(\)"):
         il.MetaLearner(model, il.Blocks(TABLE), inner, estimator)
     assert il.MetaLearner(model, il.Blocks(["00011"]), inner, estimator).adapted
-    problem = il.Problem(
-        lambda meta: meta, lambda *_: torch.zeros(()), lambda *_: torch.zeros(()), moves=(frozenset(),)
-    )
+    problem = il.Problem(lambda meta: meta, lambda *_: torch.zeros(()), lambda *_: torch.zeros(()))
+    table = replace(inner, moves=[["w"], ["v"]])
     with pytest.raises(ValueError, match=reason):
-        il.hypergradient(problem, {"w": torch.zeros(1)}, il.Task((), ()), il.SGD(lr=0.1, steps=2), estimator)
+        il.hypergradient(problem, {"w": torch.zeros(1), "v": torch.zeros(1)}, il.Task((), ()), table, estimator)
 
 
 def test_hypergradient_takes_moves_as_well() -> None:
     def loss(params: Tree, meta: Tree, target: Tensor) -> Tensor:
         return (params["a"] * params["b"] - target).square()
 
-    problem = il.Problem(dict, loss, loss, moves=(frozenset("a"), frozenset("b")))
+    problem, solver = il.Problem(dict, loss, loss), il.SGD(lr=0.1, steps=2, moves=[["a"], ["b"]])
     meta = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("a", 0.7), ("b", 1.3))}
-    found = il.hypergradient(problem, meta, il.Task(torch.tensor(1.0), torch.tensor(2.0)), il.SGD(lr=0.1, steps=2))
+    task = il.Task(torch.tensor(1.0), torch.tensor(2.0))
     a, b = (value.clone().requires_grad_() for value in meta.values())
     new_a = a - 0.2 * b * (a * b - 1)
     new_b = b - 0.2 * new_a * (new_a * b - 1)
     expected = torch.autograd.grad((new_a * new_b - 2).square(), (a, b))
-    torch.testing.assert_close(tuple(found.grad.values()), expected, rtol=1e-12, atol=0)
+    for estimator in (il.Unrolled(), il.Unrolled(record=True), il.Unrolled(copies=2), il.Truncated(2)):
+        found = il.hypergradient(problem, meta, task, solver, estimator)
+        torch.testing.assert_close(tuple(found.grad.values()), expected, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="moves names c, which is no parameter of the inner problem"):
+        il.hypergradient(problem, meta, task, replace(solver, moves=["c"]))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def noisy_problem(seed: int | None) -> il.Problem:
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("solver", [*(build(STEPS) for build in SOLVERS.values()), il.NewtonCG(steps=3, proximal=1.0)])
-def test_a_first_order_loop_takes_the_same_steps(solver: Any, seed: int | None) -> None:
+def test_loops_by_plain_autograd_take_the_same_steps(solver: Any, seed: int | None) -> None:
     sizes = {"first": (4, 5), "second": (5, 3), "shift": (3,)}
     meta = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
     batch = torch.randn(6, 4, dtype=torch.float64), torch.arange(3).repeat(2)
@@ -250,7 +253,8 @@ def test_a_first_order_loop_takes_the_same_steps(solver: Any, seed: int | None) 
     learned = solver.learned(problem.start(meta))
     with torch.no_grad():
         found, expected = (
-            bind(problem, meta, batch, solver, learned, first_order=plain).run(solver.steps) for plain in (True, False)
+            bind(problem, meta, batch, solver, learned, graph=graph).run(solver.steps).params
+            for graph in ("none", "transform")
         )
     assert not any(value.requires_grad for value in found.values())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import innerloop as il
-from innerloop.meta_gradient import binomial
-from innerloop.meta_gradient._binomial import Binomial
-from innerloop.meta_gradient._mixed import Mixed
+from innerloop import Binomial, Mixed
+from innerloop.inner import InnerSolver, _loop, bind
+from innerloop.meta_gradient import MetaGradient, _binomial
 from problems import SOLVERS, model_and_batch, relative_error, subset
 from reference import rule
 
@@ -59,7 +59,7 @@ def subsets(of: int | tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def terms(
-    problem: il.Problem, meta: Tree, task: il.Task, solver: il.inner.InnerSolver, weights: list[float] | None = None
+    problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, weights: list[float] | None = None
 ) -> dict[tuple[int, ...], Tree]:
     """The meta-gradient's term in which just these steps' inner gradients are differentiated, for all subsets of steps.
 
@@ -105,13 +105,12 @@ def total(alone: dict[tuple[int, ...], Tree], order: int, damping: float = 1.0) 
     }
 
 
-def estimated(
-    estimator, solver: il.inner.InnerSolver, weights: list[float] | None = None, seed: int | None = None
-) -> Tree:
+def estimated(estimator, solver: InnerSolver, weights: list[float] | None = None, seed: int | None = None) -> Tree:
     """The estimate for the network, gradients of learned rates included."""
     problem, meta, task = network(seed)
     with torch.no_grad():
-        result = estimator.estimate(problem, meta, task, solver, solver.learned(problem.start(meta)), weights)
+        loop = bind(problem, meta, task.support, solver, solver.learned(problem.start(meta)))
+        result = estimator.estimate(loop, task.query, weights)
     return {**result.grad, **{f"rate of {name}": grad for name, grad in result.learned_grad.items()}}
 
 
@@ -181,7 +180,7 @@ def test_query_losses_of_all_steps(name):
 def test_order_none_is_first_order_and_order_all_is_exact(model, solver, chosen):
     batch = model_and_batch(model)[1]
 
-    def found(estimator: il.meta_gradient.MetaGradient) -> Tree:
+    def found(estimator: MetaGradient) -> Tree:
         learner = il.MetaLearner(model_and_batch(model)[0], subset(model, chosen), SOLVERS[solver](3), estimator)
         return learner_gradients(learner, batch)
 
@@ -222,7 +221,7 @@ def test_the_error_keeps_within_the_bounds_of_the_paper(order, reach, convex):
 @pytest.mark.parametrize(("steps", "order"), [(5, 0), (5, 1), (5, 2), (5, 4), (5, 5), (3, 9)])
 def test_the_number_of_products(monkeypatch, steps, order):
     at_once = []
-    original = il.inner.loop.curvature
+    original = _loop.curvature
 
     def counted(problem, params, meta, support, direction, step):
         vectors = direction["out"]
@@ -230,7 +229,7 @@ def test_the_number_of_products(monkeypatch, steps, order):
         at_once.append(len(torch._C._functorch.get_unwrapped(vectors)) if batched else 1)
         return original(problem, params, meta, support, direction, step)
 
-    monkeypatch.setattr(il.inner.loop, "curvature", counted)
+    monkeypatch.setattr(_loop, "curvature", counted)
     found = il.hypergradient(*network(), il.SGD(lr=0.1, steps=steps), Binomial(order))
     reached = min(order, steps)
     assert sum(at_once) == found.diagnostics["curvature_products"] == reached * (steps - reached + 1)
@@ -254,7 +253,7 @@ def test_dropout_of_several_tasks_and_products_at_once(monkeypatch):
 
     at_once = found()
     monkeypatch.setattr(
-        binomial, "_products", lambda loop, step, params, vectors: [loop.curvature(step, params, v) for v in vectors]
+        _binomial, "_products", lambda loop, step, params, vectors: [loop.curvature(step, params, v) for v in vectors]
     )
     assert relative_error(at_once, found()) < 1e-13
 
@@ -334,7 +333,7 @@ def test_a_mixture_walks_once():
 def test_a_learner_takes_mixtures_of_every_task_at_once(chosen):
     model, batch = model_and_batch("conv4")
 
-    def found(estimator: il.meta_gradient.MetaGradient) -> Tree:
+    def found(estimator: MetaGradient) -> Tree:
         return learner_gradients(
             il.MetaLearner(model, subset("conv4", chosen), il.SGD(lr=0.1, steps=3), estimator), batch
         )

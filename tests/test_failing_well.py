@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import innerloop as il
+from innerloop.choices import META_GRADIENT, make
 from innerloop.linear import CG, LinearSolver, Neumann, Nystrom
-from innerloop.meta_gradient import Implicit, MemoryReduced, MetaGradient, Mixed
+from innerloop.meta_gradient import Implicit, MemoryReduced, MetaGradient, Mixed, ReleasedIMAML
 from innerloop.tasks import TaskSource
-from innerloop.training import Diverged, fit
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.choices import META_GRADIENT, make
+from innerloop.training.fit import Diverged, fit
 from innerloop.training.logs import Record
 
 TASKS, BAD = 4, 2
@@ -59,11 +59,15 @@ class Sums(TaskSource):
         return il.Task(support, query)
 
 
-def make_learner(estimator: MetaGradient | None = None, steps: int = 3, **options) -> il.MetaLearner:
+def make_learner(
+    estimator: MetaGradient | None = None, steps: int = 3, terms: dict[str, float] | None = None, **options: Any
+) -> il.MetaLearner:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
-    adapts = il.Head() if isinstance(estimator, MemoryReduced) else il.Everything()
-    return il.MetaLearner(model, adapts, il.SGD(lr=0.05, steps=steps), estimator, loss, **options)
+    adapts = il.Everything() if estimator is None or estimator.learn_start else il.Head()
+    if isinstance(estimator, Implicit) and terms is None:
+        terms = {"proximal": 2.0} if estimator.learn_start else {"weight_decay": 0.05}
+    return il.MetaLearner(model, adapts, il.SGD(lr=0.05, steps=steps, **(terms or {})), estimator, loss, **options)
 
 
 def weights(learner: il.MetaLearner) -> list[Tensor]:
@@ -97,9 +101,10 @@ PRODUCTS: dict[str, tuple[MetaGradient, str]] = {
     "window": (il.Window(2), "product 1 of 2 on the way back, at inner step 3,"),
     "binomial, two at once": (il.Binomial(2), "product 1 of 3 on the way back, at inner step 3,"),
     "mixed": (Mixed((1, 2), (0.5, 0.5)), "product 1 of 2 on the way back, at inner step 3,"),
-    "implicit": (Implicit(2.0, CG(4)), "product 1 of 4 in the linear solve"),
-    "implicit, neumann": (Implicit(2.0, Neumann(4, step=0.1)), "product 1 of 4 in the linear solve"),
-    "implicit, nystrom": (Implicit(2.0, Nystrom(3)), "product 1 of 4 in the linear solve"),
+    "implicit": (Implicit(CG(4)), "product 1 of 4 in the linear solve"),
+    "implicit, neumann": (Implicit(Neumann(4, step=0.1)), "product 1 of 4 in the linear solve"),
+    "implicit, nystrom": (Implicit(Nystrom(3)), "product 1 of 4 in the linear solve"),
+    "imaml as released": (ReleasedIMAML(), "product 1 of 5 in the linear solve"),
     "memory-reduced": (MemoryReduced(CG(4)), "product 1 of 4 in the linear solve"),
 }
 
@@ -127,7 +132,10 @@ def test_a_product_in_the_middle_of_the_walk_is_found() -> None:
 
 
 def test_a_solve_that_explodes_is_told_from_a_derivative_that_does_not_exist() -> None:
-    learner, batch = make_learner(Implicit(1e-6, Neumann(12, step=1.0))), Sums().batch("train", 0, TASKS)
+    learner, batch = (
+        make_learner(Implicit(Neumann(12, step=1e6)), terms={"proximal": 1e-6}),
+        Sums().batch("train", 0, TASKS),
+    )
     found = str(learner.diagnose(batch))
     assert "in task 0 of the batch curvature product" in found
     assert "of 12 in the linear solve" in found
@@ -173,14 +181,14 @@ def test_nothing_is_said_of_a_sound_batch(name: str) -> None:
 
 
 def test_a_task_with_a_name_is_called_by_it_and_stays_where_it_was() -> None:
-    learner = make_learner(MemoryReduced(CG(4), 0.1, "task"))
+    learner = make_learner(MemoryReduced(CG(4)), terms={"weight_decay": 0.1}, carry="task")
     names = ["a", "b", "c", "d"]
     good, bad = (Sums(kind).batch("train", 0, TASKS) for kind in (None, "product"))
     learner.meta_step(good, task_ids=names)
-    left = learner.warm_starts.state_dict()
+    left = learner.carried.state_dict()
     learner.meta_step(bad, task_ids=names)
     assert "in task 2 of the batch ('c') curvature product" in str(learner.diagnose(bad, task_ids=names))
-    now = learner.warm_starts.state_dict()
+    now = learner.carried.state_dict()
     same = [torch.equal(now[name]["params"]["1.weight"], left[name]["params"]["1.weight"]) for name in names]
     assert same == [False, False, True, False]
     learner.zero_grad()
@@ -210,7 +218,7 @@ def test_training_stops_before_the_weights_and_says_why(tmp_path: Path, kind: st
 
 
 def test_a_solve_that_meets_no_upward_curvature_is_warned_of_once() -> None:
-    learner = make_learner(Implicit(1e-3, CG(20)), steps=1)
+    learner = make_learner(Implicit(CG(20)), steps=1, terms={"proximal": 1e-3})
     records: list[Record] = []
     options: dict[str, Any] = dict(steps=4, tasks_per_batch=TASKS, validation_tasks=0, progress=False)
     with pytest.warns(UserWarning, match="outer step 1: in [0-9]+% of the tasks.*give a larger proximal") as caught:

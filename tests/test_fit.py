@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import innerloop as il
+from innerloop.choices import META_GRADIENT, make
 from innerloop.meta_gradient import Mixed
 from innerloop.tasks import Episodes, ImageSet
-from innerloop.training import Diverged, Fitted, evaluate, fit
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
-from innerloop.training.choices import META_GRADIENT, make
-from innerloop.training.fit import multi_step_weights
+from innerloop.training.evaluation import evaluate
+from innerloop.training.fit import Diverged, Fitted, fit, multi_step_weights
 from innerloop.training.logs import Record, read_records
+from innerloop.training.runs import read_run
+from innerloop.training.settings import Settings
 
 Schedule = Callable[[torch.optim.Optimizer], Any]
 
@@ -118,12 +120,12 @@ def test_a_killed_run_resumes_bit_for_bit(tasks: Episodes, tmp_path: Path, outer
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_killed_run_keeps_its_warm_starts(tasks: Episodes, tmp_path: Path) -> None:
-    def session(folder: Path, warm_start: str, stop: int | None = None) -> il.MetaLearner:
+def test_a_killed_run_keeps_where_its_tasks_were_left(tasks: Episodes, tmp_path: Path) -> None:
+    def session(folder: Path, carry: Literal["slot", "none"], stop: int | None = None) -> il.MetaLearner:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.ReLU(), nn.Linear(12, 3))
-        estimator = make("meta-gradient", META_GRADIENT, f"memory-reduced:0.1,2,warm_start={warm_start}")
-        learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.3, steps=1), estimator)
+        inner = il.SGD(lr=0.3, steps=1, weight_decay=0.1)
+        learner = il.MetaLearner(model, il.Head(), inner, "memory-reduced:iterations=2", carry=carry)
 
         def kill(record: Record) -> None:
             if record["step"] == stop:
@@ -143,13 +145,14 @@ def test_a_killed_run_keeps_its_warm_starts(tasks: Episodes, tmp_path: Path) -> 
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     body = "learner/model.1.weight"
     assert not torch.equal(whole[body], cold[body])
-    assert "warm_starts/0/2/solution/3.weight" in whole
+    assert {"carried/0/2/params/3.weight", "carried/0/2/solution/3.weight"} <= whole.keys()
 
     states = load_checkpoint(tmp_path / "killed" / "last.safetensors")
-    states["warm_starts"][1] = states["warm_starts"][0]
+    assert [left["step"] for left in states["carried"][0].values()] == [8, 8, 8]
+    states["carried"][1] = states["carried"][0]
     states["progress"]["step"] = 7
     save_checkpoint(tmp_path / "killed" / "last.safetensors", states)
-    with pytest.raises(ValueError, match="holds the warm starts of 2 processes, not 1; resume it with as many"):
+    with pytest.raises(ValueError, match="holds where 2 processes left their tasks, not 1; resume it with as many"):
         session(tmp_path / "killed", "slot")
 
 
@@ -293,12 +296,16 @@ def test_checkpoints_hold_any_state_without_pickle(tmp_path: Path) -> None:
         "numbers": (1, 2.5, -math.inf, True, None, "text"),
         3: [torch.arange(3), {"deep": torch.tensor(1.5, dtype=torch.float64)}],
         "tied": torch.ones(2)[:1],
+        "1": {"a": torch.tensor(1.0)},
+        1: {"a": torch.tensor(2.0)},
+        "1/a": torch.tensor(3.0),
     }
     save_checkpoint(tmp_path / "state.safetensors", {"it": state})
     found = load_checkpoint(tmp_path / "state.safetensors")["it"]
     assert found["numbers"] == state["numbers"]
     assert torch.equal(found[3][0], torch.arange(3))
     assert found[3][1]["deep"].dtype == torch.float64
+    assert [found["1"]["a"].item(), found[1]["a"].item(), found["1/a"].item()] == [1, 2, 3]  # names that collide
     with pytest.raises(TypeError, match="cannot store it/function, a builtin_function_or_method"):
         save_checkpoint(tmp_path / "other.safetensors", {"it": {"function": print}})
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
@@ -327,8 +334,12 @@ def test_metrics_are_json_lines_and_tensorboard(tasks: Episodes, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("memory-reduced:warm_start=task", "those of a training stream never do: choose slot or none"),
-        ("memory-reduced:warm_start=always", "choose 'none', 'slot' or 'task'"),
+        ("implicit:2.0,10", "iterations, damping, by name; the proximal weight is the inner loop's: --proximal 2.0, or "),
+        ("implicit:iterations=5,proximal=0.5", "the proximal weight is the inner loop's: --proximal 0.5, or SGD"),
+        ("memory-reduced:0.05", "takes iterations, by name; the L2 term is the inner loop's: --weight-decay 0.05, or "),
+        ("memory-reduced:l2=0.1,warm_start=slot", "--weight-decay 0.1, or .* is the learner's: --carry slot, or "),
+        ("unrolled:keep_every=10", "unrolled:copies=N keeps at most N of them"),
+        ("unrolled:sqrt", "unrolled:copies=N keeps at most N of them"),
         ("mixed", "^mixed takes horizon=weight, as in mixed:1=0.2,5=0.8, not ''$"),
         ("mixed:1,5", "not '1,5'$"),
         ("mixed:1=half,5=0.5", "not '1=half,5=0.5'$"),
@@ -342,6 +353,24 @@ def test_estimators_that_cannot_be_typed(text: str, message: str) -> None:
 
 def test_estimators_that_can_be_typed() -> None:
     assert make("meta-gradient", META_GRADIENT, "mixed:1=0.2,3=0.3, 5=0.5") == Mixed((1, 3, 5), (0.2, 0.3, 0.5))
-    assert make("meta-gradient", META_GRADIENT, "memory-reduced:0.1,warm_start=slot") == il.MemoryReduced(
-        l2=0.1, warm_start="slot"
-    )
+    assert make("meta-gradient", META_GRADIENT, "memory-reduced:iterations=3") == il.MemoryReduced(il.CG(3))
+    implicit = make("meta-gradient", META_GRADIENT, "implicit:damping=0.5,iterations=3")
+    assert implicit == il.Implicit(il.CG(3, damping=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("implicit", "--proximal 2$"), ("memory-reduced", "--weight-decay 0.05$"), ("unrolled", None)]
+)
+def test_a_run_of_the_first_edition_whose_estimator_brought_a_term_is_refused(
+    tmp_path: Path, name: str, cure: str | None
+) -> None:
+    Settings(meta_gradient=name).save(tmp_path / "settings.json")
+    assert read_run(tmp_path).meta_gradient == name
+    first = json.loads((tmp_path / "settings.json").read_text())
+    del first["start"], first["carry"]
+    (tmp_path / "settings.json").write_text(json.dumps(first))
+    if cure is None:
+        assert read_run(tmp_path) == Settings(meta_gradient=name)
+        return
+    with pytest.raises(ValueError, match=f"is of the first edition, in which {name} brought .*{cure}"):
+        read_run(tmp_path)

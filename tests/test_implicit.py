@@ -1,6 +1,9 @@
 """Implicit gradients against closed forms, finite differences of the solved problem and dense algebra, in float64."""
 
 import math
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,10 +14,9 @@ from torch.func import functional_call
 
 import innerloop as il
 from innerloop.curvature import second_order_kernels
-from innerloop.inner import InnerSolver, bind
-from innerloop.inner._newton_cg import NewtonCG
+from innerloop.inner import InnerSolver, NewtonCG, bind
 from innerloop.linear import CG, Neumann, Nystrom
-from innerloop.meta_gradient._implicit import Implicit
+from innerloop.meta_gradient import Implicit, MetaGradient, ReleasedIMAML
 from innerloop.problem import Tree
 from problems import SOLVERS, model_and_batch, relative_error, subset
 
@@ -101,7 +103,7 @@ def softmax() -> tuple[il.Problem, Tree, il.Task]:
     return il.Problem(lambda meta: {"head": meta["head"]}, loss, loss), meta, task
 
 
-def estimate(problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, estimator: Implicit) -> il.Result:
+def estimate(problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, estimator: MetaGradient) -> il.Result:
     return il.hypergradient(problem, meta, task, solver, estimator)
 
 
@@ -136,7 +138,7 @@ def differences(problem: il.Problem, meta: Tree, task: il.Task, near: Tree, prox
     width = 1e-5
 
     def solved(meta: Tree) -> Tensor:
-        vector, start = dense(near), dense(problem.start(meta))
+        vector, start = dense(near), dense(problem.begin(meta, task.support))
         for _ in range(4):
             grad, matrix = derivatives(problem, vector, near, meta, task)
             grad = grad + decay * vector + proximal * (vector - start)
@@ -159,27 +161,166 @@ def differences(problem: il.Problem, meta: Tree, task: il.Task, near: Tree, prox
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_closed_form_of_a_quadratic(decay):
     quadratic = Quadratic()
-    solver = NewtonCG(steps=3, iterations=40, weight_decay=decay)
-    result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(2.0, CG(40)))
+    solver = NewtonCG(steps=3, iterations=40, weight_decay=decay, proximal=2.0)
+    result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(CG(40)))
     torch.testing.assert_close(result.params["w"], quadratic.solution(2.0, decay))
     assert relative_error(result.grad, quadratic.exact(2.0, decay)) < 1e-10
 
 
 @pytest.mark.parametrize("build", [network, softmax])
-@pytest.mark.parametrize("decay", [0.0, 0.02])
-def test_finite_differences_of_the_solved_problem(build, decay):
+@pytest.mark.parametrize(("decay", "proximal"), [(0.0, 0.7), (0.02, 0.7), (0.3, 0.5)])
+def test_finite_differences_of_the_solved_problem(build, decay, proximal):
     problem, meta, task = build()
-    result = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30, weight_decay=decay), Implicit(0.7, CG(60)))
-    expected = differences(problem, meta, task, result.params, 0.7, decay)
+    solver = NewtonCG(steps=12, iterations=30, weight_decay=decay, proximal=proximal)
+    result = estimate(problem, meta, task, solver, Implicit(CG(60)))
+    expected = differences(problem, meta, task, result.params, proximal, decay)
     for name in meta:  # every kind of meta-parameter by itself
         assert relative_error({name: result.grad[name]}, {name: expected[name]}) < 1e-6
-    first_order = il.hypergradient(problem, meta, task, il.SGD(lr=0.1, steps=1), il.FirstOrder()).grad
+    unread = pytest.warns(UserWarning, match="log weights is exactly zero") if build is network else nullcontext()
+    with unread:
+        first_order = estimate(problem, meta, task, il.SGD(lr=0.1, steps=1), il.FirstOrder()).grad
     assert relative_error(first_order, expected) > 0.1
+
+
+def test_finite_differences_of_a_start_that_is_read_off_the_support_set():
+    problem, meta, task = softmax()
+
+    def start(meta: Tree, support: tuple[Tensor, Tensor]) -> Tree:
+        features = torch.tanh(support[0] @ meta["features"].T)
+        return {"head": torch.stack([features[support[1] == way].mean(0) for way in range(3)]) + meta["head"]}
+
+    problem = il.Problem(start, problem.inner_loss, problem.outer_loss)
+    solver = NewtonCG(steps=8, iterations=30, weight_decay=0.1, proximal=0.4)
+    result = estimate(problem, meta, task, solver, Implicit(CG(60)))
+    expected = differences(problem, meta, task, result.params, 0.4, 0.1)
+    for name in meta:
+        assert relative_error({name: result.grad[name]}, {name: expected[name]}) < 1e-6
+
+
+# --- the problem as it is, without a term of ours ---------------------------------------------------
+
+
+def squares() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and targets of 12 support and of 9 query examples with 4 features."""
+    return draw(12, 4, seed=1), draw(12, seed=2), draw(9, 4, seed=3), draw(9, seed=4)
+
+
+def ridge() -> tuple[il.Problem, Tree, il.Task, Callable[[Tree], Tree]]:
+    """Ridge regression; the logarithm of its own weight decay and the scales of the features are learned."""
+    inputs, targets, queries, wanted = squares()
+
+    def inner_loss(params: Tree, meta: Tree, support: tuple[Tensor, Tensor]) -> Tensor:
+        error = support[0] * meta["scales"] @ params["w"] - support[1]
+        return error.square().sum() / 2 + meta["log decay"].exp() / 2 * params["w"].square().sum()
+
+    def outer_loss(params: Tree, meta: Tree, query: tuple[Tensor, Tensor]) -> Tensor:
+        return (query[0] * meta["scales"] @ params["w"] - query[1]).square().mean()
+
+    def solution(meta: Tree) -> Tree:
+        scaled = inputs * meta["scales"]
+        matrix = scaled.T @ scaled + meta["log decay"].exp() * torch.eye(4, dtype=torch.float64)
+        return {"w": torch.linalg.solve(matrix, scaled.T @ targets)}
+
+    meta = {"log decay": torch.tensor(0.3, dtype=torch.float64), "scales": 1 + 0.2 * draw(4, seed=5)}
+    problem = il.Problem(lambda meta: {"w": torch.zeros(4, dtype=torch.float64)}, inner_loss, outer_loss)
+    return problem, meta, il.Task((inputs, targets), (queries, wanted)), solution
+
+
+def data_weights() -> tuple[il.Problem, Tree, il.Task, Callable[[Tree], Tree]]:
+    """Least squares with a learned weight for every example."""
+    inputs, targets, queries, wanted = squares()
+
+    def inner_loss(params: Tree, meta: Tree, support: tuple[Tensor, Tensor]) -> Tensor:
+        return (meta["weights"].sigmoid() * (support[0] @ params["w"] - support[1]).square()).mean()
+
+    def outer_loss(params: Tree, meta: Tree, query: tuple[Tensor, Tensor]) -> Tensor:
+        return (query[0] @ params["w"] - query[1]).square().mean()
+
+    def solution(meta: Tree) -> Tree:
+        weighted = inputs * meta["weights"].sigmoid()[:, None]
+        return {"w": torch.linalg.solve(weighted.T @ inputs, weighted.T @ targets)}
+
+    problem = il.Problem(lambda meta: {"w": torch.zeros(4, dtype=torch.float64)}, inner_loss, outer_loss)
+    return problem, {"weights": draw(12, seed=5)}, il.Task((inputs, targets), (queries, wanted)), solution
+
+
+@pytest.mark.parametrize("build", [ridge, data_weights])
+def test_without_a_term_of_the_inner_solver_it_is_plain_implicit_differentiation(build):
+    problem, meta, task, solution = build()
+    exact = torch.func.grad(lambda meta: problem.outer_loss(solution(meta), meta, task.query))(meta)
+    for solver in (NewtonCG(steps=3, iterations=10), il.SGD(lr=0.03 if build is ridge else 0.3, steps=800)):
+        result = estimate(problem, meta, task, solver, il.Implicit())
+        assert relative_error(result.params, solution(meta)) < 1e-9
+        for name in meta:
+            assert relative_error({name: result.grad[name]}, {name: exact[name]}) < 1e-8
+
+
+@pytest.mark.parametrize("proximal", [0.0, 0.4])
+def test_the_closed_form_with_the_solvers_two_terms(proximal):
+    """The terms of the inner solver are those of a problem that has them written out."""
+    problem, meta, task, _ = ridge()
+    decay, centre = 0.7, draw(4, seed=6)
+    problem = il.Problem(lambda meta: {"w": centre * meta["scales"]}, problem.inner_loss, problem.outer_loss)
+
+    def solved(meta: Tree) -> Tensor:
+        scaled, start = task.support[0] * meta["scales"], centre * meta["scales"]
+        matrix = scaled.T @ scaled + (meta["log decay"].exp() + decay + proximal) * torch.eye(4, dtype=torch.float64)
+        w = torch.linalg.solve(matrix, scaled.T @ task.support[1] + proximal * start)
+        return problem.outer_loss({"w": w}, meta, task.query)
+
+    solver = NewtonCG(steps=3, iterations=10, weight_decay=decay, proximal=proximal)
+    result = estimate(problem, meta, task, solver, il.Implicit())
+    assert relative_error(result.grad, torch.func.grad(solved)(meta)) < 1e-9
+
+
+def test_a_softmax_layer_without_a_term_of_the_inner_solver():
+    """Its own weight decay, learned, makes the solution one; the start has no part in it."""
+    plain, meta, task = softmax()
+    meta = {**meta, "log decay": torch.tensor(-2.0, dtype=torch.float64)}
+
+    def inner_loss(params: Tree, meta: Tree, support: tuple[Tensor, Tensor]) -> Tensor:
+        return plain.inner_loss(params, meta, support) + meta["log decay"].exp() / 2 * params["head"].square().sum()
+
+    problem = il.Problem(plain.start, inner_loss, plain.outer_loss)
+    result = estimate(problem, meta, task, NewtonCG(steps=8, iterations=30), Implicit(CG(60)))
+    expected = differences(problem, meta, task, result.params, 0.0, 0.0)
+    for name in ("features", "log decay"):
+        assert relative_error({name: result.grad[name]}, {name: expected[name]}) < 1e-6
+    assert torch.equal(result.grad["head"], torch.zeros_like(result.grad["head"]))
+    assert expected["head"].abs().max() < 1e-9
+
+
+SAME_STEPS: list[MetaGradient] = [
+    il.Implicit(),
+    il.MemoryReduced(),
+    il.Implicit(Nystrom(4, damping=0.1)),
+    il.Unrolled(record=True),
+    il.Truncated(2),
+    il.FirstOrder(),
+    il.Binomial(2),
+    il.Mixed((0, 2), (0.5, 0.5)),
+    il.Window(2, "true_forward"),
+    il.Reptile(),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the meta-gradient of")
+@pytest.mark.parametrize("estimator", SAME_STEPS, ids=repr)
+@pytest.mark.parametrize("terms", [{}, {"proximal": 1.5}, {"weight_decay": 0.2, "proximal": 0.3}])
+def test_an_estimator_never_changes_the_problem(estimator, terms):
+    problem, meta, task = network()
+    for solver in (il.SGD(lr=0.1, steps=4, **terms), il.Adam(lr=0.05, steps=4, **terms)):
+        found, expected = (estimate(problem, meta, task, solver, each) for each in (estimator, il.Unrolled()))
+        torch.testing.assert_close(found.params, expected.params, rtol=0, atol=1e-15)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            found.diagnostics["support_loss"], expected.diagnostics["support_loss"], rtol=0, atol=1e-15
+        )
 
 
 def test_the_network_of_the_finite_differences_is_not_convex():
     problem, meta, task = network()
-    found = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(0.7, CG(60))).params
+    found = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30, proximal=0.7), Implicit(CG(60))).params
     smallest = torch.linalg.eigvalsh(hessian(problem, found, meta, task)).min()
     assert -0.7 < smallest < -0.1
 
@@ -189,8 +330,8 @@ def test_the_network_of_the_finite_differences_is_not_convex():
 def test_any_model_and_subset_is_dense_linear_algebra(model, chosen):
     network, batch = model_and_batch(model)
     proximal, decay = 20.0, 0.5
-    solver = il.SGD(lr=0.02, steps=3, weight_decay=decay)
-    learner = il.MetaLearner(network, subset(model, chosen), solver, Implicit(proximal, CG(40)))
+    solver = il.SGD(lr=0.02, steps=3, weight_decay=decay, proximal=proximal)
+    learner = il.MetaLearner(network, subset(model, chosen), solver, Implicit(CG(40)))
     metrics = learner.meta_step(batch)
     assert metrics.diagnostics["negative_curvature"] == 0
     found = {name: p.grad for name, p in learner.model.named_parameters()}
@@ -207,14 +348,14 @@ def test_any_model_and_subset_is_dense_linear_algebra(model, chosen):
             end = learner.adapt(*task.support)
             params = {name: end.get_parameter(name).detach() for name in learner.adapted}
             outer, direct = torch.func.grad(loss, argnums=(0, 1))(params, meta, task.query)
-            matrix = (1 + decay / proximal) * torch.eye(len(dense(params)), dtype=torch.float64)
-            matrix += hessian(problem, params, meta, task) / proximal
+            matrix = (decay + proximal) * torch.eye(len(dense(params)), dtype=torch.float64)
+            matrix += hessian(problem, params, meta, task)
             v = torch.linalg.solve(matrix, dense(outer))
 
             def pairing(given: Tree, params: Tree = params, task: il.Task = task, v: Tensor = v) -> Tensor:
-                return dense(torch.func.grad(loss)(params, given, task.support)) @ v / proximal
+                return dense(torch.func.grad(loss)(params, given, task.support)) @ v
 
-            mixed, through_start = torch.func.grad(pairing)(meta), like(params, v)
+            mixed, through_start = torch.func.grad(pairing)(meta), like(params, proximal * v)
             for name in meta:
                 expected[name] += (direct[name] - mixed[name] + through_start.get(name, 0)) / 2
     assert relative_error(found, expected) < 1e-9
@@ -239,29 +380,32 @@ def test_the_curvature_is_that_of_the_support_loss_alone():
 @pytest.mark.parametrize(
     "solver",
     [
-        il.SGD(lr=0.15, steps=300),
-        il.Momentum(lr=0.1, steps=200, momentum=0.7),
-        il.Adam(lr=0.05, steps=400, eps=0.1),
-        NewtonCG(steps=20, iterations=5),
+        il.SGD(lr=0.15, steps=300, proximal=1.5),
+        il.Momentum(lr=0.1, steps=200, momentum=0.7, proximal=1.5),
+        il.Adam(lr=0.05, steps=400, eps=0.1, proximal=1.5),
+        il.AdamW(lr=0.05, steps=400, eps=0.1, proximal=1.5),  # without weight decay, which would be no term of a loss
+        NewtonCG(steps=20, iterations=5, proximal=1.5),
     ],
 )
 def test_every_inner_solver_run_to_the_end_gives_the_same(solver):
     problem, meta, task = network()
-    expected = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(1.5, CG(60))).grad
-    assert relative_error(estimate(problem, meta, task, solver, Implicit(1.5, CG(60))).grad, expected) < 1e-8
+    newton = NewtonCG(steps=12, iterations=30, proximal=1.5)
+    expected = estimate(problem, meta, task, newton, Implicit(CG(60))).grad
+    assert relative_error(estimate(problem, meta, task, solver, Implicit(CG(60))).grad, expected) < 1e-8
 
 
 @pytest.mark.parametrize("linear", [Neumann(150), Neumann(150, step=0.6), Nystrom(100)])
 def test_every_linear_solver_gives_the_same(linear):
     problem, meta, task = softmax()
-    solver = NewtonCG(steps=6, iterations=15, weight_decay=0.1)
-    expected = estimate(problem, meta, task, solver, Implicit(0.5, CG(60))).grad
-    assert relative_error(estimate(problem, meta, task, solver, Implicit(0.5, linear)).grad, expected) < 1e-8
+    solver = NewtonCG(steps=6, iterations=15, weight_decay=0.1, proximal=0.5)
+    expected = estimate(problem, meta, task, solver, Implicit(CG(60))).grad
+    assert relative_error(estimate(problem, meta, task, solver, Implicit(linear)).grad, expected) < 1e-8
 
 
-def test_neumann_with_a_step_of_one_is_the_series_in_powers_of_the_curvature_over_the_proximal_weight():
+def test_neumann_with_the_inverse_proximal_weight_is_the_series_in_powers_of_the_curvature_over_that_weight():
     problem, meta, task = softmax()
-    result = estimate(problem, meta, task, il.SGD(lr=0.1, steps=5), Implicit(2.0, Neumann(3, step=1.0)))
+    solver = il.SGD(lr=0.1, steps=5, proximal=2.0)
+    result = estimate(problem, meta, task, solver, Implicit(Neumann(3, step=1 / 2.0)))
     matrix = hessian(problem, result.params, meta, task) / 2.0
     outer = dense(torch.func.grad(problem.outer_loss)(result.params, meta, task.query))
     v = outer - matrix @ outer + matrix @ matrix @ outer
@@ -272,7 +416,7 @@ def test_every_linear_solver_gives_the_same_in_a_learner():
     model, batch = model_and_batch("conv4")
     grads = []
     for linear in (CG(30), Neumann(60), Nystrom(30)):  # on all rows, of a head whose loss is convex
-        learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.02, steps=2), Implicit(2.0, linear))
+        learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.02, steps=2, proximal=2.0), Implicit(linear))
         learner.meta_step(batch)
         grads.append({name: p.grad for name, p in learner.named_parameters()})
     assert relative_error(grads[1], grads[0]) < 1e-9
@@ -284,10 +428,10 @@ def test_every_linear_solver_gives_the_same_in_a_learner():
 
 def test_the_error_is_proportional_to_what_the_inner_loop_leaves_unsolved():
     problem, meta, task = network()
-    exact = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30), Implicit(1.5, CG(60)))
+    exact = estimate(problem, meta, task, NewtonCG(steps=12, iterations=30, proximal=1.5), Implicit(CG(60)))
     ratios, distances = [], []
     for steps in (30, 60, 120, 240):
-        result = estimate(problem, meta, task, il.SGD(lr=0.1, steps=steps), Implicit(1.5, CG(60)))
+        result = estimate(problem, meta, task, il.SGD(lr=0.1, steps=steps, proximal=1.5), Implicit(CG(60)))
         distances.append(relative_error(result.params, exact.params))
         ratios.append(relative_error(result.grad, exact.grad) / distances[-1])
     assert distances[0] > 1000 * distances[-1]
@@ -298,8 +442,8 @@ def test_few_conjugate_gradients_leave_a_floor():
     quadratic = Quadratic()
 
     def error(steps: int, iterations: int) -> float:
-        solver = il.SGD(lr=1 / 12, steps=steps)
-        result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(2.0, CG(iterations)))
+        solver = il.SGD(lr=1 / 12, steps=steps, proximal=2.0)
+        result = estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(CG(iterations)))
         return relative_error({"w": result.grad["w"]}, {"w": quadratic.exact(2.0)["w"]})
 
     assert error(200, 30) < 1e-10
@@ -312,35 +456,36 @@ def test_the_limits_of_the_proximal_weight():
     quadratic = Quadratic()
 
     def start_gradient(proximal: float) -> Tensor:
-        solver = NewtonCG(steps=3, iterations=40)
-        return estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(proximal, CG(60))).grad["w"]
+        solver = NewtonCG(steps=3, iterations=40, proximal=proximal)
+        return estimate(quadratic.problem, quadratic.meta, quadratic.task, solver, Implicit(CG(60))).grad["w"]
 
     at_start = torch.func.grad(quadratic.outer_loss)(quadratic.meta, quadratic.meta, None)["w"]
     torch.testing.assert_close(start_gradient(1e9), at_start, rtol=1e-6, atol=0)  # first-order MAML
     assert start_gradient(1e-8).norm() < 1e-3 * at_start.norm()  # the start is forgotten
+    assert not start_gradient(0.0).any()
 
 
 # --- the authors' published code ------------------------------------------------------------------
 
 
-def released(estimator: Implicit, lr: float = 0.1, steps: int = 4) -> tuple[il.Result, Tree, Tensor, Tensor]:
+def released(estimator: ReleasedIMAML, lr: float = 0.1, steps: int = 4) -> tuple[il.Result, Tree, Tensor, Tensor]:
     """The result, plain gradient descent, the Hessian where the result is and the outer gradient there."""
     problem, meta, task = network()
     result = estimate(problem, meta, task, il.SGD(lr=lr, steps=steps), estimator)
-    plain = bind(problem, meta, task.support, il.SGD(lr=lr, steps=steps), {}).run(steps)
+    plain = bind(problem, meta, task.support, il.SGD(lr=lr, steps=steps), {}).run(steps).params
     outer = torch.func.grad(problem.outer_loss)(result.params, meta, task.query)
     return result, plain, hessian(problem, result.params, meta, task), dense(outer)
 
 
 def test_the_released_variant_pulls_plain_gradient_descent_back_once():
-    result, plain, _, _ = released(Implicit(2.0, CG(5, damping=1.0), released_variant=True))
+    result, plain, _, _ = released(ReleasedIMAML(2.0, CG(5, damping=1.0)))
     _, meta, _ = network()
     for name, value in plain.items():
         torch.testing.assert_close(result.params[name], meta[name] + (1 - 0.1 * 2.0) * (value - meta[name]))
 
 
 def test_the_released_variant_solves_the_released_system():
-    result, _, matrix, outer = released(Implicit(2.0, CG(5, damping=1.0), released_variant=True))
+    result, _, matrix, outer = released(ReleasedIMAML(2.0, CG(5, damping=1.0)))
     # conjugate gradients as the released script writes them, on its operator
     x, r, p = torch.zeros_like(outer), outer.clone(), outer.clone()
     for _ in range(5):
@@ -351,20 +496,20 @@ def test_the_released_variant_solves_the_released_system():
     found = dense({name: result.grad[name] for name in result.params})
     torch.testing.assert_close(found, x)
     # run to the end, this is half of iMAML's formula at a weight of 24
-    exact, _, matrix, outer = released(Implicit(2.0, CG(100, damping=1.0), released_variant=True))
+    exact, _, matrix, outer = released(ReleasedIMAML(2.0, CG(100, damping=1.0)))
     found = dense({name: exact.grad[name] for name in exact.params})
     eye = torch.eye(len(matrix), dtype=torch.float64)
     torch.testing.assert_close(found, 0.5 * torch.linalg.solve(eye + matrix / 24, outer))
 
 
 def test_the_released_variant_with_one_iteration_does_not_solve():
-    result, _, _, outer = released(Implicit(2.0, CG(1, damping=1.0), released_variant=True))
+    result, _, _, outer = released(ReleasedIMAML(2.0, CG(1, damping=1.0)))
     torch.testing.assert_close(dense({name: result.grad[name] for name in result.params}), outer)
 
 
 def test_the_released_variant_evaluates_without_the_pull():
     model, batch = model_and_batch("mlp")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(released_variant=True))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=ReleasedIMAML())
     plain = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3))
     torch.testing.assert_close(learner.evaluate(batch).loss, plain.evaluate(batch).loss)
 
@@ -375,19 +520,22 @@ def test_the_released_variant_evaluates_without_the_pull():
 @pytest.mark.parametrize("solver", ["sgd", "momentum", "adam"])
 def test_training_evaluation_and_adaptation_minimise_the_same(solver):
     model, batch = model_and_batch("mlp")
-    inner = replace(SOLVERS[solver](4), proximal=0.0)
-    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(1.5))
-    assert learner.inner == replace(inner, proximal=1.5)
-    explicit = il.MetaLearner(model, inner=replace(inner, proximal=1.5))
-    torch.testing.assert_close(learner.meta_step(batch).loss, explicit.evaluate(batch).loss.mean())
-    torch.testing.assert_close(learner.evaluate(batch).loss, explicit.evaluate(batch).loss)
+    inner = replace(SOLVERS[solver](4), proximal=1.5)
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit())
+    assert learner.inner == inner
+    exact = il.MetaLearner(model, inner=inner)
+    torch.testing.assert_close(learner.meta_step(batch).loss, exact.evaluate(batch).loss.mean())
+    torch.testing.assert_close(learner.evaluate(batch).loss, exact.evaluate(batch).loss)
+    adapted = learner.adapt(batch.support[0][0], batch.support[1][0])
+    torch.testing.assert_close(adapted(batch.query[0][0]), exact.evaluate(batch).outputs[0])
 
 
 def test_the_mode_of_the_model_changes_no_statistics():
     model, batch = model_and_batch("conv4")
     grads = []
     for training in (True, False):
-        learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=Implicit()).train(training)
+        inner = il.SGD(lr=0.1, steps=2, proximal=2.0)
+        learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit()).train(training)
         learner.meta_step(batch)
         grads.append({name: p.grad for name, p in learner.named_parameters()})
     assert relative_error(*grads) < 1e-14
@@ -395,7 +543,7 @@ def test_the_mode_of_the_model_changes_no_statistics():
 
 def test_tasks_are_averaged_and_nothing_else_changes():
     model, batch = model_and_batch("conv4")
-    learner = il.MetaLearner(model, inner=NewtonCG(steps=2), meta_gradient=Implicit())
+    learner = il.MetaLearner(model, inner=NewtonCG(steps=2, proximal=2.0), meta_gradient=Implicit())
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     metrics = learner.meta_step(batch)
     together = {name: p.grad.clone() for name, p in learner.named_parameters()}
@@ -409,23 +557,105 @@ def test_tasks_are_averaged_and_nothing_else_changes():
 
 def test_diagnostics_tell_how_the_solve_went():
     model, batch = model_and_batch("mlp")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(2.0, CG(4)))
+    inner = il.SGD(lr=0.1, steps=3, proximal=2.0)
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(CG(4)))
     found = learner.meta_step(batch).diagnostics
     assert found["curvature_products"] == 5  # four to solve and one for the mixed derivative
     assert found["iterations"] == 4
     assert found["negative_curvature"] == 0
     assert 0 < found["residual"] < 0.1
     assert found["support_loss"].shape == (3,)
-    better = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=Implicit(2.0, CG(8)))
+    better = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(CG(8)))
     assert better.meta_step(batch).diagnostics["residual"] < 0.1 * found["residual"]
 
 
 def test_negative_curvature_is_counted_and_survived():
     model, batch = model_and_batch("mlp")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=1e-3, steps=1), meta_gradient=Implicit(1e-3, CG(20)))
+    inner = il.SGD(lr=1e-3, steps=1, proximal=1e-3)
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(CG(20)))
     metrics = learner.meta_step(batch)
     assert metrics.diagnostics["negative_curvature"] == 1  # of both tasks
     assert all(p.grad.isfinite().all() for p in learner.parameters())
+
+
+# --- taken up where it was left -------------------------------------------------------------------
+
+
+def test_the_solution_at_the_end_solves_the_system():
+    problem, meta, task = network()
+    solver = il.SGD(lr=0.1, steps=6, proximal=1.5, weight_decay=0.1)
+    result = estimate(problem, meta, task, solver, Implicit(CG(60)))
+    matrix = hessian(problem, result.params, meta, task) + 1.6 * torch.eye(40, dtype=torch.float64)
+    outer = torch.func.grad(problem.outer_loss)(result.params, meta, task.query)
+    torch.testing.assert_close(dense(result.end.solution), torch.linalg.solve(matrix, dense(outer)))
+    assert result.end.step == 6
+
+
+@pytest.mark.parametrize("linear", [CG(3), Neumann(3, step=0.1)])
+def test_a_task_that_is_taken_up_begins_with_the_solution_that_it_was_left_with(linear):
+    problem, meta, task = network()
+    solver, estimator = il.SGD(lr=0.1, steps=6, proximal=1.5), Implicit(linear)
+    first = estimate(problem, meta, task, solver, estimator)
+    then = il.hypergradient(problem, meta, task, solver, estimator, begin=first.end)
+    cold = il.hypergradient(problem, meta, task, solver, estimator, begin=first.end._replace(solution={}))
+    once = estimate(problem, meta, task, replace(solver, steps=12), estimator)
+    torch.testing.assert_close(then.params, once.params)  # the inner loop goes on
+    torch.testing.assert_close(cold.grad, once.grad)
+    assert then.end.step == once.end.step == 12
+    # the system goes on from what the first call left, at the price of one product
+    matrix = hessian(problem, then.params, meta, task)
+    outer = dense(torch.func.grad(problem.outer_loss)(then.params, meta, task.query))
+    expected, info = linear.solve(lambda v: matrix @ v, outer, 1.5, dense(first.end.solution))
+    torch.testing.assert_close(dense(then.end.solution), expected)
+    torch.testing.assert_close(then.diagnostics["residual"], info.residual)
+    assert then.diagnostics["curvature_products"] == cold.diagnostics["curvature_products"] + 1
+    assert then.diagnostics["residual"] < 0.7 * cold.diagnostics["residual"]
+
+
+def test_many_short_calls_that_are_taken_up_reach_what_one_long_call_does():
+    problem, meta, task = network()
+    newton = NewtonCG(steps=12, iterations=30, proximal=1.5)
+    exact = estimate(problem, meta, task, newton, Implicit(CG(60))).grad
+    solver, estimator, end = il.SGD(lr=0.15, steps=5, proximal=1.5), Implicit(CG(2)), None
+    errors = []
+    for _ in range(60):
+        result = il.hypergradient(problem, meta, task, solver, estimator, begin=end)
+        end = result.end
+        errors.append(relative_error(result.grad, exact))
+    assert errors[0] > 0.01
+    assert errors[-1] < 1e-8  # the start, which is still what the proximal term pulls to, has its gradient too
+
+
+def test_a_learner_carries_the_solution():
+    model, batch = model_and_batch("mlp")
+    inner, linear = il.SGD(lr=0.1, steps=3, proximal=2.0), CG(2)
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=Implicit(linear), carry="slot")
+    metrics = learner.meta_step(batch, keep_end=True)
+    learner.zero_grad()
+    again = learner.meta_step(batch, keep_end=True)
+    for index in range(2):
+        task = il.Task(*(tuple(value[index] for value in part) for part in batch))
+        first = learner.estimate(task)
+        then = learner.estimate(task, begin=first.end)
+        torch.testing.assert_close(metrics.end[index].solution, first.end.solution)
+        torch.testing.assert_close(again.end[index].solution, then.end.solution)
+        assert again.end[index].step == 6
+    assert again.diagnostics["curvature_products"] == metrics.diagnostics["curvature_products"] + 1
+    assert again.diagnostics["residual"] < metrics.diagnostics["residual"]
+
+
+@pytest.mark.parametrize("test_steps", [None, 7])
+def test_the_solution_is_that_of_all_examples_where_steps_see_minibatches(test_steps):
+    problem, meta, task = softmax()
+    inner = il.SGD(lr=0.1, steps=4, test_steps=test_steps, proximal=1.5, minibatch=3)
+    result = estimate(problem, meta, task, inner, Implicit(CG(60)))
+    matrix = hessian(problem, result.params, meta, task) + 1.5 * torch.eye(12, dtype=torch.float64)
+    outer = torch.func.grad(problem.outer_loss)(result.params, meta, task.query)
+    torch.testing.assert_close(dense(result.end.solution), torch.linalg.solve(matrix, dense(outer)))
+    released = estimate(problem, meta, task, replace(inner, proximal=0.0), ReleasedIMAML(2.0, CG(60, damping=1.0)))
+    matrix = hessian(problem, released.params, meta, task) / 12 + 2 * torch.eye(12, dtype=torch.float64)
+    outer = torch.func.grad(problem.outer_loss)(released.params, meta, task.query)
+    torch.testing.assert_close(dense(released.end.solution), torch.linalg.solve(matrix, dense(outer)))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -434,15 +664,26 @@ def test_negative_curvature_is_counted_and_survived():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Implicit(0.0), r"proximal=0.0\): must be above 0.*MemoryReduced\(\)"),
-        (lambda: Implicit(-1.0), "must be above 0"),
-        (lambda: Implicit(solver=Neumann(5), released_variant=True), r"solves by CG: give solver=CG\(\.\.\.\)"),
-        (lambda: Implicit().prepare(il.LearnedRates(lr=0.1, steps=1), None), r"does not depend: use SGD.*Unrolled\(\)"),
-        (lambda: Implicit().prepare(il.SGD(lr=0.1, steps=1, proximal=0.5), None), "give the weight to Implicit alone"),
+        (lambda: Implicit(2.0), r"Implicit\(2.0\): give a linear solver.*SGD\(lr=0.1, steps=16, proximal=2.0\)"),
+        (lambda: ReleasedIMAML(0.0), r"ReleasedIMAML\(proximal=0.0\): must be above 0"),
+        (lambda: ReleasedIMAML(-1.0), "must be above 0"),
+        (lambda: ReleasedIMAML(linear_solver=Neumann(5)), r"solves by CG: give linear_solver=CG\(\.\.\.\)"),
         (
-            lambda: Implicit(released_variant=True).prepare(il.Adam(lr=0.1, steps=1), None),
-            "takes plain gradient steps: use SGD, not Adam",
+            lambda: Implicit().check(il.LearnedRates(lr=0.1, steps=1), learns=True),
+            r"does not depend: use SGD.*Unrolled\(\)",
         ),
+        (
+            lambda: Implicit().check(il.AdamW(lr=0.1, steps=1, weight_decay=0.1)),
+            "AdamW's weight decay is no term: use Adam or SGD",
+        ),
+        (lambda: Implicit().check(il.SGD(lr=0.1, steps=1), whole=True), r"give SGD\(proximal=2.0\), which is iMAML"),
+        (
+            lambda: Implicit(Nystrom(3)).check(il.SGD(lr=0.1, steps=1)),
+            r"nothing on the diagonal.*weight_decay or proximal.*Nystrom\(damping=",
+        ),
+        (lambda: ReleasedIMAML().check(il.Adam(lr=0.1, steps=1)), "takes plain gradient steps.*use SGD.*not Adam"),
+        (lambda: ReleasedIMAML().check(il.SGD(lr=0.1, steps=1, proximal=0.5)), "the proximal term's own afterwards"),
+        (lambda: ReleasedIMAML().check(il.SGD(lr={"*": 0.1}, steps=1)), "at one rate"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):
@@ -450,8 +691,42 @@ def test_what_does_not_fit_is_refused(build, message):
         build()
 
 
-def test_a_multi_step_loss_is_refused():
+def test_a_head_without_a_term_is_warned_of_and_its_start_named():
+    model, _ = model_and_batch("mlp")
+    with pytest.warns(
+        UserWarning, match=r"without weight_decay or proximal.*singular.*start.*gradient of zero"
+    ) as caught:
+        il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=2), Implicit())
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=2, weight_decay=0.1), Implicit())
+        il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=2, proximal=0.1), Implicit())
+
+
+SOLVING = [Implicit(), il.MemoryReduced(), ReleasedIMAML()]
+
+
+@pytest.mark.parametrize("estimator", SOLVING, ids=repr)
+def test_a_multi_step_loss_is_refused(estimator):
+    problem, meta, task = network()
+    with pytest.raises(ValueError, match=r"differentiates the solution.*leave step_weights out"):
+        il.hypergradient(problem, meta, task, il.SGD(lr=0.1, steps=2), estimator, step_weights=[0.5, 0.5])
     model, batch = model_and_batch("mlp")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=Implicit())
+    inner = il.SGD(lr=0.1, steps=2, weight_decay=0.1)
+    learner = il.MetaLearner(model, il.Head(), inner, estimator)
     with pytest.raises(ValueError, match="leave step_weights out"):
         learner.meta_step(batch, step_weights=[0.5, 0.5])
+
+
+@pytest.mark.parametrize("estimator", SOLVING, ids=repr)
+@pytest.mark.parametrize("stream", ["rows", "function"])
+def test_a_batch_for_every_step_is_refused(estimator, stream):
+    problem, meta, task = network()
+    rows = tuple(torch.stack([value, value]) for value in task.support)
+    steps = il.Steps(rows if stream == "rows" else lambda step: tuple(value[step] for value in rows))
+    inner = il.SGD(lr=0.1, steps=2)
+    with pytest.raises(ValueError, match=r"one fixed support batch.*\(Steps\): use Unrolled\(\)"):
+        il.hypergradient(problem, meta, il.Task(steps, task.query), inner, estimator)
+    exact = il.hypergradient(problem, meta, il.Task(steps, task.query), inner)  # which an unrolled estimate takes
+    torch.testing.assert_close(exact.loss, il.hypergradient(problem, meta, task, inner).loss)

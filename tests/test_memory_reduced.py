@@ -1,6 +1,8 @@
 """Memory-reduced meta-gradients against closed forms, finite differences and plain autograd, in float64."""
 
 import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop.inner import InnerSolver
-from innerloop.inner._newton_cg import NewtonCG
+from innerloop.bilevel import Carried
+from innerloop.inner import InnerSolver, NewtonCG
 from innerloop.linear import CG, Nystrom
-from innerloop.meta_gradient._memory_reduced import MemoryReduced, Warm, WarmStarts
-from innerloop.problem import Tree
+from innerloop.meta_gradient import MemoryReduced, MetaGradient
+from innerloop.problem import End, Tree
 from problems import model_and_batch, relative_error
 
 L2 = 0.05
+
+# The head's start is among the meta-parameters here, so that it shows that it gets no gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:the meta-gradient of head is exactly zero")
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -62,18 +67,20 @@ class Quadratic:
 
 
 def estimate(
-    problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, estimator: MemoryReduced
+    problem: il.Problem, meta: Tree, task: il.Task, solver: InnerSolver, estimator: MetaGradient, begin=None
 ) -> il.Result:
-    with torch.no_grad():
-        return estimator.estimate(problem, meta, task, estimator.prepare(solver, partial=None), {})
+    return il.hypergradient(problem, meta, task, solver, estimator, begin=begin)
 
 
 def of_one_task(batch: il.Task, index: int) -> il.Task:
     return il.Task(*(tuple(value[index] for value in part) for part in batch))
 
 
+DECAYED = il.SGD(lr=0.1, steps=2, weight_decay=L2)
+
+
 def head_learner(model: nn.Module, inner: InnerSolver, estimator=None, **settings) -> il.MetaLearner:
-    return il.MetaLearner(model, il.Head(), inner, estimator or MemoryReduced(l2=L2), **settings)
+    return il.MetaLearner(model, il.Head(), inner, estimator or MemoryReduced(), **settings)
 
 
 # --- exactness ------------------------------------------------------------------------------------
@@ -83,7 +90,9 @@ def head_learner(model: nn.Module, inner: InnerSolver, estimator=None, **setting
 def test_closed_form_of_a_quadratic(l2):
     quadratic = Quadratic()
     task = quadratic.tasks()
-    result = estimate(quadratic.problem, quadratic.meta, task, il.SGD(lr=0.12, steps=600), MemoryReduced(CG(8), l2))
+    result = estimate(
+        quadratic.problem, quadratic.meta, task, il.SGD(lr=0.12, steps=600, weight_decay=l2), MemoryReduced(CG(8))
+    )
     torch.testing.assert_close(result.params["head"], quadratic.solution(quadratic.meta["theta"], task, l2))
     assert relative_error({"theta": result.grad["theta"]}, {"theta": quadratic.exact(task, l2)}) < 1e-10
     assert torch.equal(result.grad["head"], torch.zeros_like(result.grad["head"]))
@@ -95,7 +104,7 @@ def test_the_error_falls_by_one_minus_step_times_least_curvature():
 
     def error(steps: int, iterations: int = 8) -> float:
         solver = il.SGD(lr=1 / 8, steps=steps)
-        found = estimate(quadratic.problem, quadratic.meta, task, solver, MemoryReduced(CG(iterations), 0.0))
+        found = estimate(quadratic.problem, quadratic.meta, task, solver, MemoryReduced(CG(iterations)))
         return relative_error({"theta": found.grad["theta"]}, {"theta": exact})
 
     rates = [(error(steps + 40) / error(steps)) ** (1 / 40) for steps in (40, 80, 120)]
@@ -117,18 +126,18 @@ class Regularised:
     def loss(self, params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(torch.tanh(batch[0] @ meta["features"].T) @ params["head"].T, batch[1])
 
-    def find(self, solver: InnerSolver, estimator: MemoryReduced, features: Tensor | None = None) -> il.Result:
+    def find(self, solver: InnerSolver, estimator: MetaGradient, features: Tensor | None = None) -> il.Result:
         meta = self.meta if features is None else {**self.meta, "features": features}
         return estimate(self.problem, meta, self.task, solver, estimator)
 
 
 def test_finite_differences_of_a_regularised_softmax_head():
     softmax, width = Regularised(), 1e-4
-    solver, estimator = NewtonCG(steps=6, iterations=40, trials=4), MemoryReduced(CG(60), L2)
+    solver, estimator = NewtonCG(steps=6, iterations=40, trials=4, weight_decay=L2), MemoryReduced(CG(60))
     found, value = softmax.find(solver, estimator).grad["features"], softmax.meta["features"]
     moves = width * torch.eye(value.numel(), dtype=value.dtype).view(-1, *value.shape)
     # only the loss of these results is of interest; the shortest linear solve is the cheapest
-    losses = torch.func.vmap(lambda features: softmax.find(solver, MemoryReduced(CG(1), L2), features).loss)(
+    losses = torch.func.vmap(lambda features: softmax.find(solver, MemoryReduced(CG(1)), features).loss)(
         torch.cat([value + moves, value - moves])
     )
     ahead, behind = losses.chunk(2)
@@ -137,15 +146,13 @@ def test_finite_differences_of_a_regularised_softmax_head():
 
 def test_far_from_the_solution_the_estimate_can_be_worse_than_the_direct_term_alone():
     softmax = Regularised(inputs=32)
-    exact = softmax.find(NewtonCG(steps=8, iterations=40), MemoryReduced(CG(60), L2)).grad
+    exact = softmax.find(NewtonCG(steps=8, iterations=40, weight_decay=L2), MemoryReduced(CG(60))).grad
 
-    def error(estimator, steps: int) -> float:
-        inner = il.SGD(lr=0.1, steps=steps, weight_decay=L2)
-        with torch.no_grad():
-            found = estimator.estimate(softmax.problem, softmax.meta, softmax.task, inner, {}).grad["features"]
+    def error(estimator: MetaGradient, steps: int) -> float:
+        found = softmax.find(il.SGD(lr=0.1, steps=steps, weight_decay=L2), estimator).grad["features"]
         return relative_error({"": found}, {"": exact["features"]})
 
-    few, many = (error(MemoryReduced(CG(20), L2), steps) for steps in (5, 100))
+    few, many = (error(MemoryReduced(CG(20)), steps) for steps in (5, 100))
     assert few > 1.5 * error(il.FirstOrder(), 5)
     assert many < 0.5 * error(il.FirstOrder(), 100)
 
@@ -154,7 +161,8 @@ def test_far_from_the_solution_the_estimate_can_be_worse_than_the_direct_term_al
 @pytest.mark.parametrize("reuse_prefix", [True, False])
 def test_the_estimate_is_the_gradient_of_one_scalar_with_solution_and_head_constant(model, reuse_prefix):
     network, batch = model_and_batch(model)
-    learner = head_learner(network, il.SGD(lr=0.2, steps=4), MemoryReduced(CG(60), 0.2), reuse_prefix=reuse_prefix)
+    inner = il.SGD(lr=0.2, steps=4, weight_decay=0.2)
+    learner = head_learner(network, inner, MemoryReduced(CG(60)), reuse_prefix=reuse_prefix)
     learner.meta_step(batch)
     meta = {name: p.detach().clone().requires_grad_() for name, p in learner.model.named_parameters()}
 
@@ -187,7 +195,7 @@ def _flat(values) -> Tensor:
 
 def test_anil_tends_to_it_as_the_inner_steps_grow():
     model, batch = model_and_batch("mlp")
-    solved = head_learner(model, NewtonCG(steps=6, iterations=30), MemoryReduced(CG(60), 0.5))
+    solved = head_learner(model, NewtonCG(steps=6, iterations=30, weight_decay=0.5), MemoryReduced(CG(60)))
     solved.meta_step(batch)
     exact = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in solved.model.named_parameters()}
     errors = []
@@ -203,7 +211,7 @@ def test_a_linear_solver_can_be_exchanged():
     model, batch = model_and_batch("mlp")
     grads = []
     for linear in (CG(60), Nystrom(100)):
-        learner = head_learner(model, il.SGD(lr=0.2, steps=4), MemoryReduced(linear, 0.2))
+        learner = head_learner(model, il.SGD(lr=0.2, steps=4, weight_decay=0.2), MemoryReduced(linear))
         learner.meta_step(batch)
         grads.append({name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
     assert relative_error(*grads) < 1e-9
@@ -214,23 +222,24 @@ def test_a_linear_solver_can_be_exchanged():
 
 def meta_train(quadratic: Quadratic, tasks: il.Task, warm: bool, steps: int, rate: float) -> float:
     """Gradient descent with one inner step and one iteration; the squared norm of the true gradient at the end."""
-    estimator, solver = MemoryReduced(CG(1), 0.0, "task" if warm else "none"), il.SGD(lr=1 / 8, steps=1)
-    theta, starts, keys = quadratic.meta["theta"], WarmStarts(), [f"task {index}" for index in range(len(tasks.query))]
-    with torch.no_grad():
-        for _ in range(steps):
-            meta = {**quadratic.meta, "theta": theta}
-            begin = starts.gather(keys, estimator.cold(quadratic.problem, meta))
-
-            def resume(task: il.Task, begin: Warm, meta: Tree = meta) -> tuple[Tree, Warm]:
-                result, left = estimator.resume(quadratic.problem, meta, task, solver, begin)
-                return result.grad, left
-
-            grad, left = torch.func.vmap(resume)(tasks, begin)
-            if warm:
-                starts.store(keys, left)
-            theta = theta - rate * grad["theta"].mean(0)
-        quadratic.meta["theta"] = theta
-        exact = torch.stack([quadratic.exact(il.Task(*pair)) for pair in zip(*tasks, strict=True)]).mean(0)
+    learner = il.Bilevel(
+        quadratic.problem,
+        quadratic.meta,
+        il.SGD(lr=1 / 8, steps=1),
+        MemoryReduced(CG(1)),
+        carry="task" if warm else "none",
+        stacked=True,
+    )
+    keys = [f"task {index}" for index in range(len(tasks.query))] if warm else None
+    theta = learner.meta["theta"]
+    for _ in range(steps):
+        learner.zero_grad()
+        learner.meta_step(tasks, task_ids=keys)
+        with torch.no_grad():
+            theta -= rate * theta.grad
+    assert torch.equal(learner.meta["head"], quadratic.meta["head"])
+    quadratic.meta["theta"] = theta.detach()
+    exact = torch.stack([quadratic.exact(il.Task(*pair)) for pair in zip(*tasks, strict=True)]).mean(0)
     return float(exact.square().sum())
 
 
@@ -245,38 +254,45 @@ def test_warm_starts_reach_the_stationary_point_with_one_step_and_one_iteration_
 
 def test_a_task_resumes_from_where_it_was_left():
     quadratic = Quadratic()
-    task, estimator, solver = quadratic.tasks(), MemoryReduced(CG(8), 0.0), il.SGD(lr=0.1, steps=7)
-    with torch.no_grad():
-        _, left = estimator.resume(
-            quadratic.problem, quadratic.meta, task, solver, estimator.cold(quadratic.problem, quadratic.meta)
-        )
-        again, _ = estimator.resume(quadratic.problem, quadratic.meta, task, solver, left)
+    task, estimator, solver = quadratic.tasks(), MemoryReduced(CG(8)), il.SGD(lr=0.1, steps=7)
+    first = estimate(quadratic.problem, quadratic.meta, task, solver, estimator)
+    again = estimate(quadratic.problem, quadratic.meta, task, solver, estimator, first.end)
     twice = estimate(quadratic.problem, quadratic.meta, task, il.SGD(lr=0.1, steps=14), estimator)
     torch.testing.assert_close(again.params, twice.params)
+    torch.testing.assert_close(again.grad, twice.grad)  # eight iterations solve the system from anywhere
+    assert again.end.step == 14
     assert again.diagnostics["curvature_products"] == twice.diagnostics["curvature_products"] + 1
+    # fewer do not, and then begin with the solution that was left
+    some = estimate(quadratic.problem, quadratic.meta, task, solver, MemoryReduced(CG(3)), first.end)
+    none = estimate(
+        quadratic.problem, quadratic.meta, task, solver, MemoryReduced(CG(3)), first.end._replace(solution={})
+    )
+    assert some.diagnostics["residual"] < 0.75 * none.diagnostics["residual"]
 
 
 def test_warm_starts_go_by_key():
-    def value(number: float) -> Warm:
-        return Warm({"head": torch.full((2,), number)}, {"head": torch.full((2,), -number)})
+    def end(number: float, step: int) -> End:
+        return End({"head": torch.full((2,), number)}, {}, step, {"head": torch.full((2,), -number)})
 
-    def stack(*numbers: float) -> Warm:
-        return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *map(value, numbers))
-
-    starts, cold = WarmStarts(), value(0.0)
-    starts.store(["a", "b"], stack(1.0, 2.0))
-    starts.store(["b"], stack(3.0))
+    carried, place = Carried(), torch.device("cpu")
+    carried.store(["a", "b"], [end(1.0, 5), end(2.0, 5)])
+    carried.store(["b"], [end(3.0, 10)])
     # a task not seen before begins cold, even in the place of one that was
-    torch.testing.assert_close(starts.gather(["b", "c", "a"], cold), stack(3.0, 0.0, 1.0))
+    found, unseen, other = carried.gather(["b", "c", "a"], place)
+    torch.testing.assert_close([found, other], [end(3.0, 10), end(1.0, 5)])
+    assert unseen is None
+    loaded = Carried()
+    loaded.load_state_dict(carried.state_dict())
+    torch.testing.assert_close(loaded.gather(["b", "a"], place), [end(3.0, 10), end(1.0, 5)])
 
 
 def test_a_learner_resumes_tasks_by_place_or_by_name():
     network, batch = model_and_batch("mlp")
     swapped = torch.utils._pytree.tree_map(lambda value: value.flip(0), batch)
 
-    def after(warm_start: str, second: il.Task, first_ids=None, second_ids=None) -> il.MetaLearner:
-        estimator = MemoryReduced(CG(1), 0.2, warm_start)  # type: ignore[arg-type]
-        learner = il.MetaLearner(network, il.Head(), il.SGD(lr=0.2, steps=2), estimator, chunk_size=1)
+    def after(carry: str, second: il.Task, first_ids=None, second_ids=None) -> il.MetaLearner:
+        inner = il.SGD(lr=0.2, steps=2, weight_decay=0.2)
+        learner = head_learner(network, inner, MemoryReduced(CG(1)), carry=carry, chunk_size=1)
         learner.meta_step(batch, task_ids=first_ids)
         learner.zero_grad()
         learner.meta_step(second, task_ids=second_ids)
@@ -297,11 +313,47 @@ def test_a_learner_resumes_tasks_by_place_or_by_name():
         after("slot", batch, ["a", "b"])
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+@pytest.mark.parametrize("names", [None, ["a", "b", "c", "a2"]])
+def test_a_learner_resumes_as_begin_does(chunk_size, names: Sequence[Hashable] | None):
+    network, batch = model_and_batch("mlp")
+    batch = torch.utils._pytree.tree_map(lambda value: torch.cat([value, value.flip(1)]), batch)  # four tasks
+    inner = il.Momentum(lr=0.2, steps=2, weight_decay=0.2)
+    carried = head_learner(
+        network, inner, MemoryReduced(CG(2)), carry="task" if names else "slot", chunk_size=chunk_size
+    )
+    given = head_learner(network, inner, MemoryReduced(CG(2)), chunk_size=chunk_size)
+    ends = None
+    for _ in range(3):
+        for learner in (carried, given):
+            learner.zero_grad()
+        carried.meta_step(batch, task_ids=names)
+        ends = given.meta_step(batch, begin=ends, keep_end=True).end
+        grads = [{name: p.grad for name, p in each.model[0].named_parameters()} for each in (carried, given)]
+        assert relative_error(*grads) < 1e-13
+    assert [end.step for end in ends] == [6] * 4
+
+
+def test_some_tasks_are_taken_up_and_others_begin():
+    network, batch = model_and_batch("mlp")
+    inner = il.SGD(lr=0.2, steps=2, weight_decay=0.2)
+    learner = head_learner(network, inner, MemoryReduced(CG(1)), carry="task")
+    learner.meta_step(batch, task_ids=["a", "b"])
+    left = learner.carried.gather(["a"], torch.device("cpu"))
+    learner.zero_grad()
+    swapped = torch.utils._pytree.tree_map(lambda value: value.flip(0), batch)
+    learner.meta_step(swapped, task_ids=["new", "a"])
+    one, two = (of_one_task(batch, index) for index in (1, 0))
+    parts = [learner.estimate(one).grad, learner.estimate(two, begin=left[0]).grad]
+    found = {name: p.grad for name, p in learner.model.named_parameters() if p.grad is not None}
+    assert relative_error(found, {name: (parts[0][name] + parts[1][name]) / 2 for name in found}) < 1e-13
+
+
 def test_the_plateau_of_random_batches_goes_with_one_over_the_batch():
     quadratic = Quadratic(heads=5, thetas=1)
     quadratic.direct = torch.zeros_like(quadratic.direct)
     # one Newton step and full solves: what is left of the error is that of drawing tasks
-    estimator, solver = MemoryReduced(CG(5), 0.0), NewtonCG(steps=1, iterations=5, trials=1)
+    estimator, solver = MemoryReduced(CG(5)), NewtonCG(steps=1, iterations=5, trials=1)
     inverse = torch.linalg.inv(quadratic.matrix)
     response = quadratic.outer_matrix @ inverse @ quadratic.mixed
     rate = 0.5 / torch.linalg.eigvalsh(response.T @ response).max()
@@ -310,7 +362,7 @@ def test_the_plateau_of_random_batches_goes_with_one_over_the_batch():
         def mean_gradient(theta: Tensor, tasks: il.Task) -> Tensor:
             meta = {**quadratic.meta, "theta": theta}
             return torch.func.vmap(
-                lambda task: estimator.estimate(quadratic.problem, meta, task, solver, {}).grad["theta"]
+                lambda task: estimate(quadratic.problem, meta, task, solver, estimator).grad["theta"]
             )(tasks).mean(0)
 
         theta, squares = torch.zeros(replicas, 1, dtype=torch.float64), []
@@ -344,16 +396,20 @@ class Counting(nn.Linear):
 def test_the_backbone_is_called_once_for_support_and_once_for_query(steps, iterations):
     torch.manual_seed(0)
     model = nn.Sequential(Counting(6, 8), nn.Linear(8, 3)).double()
-    learner = head_learner(model, il.SGD(lr=0.1, steps=steps), MemoryReduced(CG(iterations), L2), chunk_size=2)
+    learner = head_learner(
+        model, il.SGD(lr=0.1, steps=steps, weight_decay=L2), MemoryReduced(CG(iterations)), chunk_size=2
+    )
+    batch = model_and_batch("mlp")[1]
+    learner.meta_step(batch)  # the first looks at the model itself
     Counting.calls = 0
-    learner.meta_step(model_and_batch("mlp")[1])
+    learner.meta_step(batch)
     assert Counting.calls == 2
 
 
 def test_the_head_stays_what_it_was():
     model, batch = model_and_batch("mlp")
     with pytest.warns(UserWarning, match="singular"):
-        learner = head_learner(model, il.SGD(lr=0.1, steps=20), MemoryReduced.released())
+        learner = head_learner(model, il.SGD(lr=0.1, steps=20), MemoryReduced())
     head = {name: learner.model.get_parameter(name).detach().clone() for name in learner.adapted}
     body = learner.model[0].weight.detach().clone()
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
@@ -372,7 +428,8 @@ def test_without_an_l2_term_the_solution_grows_without_bound():
     softmax, norms, residuals = Regularised(inputs=40), {}, {}
     for l2 in (0.0, L2):
         for iterations in (20, 120):
-            found = softmax.find(il.SGD(lr=0.1, steps=20), MemoryReduced(CG(iterations), l2)).diagnostics
+            solver = il.SGD(lr=0.1, steps=20, weight_decay=l2)
+            found = softmax.find(solver, MemoryReduced(CG(iterations))).diagnostics
             norms[l2, iterations], residuals[l2, iterations] = (float(found[x]) for x in ("solution_norm", "residual"))
     assert norms[L2, 120] == pytest.approx(norms[L2, 20], rel=0.05)
     assert residuals[L2, 120] < 1e-8
@@ -383,36 +440,74 @@ def test_without_an_l2_term_the_solution_grows_without_bound():
 
 def test_a_head_without_an_l2_term_is_warned_of():
     model, _ = model_and_batch("mlp")
-    with pytest.warns(UserWarning, match=r"MemoryReduced\(l2=0\).*give l2 above 0"):
-        head_learner(model, il.SGD(lr=0.1, steps=1), MemoryReduced(l2=0.0))
+    message = r"Implicit\(\) without weight_decay or proximal.*singular.*solution_norm and residual in the diagnostics$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        head_learner(model, il.SGD(lr=0.1, steps=1))
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        head_learner(model, il.SGD(lr=0.1, steps=1), MemoryReduced(l2=0.01))
-        MemoryReduced(l2=0.0).prepare(il.SGD(lr=0.1, steps=1), partial=None)  # a problem may have its own regulariser
+        head_learner(model, il.SGD(lr=0.1, steps=1, weight_decay=0.01))
+        MemoryReduced().check(il.SGD(lr=0.1, steps=1))  # a problem may have its own regulariser
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_start_that_gets_no_gradient_is_named_once():
+    quadratic = Quadratic()
+    arguments = quadratic.problem, quadratic.meta, quadratic.tasks(), il.SGD(lr=0.1, steps=2), MemoryReduced()
+    message = "the meta-gradient of head is exactly zero. Implicit does not learn the start"
+    with pytest.warns(UserWarning, match=message) as caught:
+        il.hypergradient(*arguments)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        il.hypergradient(*arguments)
+        il.hypergradient(replace(quadratic.problem), *arguments[1:])  # a copy of the same
+    learner = il.Bilevel(Quadratic().problem, *arguments[1:2], *arguments[3:])
+    with pytest.warns(UserWarning, match=message) as caught:
+        learner.meta_step(arguments[2])
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.meta_step(arguments[2])
 
 
 def test_the_l2_term_is_part_of_training_evaluation_and_adaptation():
     model, batch = model_and_batch("mlp")
-    learner = head_learner(model, il.SGD(lr=0.1, steps=4), MemoryReduced(l2=0.3))
-    decayed = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=4, weight_decay=0.3))
-    torch.testing.assert_close(learner.meta_step(batch).loss, decayed.evaluate(batch).loss.mean())
-    torch.testing.assert_close(learner.evaluate(batch).loss, decayed.evaluate(batch).loss)
+    decayed = il.SGD(lr=0.1, steps=4, weight_decay=0.3)
+    learner, exact = head_learner(model, decayed), il.MetaLearner(model, il.Head(), decayed)
+    torch.testing.assert_close(learner.meta_step(batch).loss, exact.evaluate(batch).loss.mean())
+    torch.testing.assert_close(learner.evaluate(batch).loss, exact.evaluate(batch).loss)
+    plain = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=4))
+    assert not torch.allclose(plain.evaluate(batch).loss, exact.evaluate(batch).loss, rtol=1e-4)
+    adapted = learner.adapt(batch.support[0][0], batch.support[1][0])
+    torch.testing.assert_close(adapted(batch.query[0][0]), exact.evaluate(batch).outputs[0])
 
 
-def test_the_two_presets():
-    assert MemoryReduced.paper(l2=0.1, iterations=7) == MemoryReduced(CG(7), 0.1, "slot")
-    assert MemoryReduced.released() == MemoryReduced(CG(20), 0.0, "none")
+def test_it_is_implicit_differentiation_whose_start_is_not_learned():
+    assert MemoryReduced() == il.Implicit(CG(20), learn_start=False)
+    assert MemoryReduced(CG(7)) == il.Implicit(CG(7), learn_start=False)
+    softmax, solver = Regularised(), il.SGD(lr=0.1, steps=5, proximal=0.4, weight_decay=L2)
+    reduced, whole = (softmax.find(solver, estimator) for estimator in (MemoryReduced(), il.Implicit(CG(20))))
+    torch.testing.assert_close(reduced.grad["features"], whole.grad["features"], rtol=0, atol=0)
+    torch.testing.assert_close(whole.grad["head"], 0.4 * whole.end.solution["head"])
+    assert not reduced.grad["head"].any()
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MemoryReduced(l2=-1.0), "must be 0 or more"),
-        (lambda: MemoryReduced(warm_start="always"), "choose 'none', 'slot' or 'task'"),  # type: ignore[arg-type]
-        (lambda: MemoryReduced().prepare(il.LearnedRates(lr=0.1, steps=1), True), "does not depend"),
-        (lambda: MemoryReduced().prepare(il.SGD(lr=0.1, steps=1, proximal=1.0), True), r"use Implicit\(proximal"),
-        (lambda: MemoryReduced().prepare(il.SGD(lr=0.1, steps=1, weight_decay=1.0), True), "to MemoryReduced alone"),
-        (lambda: il.MetaLearner(model_and_batch("mlp")[0], meta_gradient=MemoryReduced()), r"use adapts=Head\(\)"),
+        (lambda: MemoryReduced(0.05), r"give a linear solver"),  # type: ignore[arg-type]
+        (lambda: head_learner(model_and_batch("mlp")[0], DECAYED, carry="always"), "choose 'none', 'slot' or 'task'"),
+        (lambda: MemoryReduced().check(il.LearnedRates(lr=0.1, steps=1), learns=True), "does not depend"),
+        (lambda: il.MetaLearner(model_and_batch("mlp")[0], meta_gradient=MemoryReduced()), r"use\s+adapts=Head\(\)"),
+        (
+            lambda: head_learner(model_and_batch("mlp")[0], il.AdamW(lr=0.1, steps=1, weight_decay=0.1)),
+            "AdamW's weight decay is no term",
+        ),
+        (
+            lambda: head_learner(model_and_batch("mlp")[0], il.SGD(lr=0.1, steps=1), MemoryReduced(Nystrom(5))),
+            r"give SGD weight_decay or proximal, give Nystrom\(damping=...\) above 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):
@@ -423,10 +518,11 @@ def test_what_does_not_fit_is_refused(build, message):
 def test_a_multi_step_loss_is_refused():
     model, batch = model_and_batch("mlp")
     with pytest.raises(ValueError, match="leave step_weights out"):
-        head_learner(model, il.SGD(lr=0.1, steps=2)).meta_step(batch, step_weights=[0.5, 0.5])
+        head_learner(model, DECAYED).meta_step(batch, step_weights=[0.5, 0.5])
 
 
-def test_nystrom_with_nothing_on_the_diagonal_is_refused():
-    with pytest.raises(ValueError, match=r"give l2 or Nystrom\(damping=...\) above 0"):
-        MemoryReduced(Nystrom(5), l2=0)
-    assert MemoryReduced(Nystrom(5, damping=0.1), l2=0).l2 == 0
+def test_nystrom_needs_something_on_the_diagonal_from_anywhere():
+    model, _ = model_and_batch("mlp")
+    head_learner(model, il.SGD(lr=0.1, steps=2, weight_decay=0.1), MemoryReduced(Nystrom(5)))
+    with pytest.warns(UserWarning, match="singular"):
+        head_learner(model, il.SGD(lr=0.1, steps=2), MemoryReduced(Nystrom(5, damping=0.1)))

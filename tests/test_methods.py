@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import innerloop as il
+from innerloop.choices import text
+from innerloop.inner import InnerSolver
 from innerloop.problem import Task
 from innerloop.training.build import build_learner, build_optimizer
 from innerloop.training.methods import METHODS, method, method_settings
@@ -49,14 +52,40 @@ def test_methods_of_several_inner_steps_have_mamls_rate_for_characters(name):
     assert (pictures["inner_lr"], pictures["inner_steps"]) == (0.01, 5)
 
 
+@pytest.mark.parametrize("dataset", ["omniglot", "cifar_fs"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_settings_of_a_method_make_its_objects_again(name, dataset):
+    known = METHODS[name]
+    settings = method_settings(name, dataset)
+    if known.adapts is None:
+        assert settings == {}
+        return
+    inner = known.inner if isinstance(known.inner, InnerSolver) else known.inner[dataset != "omniglot"]
+    assert Settings(dataset=dataset, **settings).method() == (known.adapts, inner, known.meta_gradient)
+    assert all(settings[key] == value for key, value in known.outer.items())
+
+
+def test_a_methods_terms_are_those_of_its_paper():
+    reduced, newton = (Settings(**method_settings(name, "omniglot")) for name in ("memory-reduced", "imaml-hf"))
+    assert reduced.method()[1:] == (il.SGD(lr=0.1, steps=20, weight_decay=0.05), il.MemoryReduced(il.CG(20)))
+    assert newton.method()[1:] == (il.NewtonCG(lr=1.0, steps=3, proximal=2.0), il.Implicit(il.CG(5)))
+    for dataset, proximal, steps in (("omniglot", 2.0, 16), ("mini_imagenet", 0.5, 10)):
+        imaml = Settings(dataset=dataset, **method_settings("imaml", dataset)).method()
+        assert imaml[1:] == (il.SGD(lr=0.1, steps=steps, proximal=proximal), il.Implicit(il.CG(5)))
+    assert text(il.MemoryReduced()) == "memory-reduced"
+    # the rest adds nothing to the inner problem
+    added = {name for name in METHODS for key in ("proximal", "weight_decay") if key in method_settings(name, "glyphs")}
+    assert added == {"imaml", "imaml-hf", "memory-reduced"}
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("typed", "message"),
     [
         ("mamml", "did you mean 'maml'"),
         ("maml:5", "takes nothing behind a colon"),
         ("window:", "such as window:5"),
     ],
 )
-def test_what_is_no_method_is_refused(text, message):
+def test_what_is_no_method_is_refused(typed, message):
     with pytest.raises(ValueError, match=message):
-        method(text)
+        method(typed)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 import innerloop as il
-from innerloop.inner import bind
-from innerloop.inner._newton_cg import NewtonCG
-from innerloop.meta_gradient._implicit import Implicit
+from innerloop.inner import NewtonCG, bind
+from innerloop.meta_gradient import Implicit
 from innerloop.problem import Tree
 from problems import model_and_batch
 
@@ -33,7 +32,7 @@ def run(problem: il.Problem, meta: Tree, task: il.Task, solver: NewtonCG) -> tup
     visited: list[Tree] = []
     with torch.no_grad():
         loop = bind(problem, meta, task.support, solver, {})
-        last = loop.run(solver.steps, lambda step, params, *_: visited.append(params))
+        last = loop.run(solver.steps, lambda step, params, *_: visited.append(params)).params
     return last, [*visited, last]
 
 
@@ -69,7 +68,7 @@ def test_no_step_raises_the_loss_of_a_network_and_the_last_is_stationary():
     solver = NewtonCG(steps=12, iterations=30, proximal=0.3, weight_decay=0.05)
     learner = il.MetaLearner(model)
     task = il.Task(*(tuple(value[0] for value in part) for part in batch))
-    problem, meta = learner._problems[True], learner._meta()
+    problem, meta = learner.problem, learner.meta_tree()
     _, places = run(problem, meta, task, solver)
 
     def objective(params: Tree) -> Tensor:
@@ -106,9 +105,9 @@ def test_negative_curvature_falls_back_on_the_gradient():
 def test_tasks_are_computed_at_once_as_they_are_one_by_one():
     model, batch = model_and_batch("conv4")
     together, alone = (
-        il.MetaLearner(model, inner=NewtonCG(steps=3), meta_gradient=Implicit(1.0), chunk_size=size).evaluate(
-            batch, curve=True
-        )
+        il.MetaLearner(
+            model, inner=NewtonCG(steps=3, proximal=1.0), meta_gradient=Implicit(), chunk_size=size
+        ).evaluate(batch, curve=True)
         for size in (2, 1)
     )
     torch.testing.assert_close(together.loss_curve, alone.loss_curve)
@@ -118,7 +117,7 @@ def test_tasks_are_computed_at_once_as_they_are_one_by_one():
 def test_a_learner_adapts_with_it():
     model, batch = model_and_batch("mlp")
     inputs, targets = batch.support[0][0], batch.support[1][0]
-    learner = il.MetaLearner(model, inner=NewtonCG(steps=1, test_steps=8), meta_gradient=Implicit(0.05))
+    learner = il.MetaLearner(model, inner=NewtonCG(steps=1, test_steps=8, proximal=0.05), meta_gradient=Implicit())
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     adapted = learner.adapt(inputs, targets)
     assert (adapted(inputs).argmax(-1) == targets).all()
@@ -126,8 +125,16 @@ def test_a_learner_adapts_with_it():
 
 
 def test_estimators_that_differentiate_its_steps_are_told_so():
-    with pytest.raises(ValueError, match=r"NewtonCG's have no derivative: use Implicit\(\) or MemoryReduced\(\)"):
+    with pytest.raises(
+        ValueError, match=r"Unrolled goes through inner steps, but NewtonCG's have no derivative: use Implicit\(\)"
+    ):
         il.MetaLearner(model_and_batch("mlp")[0], inner=NewtonCG(steps=1))
+
+
+def test_what_the_line_search_would_overrule_is_refused():
+    for setting in ({"clip": 1.0}, {"lr": {"*": 1.0}}, {"lr": lambda step: 1.0}, {"moves": [{"w"}]}):
+        with pytest.raises(ValueError, match="NewtonCG chooses its own step for all parameters together"):
+            NewtonCG(**{"steps": 1, **setting})
 
 
 @pytest.mark.parametrize("setting", ["iterations", "trials", "steps"])

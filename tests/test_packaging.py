@@ -1,5 +1,6 @@
 """The package as others get it: a wheel that works away from the repository, and honest requirements."""
 
+import importlib
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import innerloop
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +33,28 @@ def test_constraints_pin_every_requirement() -> None:
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
     required = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements()}  # type: ignore[index]
     assert required <= pinned
+
+
+def test_importing_the_package_loads_neither_studies_nor_drawing() -> None:
+    command = "import sys, innerloop as il; print(*sys.modules); il.check, il.compare, il.fit; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    early, late = ({name.split(".")[0] for name in line.split()} for line in done.stdout.splitlines())
+    assert not early & {"matplotlib", "tensorboard", "rich", "PIL", "requests"}
+    assert "matplotlib" in late
+    early, late = (set(line.split()) for line in done.stdout.splitlines())
+    studies = {"innerloop.studies.check", "innerloop.studies.compare", "innerloop.training.fit"}
+    assert not early & studies
+    assert studies <= late
+
+
+def test_a_function_never_shadows_its_module() -> None:
+    public = [name for name in dir(innerloop) if not name.startswith("_")]
+    assert set(innerloop.__all__) == set(public)
+    for module in ("innerloop.training.fit", "innerloop.studies.check", "innerloop.studies.compare"):
+        package, _, name = module.rpartition(".")
+        assert importlib.import_module(module) is vars(importlib.import_module(package))[name]
+    with pytest.raises(AttributeError, match="has no attribute 'compete'"):
+        innerloop.compete  # noqa: B018
 
 
 def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:

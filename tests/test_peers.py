@@ -54,10 +54,11 @@ def by_torch_maml_checkpointed(model: nn.Module, support: Batch, query: Batch) -
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 @pytest.mark.parametrize("name", ["mlp", "conv4", "gru"])
+@pytest.mark.parametrize("estimator", [il.Unrolled(), il.Unrolled(copies=2), il.Unrolled(record=True)], ids=repr)
 @pytest.mark.parametrize("peer", [by_higher, by_torchopt, by_torch_maml, by_torch_maml_checkpointed])
-def test_unrolled_agrees_with(peer: Callable[[nn.Module, Batch, Batch], None], name: str):
+def test_unrolled_agrees_with(peer: Callable[[nn.Module, Batch, Batch], None], estimator: il.Unrolled, name: str):
     model, batch = model_and_batch(name)
-    learner = il.MetaLearner(model, inner=il.SGD(lr=LR, steps=STEPS))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=LR, steps=STEPS), meta_gradient=estimator)
     learner.meta_step(batch)
     found = {key: p.grad for key, p in learner.model.named_parameters() if p.grad is not None}
 

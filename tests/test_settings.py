@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import innerloop as il
+from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, choice, make, text
 from innerloop.cli.arguments import Parser, add_settings, given_settings
 from innerloop.training.build import build_learner, build_optimizer
-from innerloop.training.choices import ADAPTS, INNER, META_GRADIENT, OPTIMIZER, SCHEDULE, make
+from innerloop.training.choices import OPTIMIZER, SCHEDULE
 from innerloop.training.settings import Settings, flag, read_config
 
 CHANGED: dict[str, Any] = {
@@ -24,7 +25,11 @@ CHANGED: dict[str, Any] = {
     "adapts": "blocks:00011",
     "inner": "learned-rates:layer-step",
     "inner_lr": 0.05,
+    "weight_decay": 0.02,
+    "proximal": 0.5,
     "meta_gradient": "truncated:2",
+    "start": "prototypes",
+    "carry": "slot",
     "optimizer": "sgd:momentum=0.9,nesterov=true",
     "outer_lr": 1e-4,
     "clip": 10.0,
@@ -39,6 +44,10 @@ downsample: stride
 adapts: "blocks:00011"
 inner: learned-rates:layer-step
 inner-lr: .05
+weight-decay: .02
+proximal: .5
+start: prototypes
+carry: slot
 meta_gradient: truncated:2
 optimizer: sgd:momentum=0.9,nesterov=true
 outer-lr: 1e-4
@@ -101,6 +110,10 @@ def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
         ({"rotations": "maybe"}, "rotations is 'maybe'; it must be true or false or none"),
         ({"batch_norm": "batches"}, "batch-norm 'batches' is unknown: did you mean 'batch'? choose one of batch, "),
         ({"meta_gradient": "exact:2"}, "meta-gradient 'exact' is unknown: choose one of unrolled, "),
+        ({"start": "prototype"}, "start 'prototype' is unknown: did you mean 'prototypes'? choose one of prototypes"),
+        ({"carry": "slots"}, "carry 'slots' is unknown: did you mean 'slot'? choose one of none, slot"),
+        ({"proximal": -0.5}, "proximal is -0.5; it must be 0 or more"),
+        ({"weight_decay": "nan"}, "weight-decay is nan; it must be 0 or more"),
     ],
 )
 def test_nonsense_is_refused(given: dict[str, Any], message: str) -> None:
@@ -127,14 +140,31 @@ def test_choices_become_objects() -> None:
     assert make("adapts", ADAPTS, "blocks:11111") == il.Blocks("11111")
     assert make("adapts", ADAPTS, "named:block4.*,head.*").globs == ("block4.*", "head.*")
     assert make("meta-gradient", META_GRADIENT, "unrolled") == il.Unrolled()
-    assert make("meta-gradient", META_GRADIENT, "unrolled:10") == il.Unrolled(keep_every=10)
-    assert make("meta-gradient", META_GRADIENT, "unrolled:sqrt") == il.Unrolled(keep_every="sqrt")
+    assert make("meta-gradient", META_GRADIENT, "unrolled:copies=10,offload=true") == il.Unrolled(
+        copies=10, offload=True
+    )
+    assert make("meta-gradient", META_GRADIENT, "unrolled:record=true") == il.Unrolled(record=True)
+    assert make("meta-gradient", META_GRADIENT, "unrolled:learn_start=false") == il.Unrolled(learn_start=False)
     assert make("meta-gradient", META_GRADIENT, "truncated:2") == il.Truncated(2)
+    assert make("meta-gradient", META_GRADIENT, "mixed:1=0.2,5=0.8") == il.Mixed((1, 5), (0.2, 0.8))
+    assert make("meta-gradient", META_GRADIENT, "implicit:iterations=9") == il.Implicit(il.CG(9))
+    assert make("meta-gradient", META_GRADIENT, "memory-reduced:iterations=9") == il.MemoryReduced(il.CG(9))
+    assert make("meta-gradient", META_GRADIENT, "memory-reduced") == il.Implicit(il.CG(20), learn_start=False)
+    assert make("meta-gradient", META_GRADIENT, "released-imaml:0.5,iterations=7") == il.ReleasedIMAML(
+        0.5, il.CG(7, damping=1.0)
+    )
+    assert make("start", START, "prototypes") == il.Prototypes()
     options = {"lr": 0.1, "steps": 3, "test_steps": None}
     assert make("inner", INNER, "sgd", **options) == il.SGD(lr=0.1, steps=3)
     assert make("inner", INNER, "momentum:momentum=0.5", **options) == il.Momentum(lr=0.1, steps=3, momentum=0.5)
     assert make("inner", INNER, "learned-rates:layer-step", **options) == il.LearnedRates(
         lr=0.1, steps=3, per="layer-step"
+    )
+    assert make("inner", INNER, "adamw:beta1=0,eps=1e-3,clip=1", **options) == il.AdamW(
+        lr=0.1, steps=3, betas=(0, 0.999), eps=1e-3, clip=1
+    )
+    assert make("inner", INNER, "sgd:minibatch=4", **options, proximal=2.0) == il.SGD(
+        lr=0.1, steps=3, minibatch=4, proximal=2.0
     )
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = make("optimizer", OPTIMIZER, "sgd:momentum=0.9,nesterov=true", [weight], lr=0.1)
@@ -158,6 +188,46 @@ def test_choices_with_wrong_arguments(text: str, message: str) -> None:
         make("meta-gradient", META_GRADIENT, text)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(il.Head(), il.Body(), il.Everything(), il.Blocks("00011"), il.Blocks(["11111", "00011"])),
+        il.Blocks("00011", batch_norm=False),
+        *(il.Unrolled(), il.Unrolled(copies=7), il.Unrolled(record=True), il.Unrolled(learn_start=False)),
+        *(il.Truncated(2), il.FirstOrder(), il.Reptile(), il.Window(3), il.Window(2, "true_forward")),
+        *(il.Binomial(2), il.Binomial(2, "released"), il.Mixed((1, 5), (0.25, 0.75)), il.Implicit()),
+        *(il.Implicit(il.CG(9, damping=0.5)), il.MemoryReduced(), il.MemoryReduced(il.CG(9)), il.ReleasedIMAML()),
+        il.ReleasedIMAML(0.5, il.CG(7, damping=2.0)),
+    ],
+    ids=repr,
+)
+def test_what_an_object_is_called_makes_it_again(chosen: Any) -> None:
+    what = "adapts" if isinstance(chosen, il.adapts.Adapts) else "meta_gradient"
+    assert choice(text(chosen), what) == chosen
+    named = il.Named("block4.*", "head.*")
+    assert choice(text(named), "adapts").globs == named.globs
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        il.SGD(lr=0.1, steps=3),
+        il.SGD(lr=0.1, steps=3, weight_decay=0.1, proximal=2.0, test_steps=5, clip=1.0, minibatch=4),
+        il.Momentum(lr=0.1, steps=3, momentum=0.5),
+        il.Adam(lr=0.1, steps=3, betas=(0.0, 0.99), eps=1e-3),
+        il.AdamW(lr=0.1, steps=3, weight_decay=0.1),
+        il.LearnedRates(lr=0.1, steps=3),
+        il.LearnedRates(lr=0.1, steps=3, per="layer-step"),
+        il.NewtonCG(steps=3, iterations=7, proximal=2.0),
+    ],
+    ids=repr,
+)
+def test_what_an_inner_solver_is_called_makes_it_again(chosen: il.inner.InnerSolver) -> None:
+    options: dict[str, Any] = {"inner_lr": chosen.lr, "inner_steps": chosen.steps}
+    options |= {name: getattr(chosen, name) for name in ("test_steps", "weight_decay", "proximal")}
+    assert Settings(inner=text(chosen), **options).method()[1] == chosen
+
+
 def test_schedules() -> None:
     cosine = make("schedule", SCHEDULE, "cosine:0.01")
     assert [cosine(share) for share in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1.0, 0.505, 0.01, 0.01])
@@ -172,6 +242,10 @@ def test_settings_build_a_learner() -> None:
     assert all(parameter.dtype == torch.float64 for parameter in learner.parameters())
     again = build_learner(settings, (1, 28, 28), 5)
     assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), again.parameters(), strict=True))
+    terms = {"weight_decay": 0.05, "meta_gradient": "memory-reduced", "carry": "slot"}
+    reduced = build_learner(Settings(filters=4, inner="sgd", **terms), (1, 28, 28), 5)
+    assert (reduced.inner, reduced.carry) == (il.SGD(lr=0.5, steps=3, weight_decay=0.05), "slot")
+    assert build_learner(Settings(filters=4, start="prototypes", inner="sgd"), (1, 28, 28), 5).few_shot.start
     optimizer, scheduler = build_optimizer(Settings(outer_lr=0.2, schedule="cosine", steps=4), learner)
     for _ in range(2):
         optimizer.step()
@@ -185,6 +259,13 @@ def test_settings_build_a_learner() -> None:
         ({"model": "mlp", "downsample": "stride"}, "model 'mlp': got an unexpected keyword argument 'downsample'"),
         ({"adapts": "blocks:011"}, "has 3 places but Conv4 has 5 blocks"),
         ({"meta_gradient": "reptile", "adapts": "head"}, "Reptile gives no gradient to parameters"),
+        ({"meta_gradient": "implicit", "adapts": "everything", "inner": "sgd"}, r"give SGD\(proximal=2.0\)"),
+        (
+            {"meta_gradient": "memory-reduced", "adapts": "everything", "inner": "sgd"},
+            "learns only what is not adapted",
+        ),
+        ({"meta_gradient": "implicit", "proximal": 2.0}, "Implicit gives no gradient to the rates of LearnedRates"),
+        ({"meta_gradient": "released-imaml", "inner": "sgd", "proximal": 2.0}, "takes plain gradient steps"),
     ],
 )
 def test_choices_that_do_not_fit(given: dict[str, Any], message: str) -> None:

@@ -35,7 +35,7 @@ from common import COLOURS, Part, Results, details, in_turns, run, table, verdic
 
 import innerloop as il
 from innerloop.tasks import TaskSource
-from innerloop.training import Diverged
+from innerloop.training.fit import Diverged
 
 FOLDER = Path(__file__).parent
 WAYS, FILTERS, HIDDEN, TASKS_PER_BATCH, OUTER_LR = 5, 16, 32, 4, 1e-3

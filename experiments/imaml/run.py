@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import innerloop as il
 from innerloop.studies.measure import peak_memory, time_of
 from innerloop.tasks._regression import quadratic_form
-from innerloop.training import assess, evaluate
+from innerloop.training.evaluation import assess, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import COLOURS, Part, Results, details, in_fresh_process, in_turns, percent, run, table, verdict
@@ -41,8 +39,8 @@ INPUTS, EIGENVALUES = 20, (0.01, 10.0)
 RATE = 1 / (EIGENVALUES[1] + PROXIMAL)  # of the longest stable step half, for the inner loss with its proximal term
 NEWTON_STEPS = 8
 ESTIMATORS: dict[str, tuple[il.meta_gradient.MetaGradient, type[il.SGD | il.NewtonCG]]] = {
-    **{f"iMAML-GD, CG {n}": (il.Implicit(PROXIMAL, il.CG(n)), il.SGD) for n in (2, 5, 10, 20)},
-    "iMAML-HF, CG 20": (il.Implicit(PROXIMAL, il.CG(20)), il.NewtonCG),
+    **{f"iMAML-GD, CG {n}": (il.Implicit(il.CG(n)), il.SGD) for n in (2, 5, 10, 20)},
+    "iMAML-HF, CG 20": (il.Implicit(il.CG(20)), il.NewtonCG),
     "unrolled": (il.Unrolled(), il.SGD),
     "FOMAML": (il.FirstOrder(), il.SGD),
 }
@@ -113,11 +111,11 @@ def draw_error(results: Results) -> Figure:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY = {
-    "MAML, recorded graph": None,
+    "MAML, recorded graph": il.Unrolled(record=True),
     "MAML, Unrolled()": il.Unrolled(),
     "FOMAML": il.FirstOrder(),
-    "iMAML, CG 5": il.Implicit(PROXIMAL, il.CG(5)),
-    "iMAML, CG 20": il.Implicit(PROXIMAL, il.CG(20)),
+    "iMAML, CG 5": il.Implicit(il.CG(5)),
+    "iMAML, CG 20": il.Implicit(il.CG(20)),
 }
 
 
@@ -151,19 +149,8 @@ def meta_step(name: str, steps: int, ways: int, shots: int, filters: int) -> Cal
     labels = torch.arange(ways).repeat_interleave(shots)
     support, query = ((torch.rand(1, len(labels), 1, 28, 28), labels[None]) for _ in range(2))
     model = il.models.Conv4(in_channels=1, ways=ways, filters=filters, downsample="stride")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=steps), meta_gradient=MEMORY[name])
-    return partial(learner.meta_step if MEMORY[name] else partial(recorded_step, learner), il.Task(support, query))
-
-
-def recorded_step(learner: il.MetaLearner, batch: il.Task) -> None:
-    """MAML as papers implement it: back-propagation through the recorded inner loop."""
-    (inputs, targets), (query, wanted) = ((x[0], y[0]) for x, y in batch)
-    params = dict(learner.model.named_parameters())
-    for _ in range(learner.inner.steps):
-        loss = F.cross_entropy(functional_call(learner.model, params, (inputs,)), targets)
-        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        params = {name: p - learner.inner.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
-    F.cross_entropy(functional_call(learner.model, params, (query,)), wanted).backward()
+    inner = il.SGD(lr=0.1, steps=steps, proximal=PROXIMAL if name.startswith("iMAML") else 0.0)
+    return partial(il.MetaLearner(model, inner=inner, meta_gradient=MEMORY[name]).meta_step, il.Task(support, query))
 
 
 def quick_memory(_: argparse.Namespace) -> Results:
@@ -221,11 +208,11 @@ def recipes(ways: int) -> dict[str, Recipe]:
     """The papers' inner settings; 10 training shots of Reptile at 20-way would leave it too few outer steps."""
     few = ways == 5
     maml = il.SGD(lr=0.4, steps=1) if few else il.SGD(lr=0.1, steps=5)
-    gd = il.SGD(lr=0.1, steps=16 if few else 25)
+    gd = il.SGD(lr=0.1, steps=16 if few else 25, proximal=PROXIMAL)
     by_minibatch = il.Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999))
     reptile = by_minibatch if few else il.Adam(lr=5e-4, steps=10, test_steps=50, betas=(0.0, 0.999))
     layer_step = il.LearnedRates(lr=0.1, steps=5, per="layer-step")
-    implicit = il.Implicit(PROXIMAL, il.CG(5))
+    newton, implicit = il.NewtonCG(steps=3, proximal=PROXIMAL), il.Implicit(il.CG(5))
     theirs = partial(adam, eps=1e-3)
     return {
         "MAML": Recipe(maml, il.Unrolled(), {5: "98.7 ± 0.4", 20: "95.8 ± 0.3"}, adam),
@@ -234,7 +221,7 @@ def recipes(ways: int) -> dict[str, Recipe]:
             reptile, il.Reptile(), {5: "97.68 ± 0.04", 20: "89.43 ± 0.14"}, interpolation, 10 if few else 5
         ),
         "iMAML-GD": Recipe(gd, implicit, {5: "99.16 ± 0.35", 20: "94.46 ± 0.42"}, theirs),
-        "iMAML-HF": Recipe(il.NewtonCG(steps=3), implicit, {5: "99.50 ± 0.26", 20: "96.18 ± 0.36"}, theirs),
+        "iMAML-HF": Recipe(newton, implicit, {5: "99.50 ± 0.26", 20: "96.18 ± 0.36"}, theirs),
         "MAML++-style": Recipe(layer_step, il.Unrolled(), {5: "99.47"}, cosine, multi_step_share=0.15),
     }
 

@@ -18,11 +18,10 @@ EVERY = 10  # outer steps between the thetas that are kept
 
 
 class Case(Protocol):
-    """A problem in ``theta``, one tensor; its head starts at ``head`` for every task."""
+    """A problem in ``theta``, one tensor; its head starts at the same place for every task."""
 
     problem: il.Problem
     theta: Tensor
-    head: Tree
     l2: float
     newton: il.NewtonCG
     "solves the inner problem to rounding"
@@ -38,28 +37,23 @@ class Case(Protocol):
 
 def exact_gradient(case: Case, theta: Tensor, task: il.Task, iterations: int = 30) -> Tensor:
     """The gradient of one task with both of its problems solved."""
-    estimator = il.MemoryReduced(il.CG(iterations), case.l2)
-    return il.hypergradient(case.problem, {"theta": theta, **case.head}, task, case.newton, estimator).grad["theta"]
+    estimator = il.MemoryReduced(il.CG(iterations))
+    return il.hypergradient(case.problem, {"theta": theta}, task, case.newton, estimator).grad["theta"]
 
 
 def descend(case: Case, tasks: il.Task, inner: il.SGD, iterations: int, warm: bool, steps: int, rate: float) -> Tensor:
     """Theta every `EVERY` steps, while the same tasks recur in every batch."""
-    estimator = il.MemoryReduced(il.CG(iterations), case.l2)
-    inner, theta = estimator.prepare(inner, partial=None), case.theta
-    count = len(tasks.support[0] if isinstance(tasks.support, tuple) else tasks.support)
-    begin = vmap(lambda _: estimator.cold(case.problem, {"theta": theta, **case.head}))(torch.zeros(count))
-    left, passed = begin, []
+    learner = il.Bilevel(
+        case.problem, {"theta": case.theta}, inner, il.MemoryReduced(il.CG(iterations)),
+        carry="slot" if warm else "none", stacked=True, chunk_size=len(torch.utils._pytree.tree_leaves(tasks)[0]),
+    )  # fmt: skip
+    optimizer, passed = torch.optim.SGD(learner.parameters(), lr=rate), []
     for step in range(steps + 1):
         if step % EVERY == 0:
-            passed.append(theta)
-
-        def resume(task: il.Task, begin: object, theta: Tensor = theta) -> tuple[Tensor, object]:
-            result, left = estimator.resume(case.problem, {"theta": theta, **case.head}, task, inner, begin)
-            return result.grad["theta"], left
-
-        with torch.no_grad():
-            grad, left = vmap(resume)(tasks, left if warm else begin)
-        theta = theta - rate * grad.mean(0)
+            passed.append(learner.meta_tree()["theta"].clone())
+        optimizer.zero_grad()
+        learner.meta_step(tasks)
+        optimizer.step()
     return torch.stack(passed)
 
 
@@ -91,8 +85,9 @@ class Quadratic:
         self.matrix = basis @ torch.linspace(0.5, 8, heads).double().diag() @ basis.T
         self.mixed, self.direct = normal(heads, thetas, seed=1), normal(heads, thetas, seed=2) / 4
         self.outer_matrix = normal(heads, heads, seed=3) / heads**0.5
-        self.problem = il.Problem(lambda meta: {"head": meta["head"]}, self.inner_loss, self.outer_loss)
-        self.theta, self.head = normal(thetas, seed=4), {"head": normal(heads, seed=5)}
+        head = normal(heads, seed=5)
+        self.problem = il.Problem(lambda meta: {"head": head}, self.inner_loss, self.outer_loss)
+        self.theta = normal(thetas, seed=4)
         self.newton = il.NewtonCG(steps=1, iterations=heads, trials=1)
 
     def tasks(self, *shape: int, seed: int = 6) -> il.Task:
@@ -137,12 +132,11 @@ class Heads:
     l2, theta_l2 = 0.05, 0.01
 
     def __init__(self, source: TaskSource, count: int, inputs: int, features: int) -> None:
-        self.classes = source.output_size
         self.pool = components(source.batch("train", 0, count), inputs)
-        self.problem = il.Problem(lambda meta: {"head": meta["head"]}, self.loss, self.outer_loss)
+        head = torch.zeros(features + 1, source.output_size, dtype=torch.float64)
+        self.problem = il.Problem(lambda meta: {"head": head}, self.loss, self.outer_loss)
         self.theta = normal(inputs, features, seed=0) / inputs**0.5
-        self.head = {"head": torch.zeros(features + 1, self.classes, dtype=torch.float64)}
-        self.newton = il.NewtonCG(steps=6, iterations=20)
+        self.newton = il.NewtonCG(steps=6, iterations=20, weight_decay=self.l2)
 
     def loss(self, params: Tree, meta: Tree, examples: tuple[Tensor, Tensor]) -> Tensor:
         features = F.pad((examples[0] @ meta["theta"]).tanh(), (0, 1), value=1.0)

@@ -12,17 +12,31 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
 from innerloop.studies.measure import peak_memory
 
-LR, LABELS = 0.1, torch.arange(5).repeat_interleave(5)
+LABELS = torch.arange(5).repeat_interleave(5)
+RECORDED, HELD = il.Unrolled(record=True), il.Unrolled(record=True, learn_start=False)
+
+# What adapts, and by which meta-gradient. The authors' code computes all methods but theirs by back-propagation through
+# the recorded inner loop. With features cached that is `cached_step`: the library keeps more of their computation.
+METHODS: dict[str, dict[str, Any]] = {
+    "Algorithm 1": {"adapts": "head", "meta_gradient": il.MemoryReduced()},
+    "ITD-BiO": {"adapts": "head", "meta_gradient": HELD, "reuse_prefix": False},
+    "MAML": {"adapts": "everything", "meta_gradient": RECORDED},
+    "ANIL, features recomputed": {"adapts": "head", "meta_gradient": RECORDED, "reuse_prefix": False},
+    "ANIL, features cached": {"adapts": "head"},
+    "ITD-BiO, ours": {"adapts": "head", "meta_gradient": il.Unrolled(learn_start=False)},
+    "MAML, ours": {"adapts": "everything"},
+    "ANIL, features recomputed, ours": {"adapts": "head", "reuse_prefix": False},
+    "ANIL, features cached, ours": {"adapts": "head"},
+}
 
 
 def images(size: int, device: str) -> il.Task:
@@ -31,81 +45,36 @@ def images(size: int, device: str) -> il.Task:
     return il.Task(*((part, LABELS.expand(1, -1)) for part in inputs)).to(device)
 
 
-# By back-propagation through the recorded inner loop, as the authors' code computes all methods but theirs.
+def learner(method: str, size: int, filters: int, steps: int, device: str) -> il.MetaLearner:
+    inner = il.SGD(lr=0.1, steps=steps, weight_decay=0.05 if method == "Algorithm 1" else 0.0)
+    return il.MetaLearner(il.models.Conv4(filters=filters, size=size), inner=inner, **METHODS[method]).to(device)
 
 
-def autograd(learn_start: bool, everything: bool, cached: bool) -> Callable[[nn.Sequential, int], Callable]:
-    """The meta-gradient with a graph of all inner steps; ``cached`` computes the features once and not in each."""
-
-    def build(model: nn.Sequential, steps: int) -> Callable[[il.Task], None]:
-        def meta_step(task: il.Task) -> None:
-            (inputs, targets), (query, wanted) = ((x[0], y[0]) for x, y in task)
-            forward = of_images
-            if cached:
-                inputs, query, forward = model[:-1](inputs), model[:-1](query), of_features
-            whole = dict(model.named_parameters())
-            params = {name: value for name, value in whole.items() if everything or name.startswith("head")}
-            if not learn_start:
-                params = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
-            for _ in range(steps):
-                grads = torch.autograd.grad(
-                    F.cross_entropy(forward(params, inputs), targets), list(params.values()), create_graph=True
-                )
-                params = {name: value - LR * g for (name, value), g in zip(params.items(), grads, strict=True)}
-            F.cross_entropy(forward(params, query), wanted).backward()
-
-        def of_images(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return functional_call(model, params, (inputs,))
-
-        def of_features(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return F.linear(inputs, params["head.weight"], params["head.bias"])
-
-        return meta_step
-
-    return build
-
-
-def library(adapts: object, estimator: object, **settings: bool) -> Callable[[nn.Sequential, int], Callable]:
-    """The meta-step of a learner."""
-
-    def build(model: nn.Sequential, steps: int) -> Callable[[il.Task], None]:
-        learner = il.MetaLearner(model, adapts, il.SGD(lr=LR, steps=steps), estimator, **settings)
-
-        def meta_step(task: il.Task) -> None:
-            learner.meta_step(task)
-            for kept, value in zip(model.parameters(), learner.model.parameters(), strict=True):
-                kept.grad = value.grad
-
-        return meta_step
-
-    return build
-
-
-METHODS = {
-    "Algorithm 1": library(il.Head(), il.MemoryReduced()),
-    "ITD-BiO": autograd(learn_start=False, everything=False, cached=False),
-    "MAML": autograd(learn_start=True, everything=True, cached=False),
-    "ANIL, features recomputed": autograd(learn_start=True, everything=False, cached=False),
-    "ANIL, features cached": autograd(learn_start=True, everything=False, cached=True),
-    "ITD-BiO, ours": library(il.Head(), il.Unrolled(learn_start=False)),
-    "MAML, ours": library(il.Everything(), il.Unrolled()),
-    "ANIL, features recomputed, ours": library(il.Head(), il.Unrolled(), reuse_prefix=False),
-    "ANIL, features cached, ours": library(il.Head(), il.Unrolled()),
-}
+def cached_step(learner: il.MetaLearner, task: il.Task) -> None:
+    """ANIL by plain autograd, its features computed once."""
+    body, head = learner.model[:-1], learner.model[-1]
+    (inputs, targets), (query, wanted) = ((body(x[0]), y[0]) for x, y in task)
+    params = dict(head.named_parameters())
+    for _ in range(learner.inner.steps):
+        loss = F.cross_entropy(functional_call(head, params, (inputs,)), targets)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: p - learner.inner.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+    F.cross_entropy(functional_call(head, params, (query,)), wanted).backward()
 
 
 def measure(method: str, size: int, filters: int, steps: int) -> dict[str, float]:
     """Peak bytes above model and task, seconds, and the norm of the meta-gradient, of one meta-step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    meta_step = cached_step if method == "ANIL, features cached" else il.MetaLearner.meta_step
     torch.manual_seed(0)
+    first, measured = learner(method, 16, 2, 1, device), learner(method, size, filters, steps, device)
     # Libraries load their kernels on first use; that is not the meta-step's memory.
-    METHODS[method](il.models.Conv4(filters=2, size=16).to(device), 1)(images(16, device))
-    model, task = il.models.Conv4(filters=filters, size=size).to(device), images(size, device)
-    meta_step = METHODS[method](model, steps)
+    meta_step(first, images(16, device))
+    task = images(size, device)
     began = time.perf_counter()
-    peak = peak_memory(lambda: meta_step(task), device)
+    peak = peak_memory(lambda: meta_step(measured, task), device)
     seconds = time.perf_counter() - began
-    norm = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    norm = sum(float(p.grad.double().square().sum()) for p in measured.parameters() if p.grad is not None) ** 0.5
     return {"bytes": peak, "seconds": seconds, "gradient_norm": norm}
 
 

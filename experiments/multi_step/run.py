@@ -25,13 +25,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.func import functional_call
 
 import innerloop as il
 from innerloop.problem import Tree
 from innerloop.studies.measure import peak_memory
-from innerloop.training import evaluate
-from innerloop.training.evaluation import Estimate, Scores
+from innerloop.training.evaluation import Estimate, Scores, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import COLOURS, Part, Results, details, in_fresh_process, in_turns, percent, run, table, verdict
@@ -70,11 +68,15 @@ def meta_step(kind: str, window: int, size: int, filters: int, steps: int) -> Ca
     torch.manual_seed(0)
     labels = torch.arange(5).repeat_interleave(5)
     support, query = ((torch.rand(1, len(labels), 3, size, size), labels[None]) for _ in range(2))
-    estimator = il.FirstOrder() if kind == FIRST else il.Window(window, "true_forward" if kind == TRUE else "frozen")
-    model = il.models.Conv4(size=size, filters=filters)
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=steps), meta_gradient=estimator)
-    task = il.Task(support, query)
-    return partial(recorded_step, learner, window, task) if kind == RECORDED else partial(learner.meta_step, task)
+    inner = il.SGD(lr=0.01, steps=steps)
+    if kind == RECORDED:  # a frozen window is one step of plain gradient descent, as long as all of its steps
+        inner, estimator = il.SGD(lr=0.01 * window, steps=math.ceil(steps / window)), il.Unrolled(record=True)
+    else:
+        estimator = (
+            il.FirstOrder() if kind == FIRST else il.Window(window, "true_forward" if kind == TRUE else "frozen")
+        )
+    learner = il.MetaLearner(il.models.Conv4(size=size, filters=filters), inner=inner, meta_gradient=estimator)
+    return partial(learner.meta_step, il.Task(support, query))
 
 
 def measure_cost(kind: str, window: int, size: int, filters: int) -> Results:
@@ -84,18 +86,6 @@ def measure_cost(kind: str, window: int, size: int, filters: int) -> Results:
     mib = peak_memory(measured, "cpu") / 2**20
     products = None if kind == RECORDED else measured().diagnostics["curvature_products"].item()
     return {"mib": mib, "products": products}
-
-
-def recorded_step(learner: il.MetaLearner, window: int, batch: il.Task) -> None:
-    """Back-propagation through the recorded inner loop; with window 1, MAML as papers implement it."""
-    (inputs, targets), (query, wanted) = ((x[0], y[0]) for x, y in batch)
-    params = dict(learner.model.named_parameters())
-    for step in range(learner.inner.steps):
-        if step % window == 0:
-            loss = F.cross_entropy(functional_call(learner.model, params, (inputs,)), targets)
-            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        params = {name: p - learner.inner.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
-    F.cross_entropy(functional_call(learner.model, params, (query,)), wanted).backward()
 
 
 def quick_cost(_: argparse.Namespace) -> Results:

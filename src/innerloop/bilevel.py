@@ -67,7 +67,7 @@ def hypergradient(
         result = estimator.estimate(
             bind(problem, meta, task.support, inner, learned, begin), task.query, step_weights
         )
-    _warn_of_zeros(problem, estimator, result.grad)
+    _warn_of_zeros(problem, estimator, result.grad, stacklevel=3)
     return result
 
 
@@ -233,8 +233,7 @@ class Bilevel(nn.Module):
         found: list[tuple[list[int], Any, Any]] = []
         with second_order_kernels(self.recurrent):
             for places, (grads, numbers, left) in self._over_tasks(task_gradient, tasks, count, starts):
-                share = weights[places]
-                mean = pytree.tree_map(lambda value, share=share: torch.tensordot(share.to(value), value, 1), grads)
+                mean = _weighted(weights[places], grads)
                 total = mean if total is None else pytree.tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
         losses, accuracies, diagnostics = _in_order(found, count)
@@ -244,7 +243,7 @@ class Bilevel(nn.Module):
         self._accumulate(*total)
         alone = isinstance(batch, Task) and not self.stacked
         return Metrics(
-            weights.to(losses) @ losses,
+            _weighted(weights, losses),
             accuracies[0].mean(0) if accuracies else None,
             {name: value.mean(0) for name, value in diagnostics.items()},
             losses,
@@ -613,7 +612,7 @@ class Bilevel(nn.Module):
         if not self._looked_for_zeros:
             self._looked_for_zeros = True
             learnt = {name: value for name, value in grad.items() if self._parameter(name) is not None}
-            _warn_of_zeros(self.problem, self.meta_gradient, learnt)
+            _warn_of_zeros(self.problem, self.meta_gradient, learnt, stacklevel=4)
 
     def _moved(self, task: Task) -> Task:
         like = next(self.parameters(), None)
@@ -663,7 +662,7 @@ class Carried:
         self._left = {key: End(**left) for key, left in state.items()}
 
 
-def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree) -> None:
+def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree, stacklevel: int) -> None:
     """Warn once where an estimator that leaves something out leaves meta-parameters without any gradient."""
     if problem.known.warned or (estimator.second_order and estimator.learn_start):
         return
@@ -680,7 +679,14 @@ def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree) -> Non
             else "does not learn the start: use learn_start=True for what only that reads"
         )
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        warnings.warn(f"the meta-gradient of {shown} is exactly zero. {type(estimator).__name__} {why}", stacklevel=4)
+        text = f"the meta-gradient of {shown} is exactly zero. {type(estimator).__name__} {why}"
+        warnings.warn(text, stacklevel=stacklevel)
+
+
+def _weighted(weights: Tensor, tree: Any) -> Any:
+    """The weighted sum over the first dimension, in the tree's own precision, whatever autocast would make of it."""
+    with torch.autocast(weights.device.type, enabled=False):
+        return pytree.tree_map(lambda value: torch.tensordot(weights.to(value), value, 1), tree)
 
 
 def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:

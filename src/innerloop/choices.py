@@ -106,6 +106,16 @@ META_GRADIENT: Table = {
     "memory-reduced": memory_reduced,
 }
 
+# What the first edition took, and where that is said now.
+_MOVED: dict[tuple[str, str], str] = {
+    ("implicit", "proximal"): "the proximal weight is the inner loop's: --proximal {0}, or SGD(..., proximal={0})",
+    ("implicit", "released_variant"): "the released variant is a method of its own: released-imaml",
+    ("memory-reduced", "l2"): "the L2 term is the inner loop's: --weight-decay {0}, or SGD(..., weight_decay={0})",
+    ("memory-reduced", "warm_start"): "where a task begins is the learner's: --carry {0}, or MetaLearner(carry={0!r})",
+    ("unrolled", "keep_every"): "snapshots are counted, not spaced: unrolled:copies=N keeps at most N of them",
+}
+_FIRST = {"implicit": "proximal", "memory-reduced": "l2", "unrolled": "keep_every"}  # what stood in the first place
+
 _OPTIONS = {"lr", "steps", "test_steps", "weight_decay", "proximal", "moves"}  # of the command, beside the strings
 
 START: Table = {"prototypes": Prototypes}
@@ -133,7 +143,9 @@ def choice(value: Any, what: str) -> Any:
         return value
     if isinstance(value, str):
         if what == "inner" and not {"lr=", "steps="} <= {text for text in ("lr=", "steps=") if text in value}:
-            raise ValueError(f"inner={value!r} has no rate and no steps: write il.{example}, or '{value}:lr=0.1,steps=5'")
+            raise ValueError(
+                f"inner={value!r} has no rate and no steps: write il.{example}, or '{value}:lr=0.1,steps=5'"
+            )
         return make(what, table, value)
     if isinstance(value, type):
         example = example if what == "inner" else f"{value.__name__}()"
@@ -141,10 +153,12 @@ def choice(value: Any, what: str) -> Any:
     if isinstance(value, torch.optim.Optimizer):
         raise ValueError(
             f"{what}=torch.optim.{type(value).__name__}(...) steps parameters in place, which has no derivative: give "
-            f"il.{example}, Momentum, Adam or AdamW; an optimiser of torch's is for the outer loop, over learner.parameters()"
+            f"il.{example}, Momentum, Adam or AdamW; an optimiser of torch's is for the outer loop, over "
+            "learner.parameters()"
         )
     raise ValueError(
-        f"{what}={value!r} is no {kind.__name__}: give il.{example}, or an object of a subclass of {kind.__module__.rpartition('._')[0]}.{kind.__name__}"
+        f"{what}={value!r} is no {kind.__name__}: give il.{example}, or an object of a subclass of "
+        f"{kind.__module__.rpartition('._')[0]}.{kind.__name__}"
     )
 
 
@@ -161,7 +175,8 @@ def text(value: Any) -> str:
     typed: list[str] = []
     for field in fields(value):
         held = getattr(value, field.name)
-        if field.name in _OPTIONS or (field.name == "learn_start" and reduced):
+        optional = field.name in _OPTIONS and isinstance(value, InnerSolver)
+        if optional or (field.name == "learn_start" and reduced):
             continue
         if isinstance(held, CG):
             defaults = inspect.signature(META_GRADIENT[name]).parameters
@@ -198,14 +213,26 @@ def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
     places = [part for part in typed if "=" not in part]
     options = {key: value for key, value in options.items() if value is not None}
     signature = inspect.signature(table[name])
+    first = {_FIRST[name]: places[0]} if table is META_GRADIENT and name in _FIRST and places else {}
+    moved = [_MOVED[name, key].format(value) for key, value in {**first, **named}.items() if (name, key) in _MOVED]
+    if moved:
+        raise ValueError(
+            f"{what} {text!r}: {name} takes {', '.join(signature.parameters)}, by name; {'; '.join(moved)}"
+        )
     try:
         bound = signature.bind(*args, *places, **named, **options)
     except TypeError as error:
         taken = list(signature.parameters)[len(args) :]
         raise ValueError(f"{what} {text!r}: {error}; {name} takes {', '.join(taken) or 'no arguments'}") from error
     for key, value in bound.arguments.items():
-        if isinstance(value, str) and signature.parameters[key].annotation != "str":
+        if signature.parameters[key].annotation == "str":
+            continue
+        if isinstance(value, str):
             bound.arguments[key] = _number(value)
+        elif signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
+            bound.arguments[key] = {
+                each: _number(given) if isinstance(given, str) else given for each, given in value.items()
+            }
     return table[name](*bound.args, **bound.kwargs)
 
 

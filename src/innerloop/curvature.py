@@ -53,8 +53,9 @@ def gradient(
         if graph == "transform":
             return torch.func.grad_and_value(problem.inner_loss)(params, meta, support)
         keep = graph == "kept"
-        leaves = {name: p if keep and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
+            # views, since one parameter may be a function of another, or of meta, which the loss reads as well
+            leaves = {n: p.view_as(p) if keep and p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
             loss = problem.inner_loss(leaves, meta, support)
         grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=keep, materialize_grads=True)
         return dict(zip(leaves, grads, strict=True)), loss.detach()

@@ -39,6 +39,13 @@ class Prototypes:
     so that before any inner step the model is a ProtoNet (arXiv 1703.05175): its scores are minus the squared distances
     to the means, but for a term that all classes share. The exact gradient flows through the means. Any number of
     classes will do, whatever the model's head was built for; the head's own weights are not learned.
+
+    Raises:
+        ValueError: at construction of the learner, a model without an adapted linear layer that has weight and bias; in
+            use, a support batch for every step (`Steps`).
+
+    Example:
+        >>> il.MetaLearner(model, adapts=il.Head(), inner=il.SGD(lr=0.1, steps=5), start=il.Prototypes())
     """
 
     def layer(self, model: nn.Module, adapted: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +23,17 @@ Tree = dict[str, Tensor]
 
 Batch = Any
 """What a loss reads besides parameters; for few-shot learning a pair (inputs, targets)."""
+
+
+def short_repr(choice: Any) -> str:
+    """A dataclass as it would be typed: what differs from the defaults."""
+    shown = []
+    for each in fields(choice) if is_dataclass(choice) else ():
+        value = getattr(choice, each.name)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if value != default:
+            shown.append(f"{each.name}={value!r}")
+    return f"{type(choice).__name__}({', '.join(shown)})"
 
 
 class Task(NamedTuple):
@@ -61,6 +72,13 @@ class Steps:
             function ``step -> batch``, for streams that do not fit in memory. Rows are counted from 0 in every call.
             The function is given the task's own step, which goes on where a task is taken up with ``begin=``. It must
             give the same batch whenever it is asked for the same step.
+
+    Raises:
+        ValueError: in use, fewer rows than inner steps, or tensors without a leading dimension.
+
+    Example:
+        >>> task = il.Task(support=il.Steps((inputs, targets)), query=held_out)  # inputs ``[steps, examples, ...]``
+        >>> task = il.Task(support=il.Steps(lambda step: batches[step % len(batches)]), query=held_out)
     """
 
     def __init__(self, rows: Any) -> None:

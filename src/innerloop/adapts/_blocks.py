@@ -31,7 +31,14 @@ class Blocks(Adapts):
         batch_norm: scale and shift of batch norm move with their block. False leaves them out of the inner loop.
 
     Raises:
-        ValueError: a pattern holds other characters or no 1, or the rows of a table differ in length.
+        ValueError: a pattern holds other characters or no 1, or the rows of a table differ in length; and at
+            construction of the learner, a model that names no blocks, or has another number of them.
+
+    Source:
+        Lambda patterns, Khabarlak 2022, arXiv 2206.05930.
+
+    Example:
+        >>> il.MetaLearner(il.models.Conv4(), adapts=il.Blocks("00011"), inner=il.SGD(lr=0.01, steps=5))
     """
 
     pattern: str | Sequence[str]

@@ -76,6 +76,16 @@ class Head(Adapts):
 
     That is the last block of an ``nn.Sequential`` or of what the model declares as ``blocks``, otherwise its last child
     (of a wrapper, its only child's). On the first task it is seen whether the forward pass ends in it.
+
+    Raises:
+        ValueError: at construction of the learner, a head that is all or nearly all of the model; on its first task, a
+            head in which the forward pass does not end. The message names what was taken; ``Named`` says what is meant.
+
+    Sources:
+        ANIL, Raghu et al. 2020, arXiv 1909.09157; its convergence, Ji et al. 2020, arXiv 2006.09486.
+
+    Example:
+        >>> il.MetaLearner(model, adapts=il.Head(), inner=il.SGD(lr=0.1, steps=5))
     """
 
     def select(self, model: nn.Module) -> list[str]:
@@ -93,7 +103,14 @@ class Head(Adapts):
 
 @dataclass(frozen=True)
 class Body(Adapts):
-    """All but the head moves; see ``Head`` for what that is."""
+    """All but the head moves; see ``Head`` for what that is, and for what is refused.
+
+    Source:
+        BOIL, Oh et al. 2021, arXiv 2008.08882.
+
+    Example:
+        >>> il.MetaLearner(model, adapts=il.Body(), inner=il.SGD(lr=0.5, steps=1))
+    """
 
     def select(self, model: nn.Module) -> list[str]:
         """The names of all parameters outside the head.

@@ -16,7 +16,10 @@ class Named(Adapts):
         *globs: patterns as the shell writes them, matched against names as in ``model.named_parameters()``.
 
     Raises:
-        ValueError: no glob is given.
+        ValueError: no glob is given; and at construction of the learner, a glob that matches no parameter.
+
+    Example:
+        >>> il.MetaLearner(model, adapts=il.Named("classifier.*"), inner=il.SGD(lr=0.1, steps=5))
     """
 
     def __init__(self, *globs: str) -> None:

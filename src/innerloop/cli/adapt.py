@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
+from innerloop.choices import check_name
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
-from innerloop.choices import check_name
 from innerloop.training.runs import load_learner, provenance, read_run
 
 USAGE = "RUN --support FOLDER --query PATH [PATH ...] [options]"

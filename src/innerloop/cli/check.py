@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 
+from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.studies.measure import Failed
 from innerloop.training.build import arithmetic, build_learner, build_tasks
-from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import Settings, read_config
@@ -116,7 +116,7 @@ def _with_memory(checks: dict[str, Check], settings: Settings, split: str) -> di
 
 
 def _names(text: str | None) -> list[str]:
-    """The estimators of a list such as ``window:5,implicit:2,10``, in which numbers and name=value are arguments."""
+    """The estimators of a list such as ``window:5,mixed:1=0.2,5=0.8``, in which numbers and name=value are arguments."""
     return [] if text is None else re.split(r",\s*(?=[A-Za-z][A-Za-z-]*(?:[:,]|$))", text.strip())
 
 

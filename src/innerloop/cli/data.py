@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.tasks import SOURCES, Episodes, TaskSource
 from innerloop.tasks._cache import cache_folder
 from innerloop.training.build import INK, SOURCE_OPTIONS, build_tasks
-from innerloop.choices import check_name
 from innerloop.training.report import plot_tasks
 from innerloop.training.settings import Settings
 

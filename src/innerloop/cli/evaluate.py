@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from innerloop.choices import check_name
 from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
-from innerloop.choices import check_name
 from innerloop.training.evaluation import assess
 from innerloop.training.report import describe, plot_adaptation, summary
 from innerloop.training.runs import load_learner, read_run, save_results

@@ -23,6 +23,12 @@ class Adam(InnerSolver):
             a first one of 0.
         eps: added to the root, above 0. The meta-gradient of an entry whose gradient vanishes is of the order of
             ``lr / eps`` times its curvature: raise it where that is too much.
+
+    Source:
+        Kingma and Ba 2015, arXiv 1412.6980.
+
+    Example:
+        >>> il.Adam(lr=1e-3, steps=5, betas=(0.0, 0.999))
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,6 +76,12 @@ class AdamW(Adam):
     Attributes:
         betas: as in ``Adam``.
         eps: as in ``Adam``.
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv 1711.05101.
+
+    Example:
+        >>> il.AdamW(lr=1e-3, steps=2, weight_decay=0.01, clip=1.0)
     """
 
     decoupled: ClassVar[bool] = True

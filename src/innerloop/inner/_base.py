@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop.problem import Tree
+from innerloop.problem import Tree, short_repr
 
 State = Any
 """What a solver carries from step to step: any tree of tensors, empty for plain gradient descent."""
@@ -53,7 +53,10 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class InnerSolver:
-    """A rule for inner steps, with the settings that all rules share; subclass it and write ``update``."""
+    """A rule for inner steps, with the settings that all rules share; subclass it and write ``update``.
+
+    A subclass is a frozen dataclass with keyword-only fields. Its own docstring is completed by the shared settings.
+    """
 
     lr: Rate | Mapping[str, Rate]
     steps: int
@@ -74,7 +77,9 @@ class InnerSolver:
     """Whether weight decay shrinks the parameters beside the gradient (AdamW) instead of being a term of the loss."""
 
     def __init_subclass__(cls) -> None:
-        """Complete the docstring."""
+        """Complete the docstring, and show what differs from the defaults."""
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = short_repr  # type: ignore[assignment]  # here, so that dataclass makes none
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{_SHARED}"
 
     def __post_init__(self) -> None:

@@ -19,6 +19,13 @@ class LearnedRates(InnerSolver):
         per: ``"parameter"``: one rate for each entry of each parameter, the same in all steps (Meta-SGD, arXiv
             1707.09835); ``"layer-step"``: one rate for each parameter tensor and step (MAML++, arXiv 1810.09502), where
             steps beyond those of training reuse the last rate.
+
+    The learner's ``rates`` holds them, one tensor a parameter: of the parameter's shape, or ``[steps]``. Estimators
+    that differentiate the solution refuse this solver, because a solution does not depend on the rates.
+
+    Example:
+        >>> learner = il.MetaLearner(model, inner=il.LearnedRates(lr=0.1, steps=5, per="layer-step"))
+        >>> learner.rates
     """
 
     per: Literal["parameter", "layer-step"] = "parameter"

@@ -12,10 +12,16 @@ from innerloop.problem import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(InnerSolver):
-    """``v <- momentum * v + g``, then ``params <- params - lr * v``, with v starting at 0.
+    """``v <- momentum * v + g``, then ``params <- params - lr * v``, with v starting at 0, as torch.optim.SGD has it.
 
     Attributes:
         momentum: from 0 up to, not including, 1.
+
+    Source:
+        The heavy-ball method, Polyak 1964.
+
+    Example:
+        >>> il.Momentum(lr=0.05, steps=5, momentum=0.9)
     """
 
     momentum: float = 0.9

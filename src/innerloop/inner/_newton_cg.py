@@ -37,6 +37,12 @@ class NewtonCG(InnerSolver):
         lr: the first length that the line search tries.
         iterations: conjugate gradients a step, 1 or more.
         trials: lengths that the line search tries in a step, each half the last, 1 or more.
+
+    Source:
+        The inner solver of iMAML-HF, Rajeswaran et al. 2019, arXiv 1909.04630; our line search halves by Armijo's rule.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.NewtonCG(steps=3, proximal=2.0), meta_gradient=il.Implicit())
     """
 
     lr: float = 1.0  # type: ignore[assignment]  # checked below

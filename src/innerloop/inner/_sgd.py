@@ -10,7 +10,16 @@ from innerloop.problem import Tree
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(InnerSolver):
-    """``params <- params - lr * g``: ``SGD(lr=0.1, steps=5)``."""
+    """Plain gradient descent, ``params <- params - lr * g``.
+
+    Source:
+        The inner loop of MAML, Finn, Abbeel and Levine 2017, arXiv 1703.03400.
+
+    Example:
+        >>> il.SGD(lr=0.1, steps=5)
+        >>> il.SGD(lr=0.1, steps=16, proximal=2.0)  # of iMAML
+        >>> il.SGD(lr={"head.*": 0.1, "*": lambda step: 0.01 / (1 + step)}, steps=5, clip=1.0)
+    """
 
     def largest_rate(self, learned: Tree) -> float | None:
         """The largest of ``lr``."""

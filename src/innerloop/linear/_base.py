@@ -20,7 +20,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Info(NamedTuple):
-    """How a solve went.
+    """How a solve went; the first three are scalars.
 
     Attributes:
         residual: norm of ``b - (M + shift I) x`` over that of ``b``; 0 where ``b`` is 0, NaN if a product was.
@@ -38,7 +38,7 @@ class Info(NamedTuple):
 
 
 class LinearSolver(Protocol):
-    """A way to solve ``(M + shift I) x = b``."""
+    """A way to solve ``(M + shift I) x = b``; any object with such a method is one, and need not inherit from this."""
 
     def solve(
         self, product: Product, b: Tensor, shift: float = 0.0, start: Tensor | None = None
@@ -60,7 +60,18 @@ class LinearSolver(Protocol):
 def solve_tree(
     solver: LinearSolver, product: Callable[[Tree], Tree], b: Tree, shift: float = 0.0, start: Tree | None = None
 ) -> tuple[Tree, Info]:
-    """The same for a matrix that maps trees to trees."""
+    """The same for a matrix that maps trees to trees.
+
+    Args:
+        solver: of the flat system.
+        product: ``x -> M x`` for trees like ``b``.
+        b: the right-hand side.
+        shift: what is added to the diagonal.
+        start: where to begin, a tree like ``b``; None begins at 0.
+
+    Returns:
+        ``x``, a tree like ``b``, and how it was found.
+    """
 
     def ravel(tree: Tree) -> Tensor:
         return torch.cat([tree[name].reshape(-1) for name in b])

@@ -32,6 +32,12 @@ class CG:
 
     Raises:
         ValueError: a setting outside its range.
+
+    Source:
+        Hestenes and Stiefel 1952, J. Res. Natl. Bur. Stand. 49.
+
+    Example:
+        >>> il.Implicit(il.CG(iterations=5, damping=0.1))
     """
 
     iterations: int = 20

@@ -23,11 +23,18 @@ class Neumann:
 
     Attributes:
         terms: how many are summed, one product each, 1 or more.
-        step: its scale, above 0; 1 makes the series of ``Implicit`` the sum of ``(-H / proximal)^j b``. None takes 1
-            over the largest eigenvalue, estimated by five power iterations from ``b``, one product each.
+        step: its scale, above 0; ``1 / proximal`` makes the series of ``Implicit`` the sum of ``(-H / proximal)^j b /
+            proximal``. None takes 1 over the largest eigenvalue, estimated by five power iterations from ``b``, one
+            product each.
 
     Raises:
         ValueError: a setting outside its range.
+
+    Source:
+        Lorraine, Vicol and Duvenaud 2020, arXiv 1911.02590.
+
+    Example:
+        >>> il.Implicit(il.Neumann(terms=10, step=0.1))
     """
 
     terms: int

@@ -30,7 +30,14 @@ class Nystrom:
         seed: draws the rows.
 
     Raises:
-        ValueError: a setting outside its range.
+        ValueError: a setting outside its range; and in a solve, nothing on the diagonal: neither ``damping`` nor a
+            weight decay or proximal weight of the inner solver.
+
+    Source:
+        Hataya and Yamada 2023, arXiv 2302.09726.
+
+    Example:
+        >>> il.Implicit(il.Nystrom(rank=20, damping=0.01))
     """
 
     rank: int

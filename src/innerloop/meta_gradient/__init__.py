@@ -1,5 +1,6 @@
-"""How the meta-gradient is found: one estimator a file."""
+"""How the meta-gradient is found: one estimator a file, and the parts of which a new one is made."""
 
+from innerloop.meta_gradient._adjoint import Snapshot, Trail, bend, conclude, judge, outer_weights, pull, walk
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.meta_gradient._binomial import Binomial
 from innerloop.meta_gradient._failures import fault, finite
@@ -23,9 +24,17 @@ __all__ = [
     "Reptile",
     "Result",
     "Seen",
+    "Snapshot",
+    "Trail",
     "Truncated",
     "Unrolled",
     "Window",
+    "bend",
+    "conclude",
     "fault",
     "finite",
+    "judge",
+    "outer_weights",
+    "pull",
+    "walk",
 ]

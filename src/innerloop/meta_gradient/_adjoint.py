@@ -84,7 +84,15 @@ def scale(tree: Any, weight: float) -> Any:
 
 
 def judge(loop: InnerLoop, query: Batch, step: int, params: Tree, weight: float) -> tuple[Tensor, Cotangents, Any]:
-    """The outer loss after a step times a weight, its cotangents, and what it returned beside its value."""
+    """The outer loss after a step times a weight, its cotangents, and what it returned beside its value.
+
+    Args:
+        loop: the inner loop.
+        query: what the outer loss reads; of `Steps`, the row of the step.
+        step: the task's own step, one of ``loop.steps``.
+        params: the parameters after it.
+        weight: what loss and cotangents are multiplied by.
+    """
     outer = outer_gradient(loop.problem, params, loop.meta, loop.judged(query, step))
     state = loop.solver.init(loop.begin.params)
     cotangents = Cotangents(outer.params, zeros(state), zeros(loop.learned), zeros(loop.start), outer.meta)
@@ -132,8 +140,8 @@ class Trail:
         self._kept: dict[int, Snapshot] = {}
         self._planned: set[int] = set(self.keep)
         if self.copies is not None and self.keep:
-            first, last = self.keep.start, self.keep.stop - 1
-            self._planned = {first, last}
+            first, last = self.keep.start, self.keep.stop
+            self._planned = {first, last - 1}
             for slots in range(self.copies - 2, 0, -1):
                 if last - first > 1:
                     first += _split(last - first, slots + 1)
@@ -157,10 +165,9 @@ class Trail:
             for step in reversed(self.keep):
                 yield step, self._ready(step, self._kept.pop(step))
         elif self.keep:
-            last, first = self.keep.stop - 1, self.keep.start
-            yield last, self._ready(last, self._kept.pop(last))
-            if first < last:
-                yield from self._between(first, self._kept.pop(first), last, self.copies - 2)
+            yield from self._between(
+                self.keep.start, self._kept.pop(self.keep.start), self.keep.stop, self.copies - 2
+            )
 
     def _between(self, first: int, stored: Snapshot, last: int, slots: int) -> Iterator[tuple[int, Snapshot]]:
         """Steps ``last - 1`` down to ``first``, with room for so many more copies."""
@@ -173,7 +180,8 @@ class Trail:
                 last = middle
             else:
                 last -= 1
-                yield last, self._ready(last, self._advanced(stored, first, last))
+                # the first pass has left the last one
+                yield last, self._ready(last, self._kept.pop(last, None) or self._advanced(stored, first, last))
         yield first, self._ready(first, stored)
 
     def _advanced(self, stored: Snapshot, first: int, step: int) -> Snapshot:
@@ -218,6 +226,13 @@ def _split(length: int, copies: int) -> int:
 def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangents) -> tuple[Cotangents, Tree]:
     """Pull cotangents back through the updates of ``steps``, all of which use the snapshot's one gradient.
 
+    Args:
+        loop: the inner loop.
+        steps: the steps, in order.
+        snapshot: parameters, state and gradient before the first of them. Where the solver's update is linear
+            (``loop.solver.needs_gradient`` is False), any tree like the parameters will do for the gradient.
+        cotangents: those after the last of them.
+
     Returns:
         The cotangents before the first of them, with the gradient held constant, and the cotangent of that gradient.
     """
@@ -236,7 +251,15 @@ def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangen
 
 
 def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad: Tree) -> Cotangents:
-    """Carry a gradient's cotangent through the gradient itself: the curvature product of a step."""
+    """Carry a gradient's cotangent through the gradient itself: the curvature product of a step.
+
+    Args:
+        loop: the inner loop.
+        step: whose batch and random draws the inner loss has.
+        params: where the gradient was taken.
+        cotangents: what the product is added to.
+        grad: the gradient's cotangent, as ``pull`` gave it.
+    """
     in_params, in_meta = loop.curvature(step, params, grad)
     return cotangents._replace(params=add(cotangents.params, in_params), meta=add(cotangents.meta, in_meta))
 
@@ -258,7 +281,18 @@ def conclude(
     products: int,
     learn_start: bool = True,
 ) -> Result:
-    """What an estimator returns, from the cotangents where the inner loop began."""
+    """What an estimator returns, from the cotangents where the inner loop began.
+
+    Args:
+        loop: the inner loop.
+        cotangents: before its first step.
+        loss: the outer loss.
+        end: where the task was left.
+        extra: what the outer loss returned beside its value.
+        support_loss: the inner loss before each step, ``[steps]``.
+        products: how many curvature products were taken.
+        learn_start: whether meta is reached through the start.
+    """
     diagnostics = {
         "support_loss": support_loss,
         "curvature_products": torch.as_tensor(float(products), device=loss.device),
@@ -311,4 +345,5 @@ def walk(
         if step > loop.steps.start and (weight := weights[step - 1 - loop.steps.start]):
             early, more, _ = judge(loop, query, step - 1, place.params, weight)
             loss, cotangents = loss + early, add(cotangents, more)
+        del place  # before the next one is made
     return conclude(loop, cotangents, loss, end, extra, support_loss, len(bends), learn_start)

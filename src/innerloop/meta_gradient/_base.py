@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.problem import Batch, End, Tree
+from innerloop.problem import Batch, End, Tree, short_repr
 
 
 class Result(NamedTuple):
@@ -20,7 +20,7 @@ class Result(NamedTuple):
         loss: outer loss at the adapted parameters, a scalar.
         extra: what the outer loss returned beside its value; None if nothing.
         diagnostics: tensors by name, among them ``support_loss`` (the inner loss where each inner gradient was
-            taken) and ``curvature_products`` (how many were).
+            taken, ``[steps]``; ``[windows]`` for frozen windows) and ``curvature_products`` (how many were, a scalar).
         end: where the task was left; what ``begin=`` takes.
     """
 
@@ -70,6 +70,11 @@ class MetaGradient:
     It never changes the problem: what the inner loop lowers is the inner loss and the two terms that the inner solver
     names, whichever estimator is chosen.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = short_repr  # type: ignore[assignment]  # here, so that dataclass makes none
 
     second_order: ClassVar[bool] = True
     """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""

@@ -50,6 +50,12 @@ class Binomial(MetaGradient):
 
     Raises:
         ValueError: a setting outside its range.
+
+    Source:
+        BinomMAML, Zhang, Jaeger Mountain, Li and Giannakis 2026, arXiv 2604.13263.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=5), meta_gradient=il.Binomial(2))
     """
 
     order: int

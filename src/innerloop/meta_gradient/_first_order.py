@@ -17,8 +17,14 @@ class FirstOrder(MetaGradient):
     """No curvature product at all: the outer gradient at the adapted parameters is handed to the start.
 
     What the update does apart from the inner gradient (weight decay, the proximal term, learned rates) is
-    differentiated exactly. Meta-parameters that only the inner loss reads get zero: use ``Unrolled`` or ``Truncated``
-    for those.
+    differentiated exactly. Meta-parameters that only the inner loss reads get zero, with one warning that names them:
+    use ``Unrolled`` or ``Truncated`` for those.
+
+    Sources:
+        Finn, Abbeel and Levine 2017, arXiv 1703.03400; Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=5), meta_gradient=il.FirstOrder())
     """
 
     second_order: ClassVar[bool] = False

@@ -3,12 +3,12 @@
 The inner loop is taken to have minimised  G(params) = inner_loss + weight_decay / 2 |params|^2 + proximal / 2
 |params - start|^2.  Differentiating grad G = 0 gives
 
-    (H + (weight_decay + proximal) I) v = d outer_loss / d params         H: Hessian of inner_loss, without the two terms
+    (H + (weight_decay + proximal) I) v = d outer_loss / d params        H: Hessian of inner_loss, without the two terms
     meta-gradient  =  d outer_loss / d meta  -  B v  +  proximal (d start / d meta)' v
 
 iMAML (Rajeswaran, Finn, Kakade and Levine, arXiv 1909.04630) is this with a proximal weight, where meta is the start.
 Memory-reduced meta-learning (Yang, Ma and Yu, arXiv 2412.12030) is this with weight decay, for a head whose start is
-not learned; there the meta-gradient is that of the one scalar  outer_loss(params, meta) - < d inner_loss / d params, v >
+not learned. There the meta-gradient is that of the one scalar  outer_loss(params, meta) - <d inner_loss / d params, v>
 with params and v held constant: one pass through the backbone, however many inner steps and iterations went before.
 """
 
@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.linear import CG, Info, LinearSolver, solve_tree
+from innerloop.linear import CG, Info, LinearSolver, Nystrom, solve_tree
 from innerloop.meta_gradient._adjoint import Outer, Trail, add, outer_gradient, outer_weights, scale, through_start
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.problem import Batch, End, Steps, Tree
@@ -44,7 +44,15 @@ class Implicit(MetaGradient):
         learn_start: False takes the start for no function of meta, as memory-reduced meta-learning does.
 
     Raises:
-        ValueError: something else than a linear solver.
+        ValueError: something else than a linear solver; and what ``check`` and ``estimate`` refuse.
+
+    Sources:
+        iMAML, Rajeswaran, Finn, Kakade and Levine 2019, arXiv 1909.04630; Lorraine, Vicol and Duvenaud 2020, arXiv
+        1911.02590.
+
+    Example:
+        >>> il.hypergradient(problem, meta, task, il.NewtonCG(steps=3), il.Implicit(il.CG(10)))
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=16, proximal=2.0), meta_gradient=il.Implicit())  # iMAML
     """
 
     linear_solver: LinearSolver = field(default_factory=lambda: CG(iterations=5))
@@ -65,8 +73,8 @@ class Implicit(MetaGradient):
         """Refuse what the solution does not depend on, and what has no solution.
 
         Raises:
-            ValueError: the solver's rates are learned, its weight decay is no term of the inner loss, or everything is
-                adapted without a proximal term.
+            ValueError: the solver's rates are learned, its weight decay is no term of the inner loss, everything is
+                adapted without a proximal term, or Nystrom's approximation has no inverse.
         """
         super().check(solver, learns=learns, whole=whole)
         refuse_no_solution("Implicit", solver, learns)
@@ -76,12 +84,18 @@ class Implicit(MetaGradient):
                 f"that could be learned here is that: give {type(solver).__name__}(proximal=2.0), which is iMAML, or "
                 "adapt less, as in adapts=Head()"
             )
-        if whole is False and not solver.weight_decay + solver.proximal:
+        shift = solver.weight_decay + solver.proximal
+        if isinstance(self.linear_solver, Nystrom) and not shift + self.linear_solver.damping:
+            raise ValueError(
+                "Implicit(Nystrom(...)) has nothing on the diagonal, so that the approximation has no inverse: give "
+                f"{type(solver).__name__} weight_decay or proximal, give Nystrom(damping=...) above 0, or use CG"
+            )
+        if whole is False and not shift:
             warnings.warn(
                 "Implicit() without weight_decay or proximal in the inner solver: the Hessian of a classifier's head is "
                 "singular, so watch solution_norm and residual in the diagnostics"
                 + ("" if not self.learn_start else "; and the start of what is adapted gets a gradient of zero"),
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def advice(self, seen: Seen) -> str:
@@ -120,6 +134,7 @@ class Implicit(MetaGradient):
         """
         refuse_path("Implicit", loop, query, step_weights)
         end, support_loss = Trail(loop, loop.steps[:0]).adapt()
+        loop = replace(loop, rows=None)  # the solution is that of all examples
         outer = outer_gradient(loop.problem, end.params, loop.meta, loop.judged(query, loop.steps[-1]))
         shift = loop.solver.weight_decay + loop.solver.proximal
         solution, diagnostics = respond(loop, end.params, outer, self.linear_solver, shift)

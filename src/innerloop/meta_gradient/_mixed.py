@@ -30,6 +30,12 @@ class Mixed(MetaGradient):
 
     Raises:
         ValueError: horizons or weights outside these ranges.
+
+    Source:
+        Bonnet et al. 2021, arXiv 2111.00206.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=5), meta_gradient=il.Mixed((1, 5), (0.2, 0.8)))
     """
 
     horizons: tuple[int, ...]

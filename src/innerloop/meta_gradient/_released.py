@@ -13,7 +13,7 @@ Memory-reduced meta-learning's released code is ``MemoryReduced()`` with no weig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,6 +42,12 @@ class ReleasedIMAML(MetaGradient):
 
     Raises:
         ValueError: a weight that is not above 0, or another linear solver.
+
+    Source:
+        Rajeswaran, Finn, Kakade and Levine 2019, arXiv 1909.04630, their published code.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=16), meta_gradient=il.ReleasedIMAML(proximal=2.0))
     """
 
     proximal: float = 2.0
@@ -75,6 +81,7 @@ class ReleasedIMAML(MetaGradient):
         """The meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
         refuse_path("ReleasedIMAML", loop, query, step_weights)
         end, support_loss = Trail(loop, loop.steps[:0]).adapt()
+        loop = replace(loop, rows=None)  # the solution is that of all examples
         kept, divisor = 1 - loop.solver.rate(0, "") * self.proximal, self.proximal + _EXTRA
         start = loop.problem.begin(loop.meta, loop.support)
         params = {name: value + kept * (end.params[name] - value) for name, value in start.items()}

@@ -23,6 +23,18 @@ class Reptile(MetaGradient):
 
     The paper's outer step is plain interpolation; that is ``torch.optim.SGD`` with the interpolation factor as its
     rate.
+
+    Raises:
+        ValueError: at construction of the learner, where only some parameters are adapted or rates are learned; in a
+            meta-step, where ``step_weights`` are given.
+
+    Source:
+        Nichol, Achiam and Schulman 2018, arXiv 1803.02999.
+
+    Example:
+        >>> inner = il.Adam(lr=1e-3, steps=5, betas=(0.0, 0.999), minibatch=10)
+        >>> learner = il.MetaLearner(model, inner=inner, meta_gradient=il.Reptile())
+        >>> optimizer = torch.optim.SGD(learner.parameters(), lr=1.0)
     """
 
     second_order: ClassVar[bool] = False

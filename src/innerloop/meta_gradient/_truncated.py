@@ -25,6 +25,13 @@ class Truncated(MetaGradient):
 
     Raises:
         ValueError: a negative horizon.
+
+    Source:
+        After Shaban, Cheng, Hatch and Boots 2019, arXiv 1810.10667, whose estimate takes nothing from the steps before
+        the horizon.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=5), meta_gradient=il.Truncated(2))
     """
 
     horizon: int

@@ -25,7 +25,7 @@ from innerloop.meta_gradient._base import MetaGradient, Result
 from innerloop.problem import Batch, End, Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unrolled(MetaGradient):
     """Exact for every inner solver, learned rates and meta-parameters inside the inner loss included.
 
@@ -41,7 +41,16 @@ class Unrolled(MetaGradient):
             that is ITD-BiO (arXiv 2010.07962), bilevel in the backbone alone.
 
     Raises:
-        ValueError: ``copies`` below 2, or given with ``record``.
+        ValueError: ``copies`` below 2; ``copies`` or ``offload`` given with ``record``; ``record`` that is neither True
+            nor False.
+
+    Sources:
+        MAML, Finn, Abbeel and Levine 2017, arXiv 1703.03400; products in place of the graph, MixFlow-MG, arXiv
+        2505.00793; the copies' places, "revolve", Griewank and Walther 2000, ACM TOMS 26.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=5), meta_gradient=il.Unrolled())
+        >>> il.hypergradient(problem, meta, task, il.AdamW(lr=1e-3, steps=1000), il.Unrolled(copies=20))
     """
 
     record: bool = False
@@ -51,6 +60,8 @@ class Unrolled(MetaGradient):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if not isinstance(self.record, bool):
+            raise ValueError(f"Unrolled(record={self.record!r}): give True or False; the number of copies is copies=")
         if self.copies is not None and not (isinstance(self.copies, int) and self.copies >= 2):
             raise ValueError(f"Unrolled(copies={self.copies!r}): give a whole number from 2, or None for one a step")
         if self.record and (self.copies is not None or self.offload):

@@ -55,6 +55,9 @@ class Window(MetaGradient):
 
     Raises:
         ValueError: ``size`` below 1, or an unknown mode.
+
+    Example:
+        >>> il.MetaLearner(model, inner=il.SGD(lr=0.01, steps=10), meta_gradient=il.Window(5))
     """
 
     size: int

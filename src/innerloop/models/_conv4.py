@@ -51,6 +51,10 @@ class Conv4(Stack):
         Vinyals et al. 2016, arXiv 1606.04080 (max-pooling); Finn et al. 2017, arXiv 1703.03400, section 5.2 (strides
         for Omniglot, 32 filters for miniImageNet); Rajeswaran et al. 2019, arXiv 1909.04630, released code (strides,
         flattened).
+
+    Example:
+        >>> il.models.Conv4(in_channels=1, ways=5)(torch.zeros(25, 1, 28, 28)).shape
+        torch.Size([25, 5])
     """
 
     head: nn.Linear

@@ -24,6 +24,10 @@ class MLP(Stack):
 
     Source:
         Finn et al. 2017, arXiv 1703.03400, section 5.1.
+
+    Example:
+        >>> il.models.MLP([1, 40, 40, 1])(torch.zeros(10, 1)).shape
+        torch.Size([10, 1])
     """
 
     head: nn.Linear

@@ -27,9 +27,16 @@ class ResNet12(Stack):
         ways: scores an image.
         widths: channels of the blocks, one a block.
 
+    Raises:
+        RuntimeError: from the forward pass, images of which four max-pools leave nothing.
+
     Sources:
         Oreshkin et al. 2018 (TADAM), arXiv 1805.10123; Lee et al. 2019 (MetaOptNet), arXiv 1904.03758, whose widths,
         slope of 0.1 and 1x1 shortcut with batch norm these are.
+
+    Example:
+        >>> il.models.ResNet12(ways=5)(torch.zeros(25, 3, 84, 84)).shape
+        torch.Size([25, 5])
     """
 
     head: nn.Linear

@@ -28,8 +28,8 @@ from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient, Seen, Unrolled
 from innerloop.problem import Task, Tree
-from innerloop.tasks import TaskSource
-from innerloop.training.evaluation import evaluation_mode
+from innerloop.training.evaluation import Source, evaluation_mode
+from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
@@ -147,26 +147,30 @@ class _Measured:
 
 def check(
     learner: Bilevel,
-    tasks: TaskSource,
+    tasks: Source,
     estimators: Sequence[str | MetaGradient] = ESTIMATORS,
     count: int = 32,
     split: str = "train",
 ) -> Check:
     """Compare estimators with the exact meta-gradient of a learner as it stands, on the first tasks of a split.
 
-    All of them see the learner's own problem, without dropout; its own estimator makes no difference. Those that do not
-    learn the start are compared in what they learn. Tasks are computed one by one, each from the start, so that time and
-    memory are those of one.
+    All of them see the learner's own problem, without dropout and with the same random draws; its own estimator makes no
+    difference. Those that do not learn the start of a `MetaLearner` are compared in what they learn. Tasks are computed
+    one by one, each from the start, so that time and memory are those of one.
 
     Args:
-        learner: a `MetaLearner` or any `Bilevel`.
-        tasks: where the tasks come from.
+        learner: a `MetaLearner` or any `Bilevel`; it stays as it is.
+        tasks: where the tasks come from: any object with ``batch(split, start, count)``, as in `innerloop.fit`.
         estimators: as in settings, such as ``"window:5"``, or objects.
         count: number of tasks.
         split: ``"train"``, ``"validation"`` or ``"test"``.
 
     Raises:
         ValueError: ``count`` below 1, an unknown estimator or one whose arguments are out of range.
+
+    Example:
+        >>> for row in il.check(learner, tasks, ["first-order", "window:2", il.Truncated(2)], count=8).rows:
+        ...     print(row.sentence)
     """
     if count < 1:
         raise ValueError(f"count={count}: a check needs 1 task or more")
@@ -177,15 +181,22 @@ def check(
         refused = dict.fromkeys(chosen, f"no exact meta-gradient to compare with: {reason}")
     found: dict[str, list[tuple[_Measured, _Measured]]] = {name: [] for name in chosen if name not in refused}
     spectra = []
-    with evaluation_mode(learner):
+    with evaluation_mode(learner), torch.random.fork_rng(devices=[]):
         for index in range(count):
-            task = _single(tasks.batch(split, index, 1))
-            loop, _ = learner.loop(task)
+            task = _single(learner, draw_tasks(tasks, learner, split, index, 1))
+            torch.default_generator.manual_seed(index)  # the CPU's, from which every seed is drawn
+            with torch.no_grad():
+                loop, _ = learner.loop(task)
             spectra.append(_spectrum(learner, loop))
             if found:
-                truth = _measure(learner, loop, task, exact)
-            for name in found:
-                mine = truth if chosen[name] == exact else _measure(learner, loop, task, chosen[name])
+                truth = _measure(learner, loop, task, exact, index)
+            for name in list(found):
+                try:
+                    mine = truth if chosen[name] == exact else _measure(learner, loop, task, chosen[name], index)
+                except ValueError as error:  # what an estimator refuses in the task: a batch for every step
+                    refused[name] = str(error)
+                    del found[name]
+                    continue
                 found[name].append((mine, truth))
     smallest, largest = (Spread.of(values) for values in zip(*spectra, strict=True))
     geometry = Geometry(largest, smallest, learner.inner.largest_rate(learner.learned()), learner.inner.steps)
@@ -200,13 +211,14 @@ def check(
             far,
             learner.inner,
             geometry.rate,
-            smallest and smallest.low,
-            largest and largest.high,
-            row.residual and row.residual.median,
-            row.unsolved and row.unsolved.median,
+            smallest.low if smallest else None,
+            largest.high if largest else None,
+            row.residual.median if row.residual else None,
+            row.unsolved.median if row.unsolved else None,
         )
         advice = estimator.advice(seen)
-        rows.append(replace(row, sentence=f"{name} {_verdict(row, estimator)}{advice and '; ' + advice}."))
+        verdict = _verdict(row, estimator, estimator == exact)
+        rows.append(replace(row, sentence=f"{name} {verdict}{advice and '; ' + advice}."))
     return Check(count, geometry, rows)
 
 
@@ -221,21 +233,22 @@ def _refused(learner: Bilevel, estimator: MetaGradient) -> str | None:
     return None
 
 
-def _single(batch: Any) -> Task:
+def _single(learner: Bilevel, batch: Task | Sequence[Task]) -> Task:
     """The only task of a batch, without a task dimension."""
     if not isinstance(batch, Task):
-        task: Task = batch[0]
-        return task
-    return pytree.tree_map(lambda value: value[0], batch)  # type: ignore[no-any-return]
+        return batch[0]
+    task: Task = pytree.tree_map(lambda value: value[0], batch) if learner.stacked else batch
+    return task
 
 
-def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradient) -> _Measured:
+def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradient, seed: int) -> _Measured:
     place = next(learner.parameters()).device
     cuda = place.type == "cuda"
     if cuda:
         torch.cuda.synchronize(place)
         torch.cuda.reset_peak_memory_stats(place)
     before = torch.cuda.memory_allocated(place) if cuda else 0
+    torch.default_generator.manual_seed(seed)
     began = time.perf_counter()
     result = learner.estimate(task, estimator)
     if cuda:
@@ -259,10 +272,10 @@ def _row(
     cosines, errors = [], []
     for mine, exact in found:
         names = [each for each in exact.grad if estimator.learn_start or each not in adapted]
-        grad, wanted = (
-            torch.cat([(tree[each] if each in tree else torch.zeros_like(exact.grad[each])).double().reshape(-1) for each in names])
-            for tree in (mine.grad, exact.grad)
-        )
+        wanted = torch.cat([exact.grad[each].double().reshape(-1) for each in names])
+        # an estimator that learns no rates is refused where there are some, or leaves them out
+        own = [mine.grad.get(each, torch.zeros_like(exact.grad[each])) for each in names]
+        grad = torch.cat([value.double().reshape(-1) for value in own])
         size = wanted.norm()
         cosines.append((grad @ wanted / (grad.norm() * size)).item())
         errors.append(((grad - wanted).norm() / size).item())
@@ -349,7 +362,7 @@ def lanczos(product: Callable[[Tensor], Tensor], vector: Tensor, iterations: int
 # In words.
 
 
-def _verdict(row: Row, estimator: MetaGradient) -> str:
+def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
     """How good it is, by what was measured."""
     where = "" if estimator.learn_start else " (in what is not adapted, all that it learns)"
     if row.cosine is None:
@@ -358,7 +371,7 @@ def _verdict(row: Row, estimator: MetaGradient) -> str:
     if row.error is None:
         return f"is no gradient of the query loss; median cosine {_short(row.cosine.median)}{where}{lost}"
     numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
-    if type(estimator) is Unrolled:
+    if exact:
         return f"is exact{where}{lost}"
     if row.error.median <= ROUNDING:
         return f"agrees with the exact meta-gradient here, relative error {_short(row.error.median)}{where}{lost}"

@@ -50,8 +50,8 @@ STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % qua
 
 # What a method chooses; the comparison holds all else equal.
 CHOSEN = (
-    "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start", "carry",
-    "multi_step_loss", "optimizer", "outer_lr", "batch_norm",
+    "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
+    "carry", "multi_step_loss", "optimizer", "outer_lr", "batch_norm",
 )  # fmt: skip
 
 # What the comparison sets itself, from its own numbers.
@@ -199,6 +199,9 @@ def compare(
         Diverged: no method could be trained.
         Failed: no method could be measured, or a training ended with an error other than divergence; what is done is
             kept, and the study can be continued.
+
+    Example:
+        >>> il.compare(["maml", "anil", "window:5"], folder="study", minutes=10, seeds=3, dataset="glyphs")
     """
     return carry_out(plan(methods, minutes=minutes, seeds=seeds, **options), Path(folder), jobs, progress)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from innerloop.tasks._baseline import nearest_neighbour
 from innerloop.tasks._cifar import cifar_fs, fc100
-from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource
+from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, check_seed, check_split, random_bits, uniform
 from innerloop.tasks._folder import folder
 from innerloop.tasks._glyphs import glyphs
 from innerloop.tasks._imagenet import mini_imagenet, tiered_imagenet
@@ -32,6 +32,8 @@ __all__ = [
     "Episodes",
     "ImageSet",
     "TaskSource",
+    "check_seed",
+    "check_split",
     "cifar_fs",
     "fc100",
     "folder",
@@ -41,7 +43,9 @@ __all__ = [
     "nearest_neighbour",
     "omniglot",
     "quadratic",
+    "random_bits",
     "sinusoid",
     "stations",
     "tiered_imagenet",
+    "uniform",
 ]

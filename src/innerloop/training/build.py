@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from innerloop.choices import make
 from innerloop.learner import MetaLearner
 from innerloop.tasks import SOURCES, TaskSource
-from innerloop.choices import make
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.settings import Settings, flag
 

@@ -68,6 +68,8 @@ def _pack(tree: Any, place: str, tensors: dict[str, Tensor]) -> Json:
     """JSON for a tree whose tensors go to ``tensors``. Containers are tagged: JSON has no tuples, no integer keys."""
     match tree:
         case Tensor():
+            while place in tensors:  # keys 1 and "1", or one that holds a slash
+                place += "'"
             tensors[place] = tree
             return {"tensor": place}
         case dict():

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from innerloop.batch_norm import TaskBatchNorm
 from innerloop.bilevel import Bilevel
 from innerloop.learner import MetaLearner
+from innerloop.problem import Task
 from innerloop.tasks import TaskSource, nearest_neighbour
 from innerloop.training import processes
+
+
+class Source(Protocol):
+    """Where a learner's tasks come from: a `TaskSource`, or any object with this one method."""
+
+    def batch(self, split: str, start: int, count: int) -> Task | Sequence[Task]:
+        """Tasks ``start`` to ``start + count - 1`` of a split's stream: a pure function of its arguments.
+
+        What `Bilevel.meta_step` takes: a list of tasks; one `Task` with a leading task dimension, for a learner whose
+        tasks are stacked; a lone `Task` where one is asked for.
+        """
+
+
+def draw(tasks: Source, learner: Bilevel, split: str, start: int, count: int) -> Task | Sequence[Task]:
+    """So many tasks of a split, counted.
+
+    Raises:
+        ValueError: the source gives more or fewer.
+    """
+    batch = tasks.batch(split, start, count)
+    found = 1
+    if not isinstance(batch, Task):
+        found = len(batch)
+    elif learner.stacked:
+        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        found = len(leaves[0]) if leaves else count
+    if found != count:
+        raise ValueError(
+            f"batch({split!r}, {start}, {count}) of the task source gives {found} of {count} tasks: let it give a list of "
+            "as many tasks as asked for, or ask for one at a time (tasks_per_batch=1)"
+        )
+    return batch
 
 
 class Estimate(NamedTuple):
@@ -60,7 +94,7 @@ class Scores(NamedTuple):
 
 def evaluate(
     learner: Bilevel,
-    tasks: TaskSource,
+    tasks: Source,
     split: str = "test",
     count: int = 1000,
     *,
@@ -69,16 +103,17 @@ def evaluate(
     inductive: bool = False,
     curve: bool = False,
 ) -> Scores:
-    """Adapt to the first ``count`` tasks of a split, without dropout and score the queries; the learner stays as it is.
+    """Adapt to the first ``count`` tasks of a split, without dropout, and score them; the learner stays as it is.
 
-    Several processes share the work and all get the same scores.
+    Several processes share the work and all get the same scores. Every task begins at the start, whatever the learner
+    carries on in training.
 
     Args:
         learner: the learner to score.
         tasks: where the tasks come from.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         count: number of tasks.
-        tasks_per_batch: tasks given to the learner at once.
+        tasks_per_batch: tasks given to the learner at once; 1 where its tasks are not stacked.
         steps: adaptation steps; None takes the inner solver's.
         inductive: predict each query without seeing the others.
         curve: score after every adaptation step as well.
@@ -88,9 +123,10 @@ def evaluate(
     """
     if count < 1 or tasks_per_batch < 1:
         raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
+    size = tasks_per_batch if learner.stacked else 1
     results: list[tuple[int, dict[str, Tensor]]] = []
-    for start in range(processes.rank() * tasks_per_batch, count, processes.world() * tasks_per_batch):
-        batch = tasks.batch(split, start, min(tasks_per_batch, count - start))
+    for start in range(processes.rank() * size, count, processes.world() * size):
+        batch = draw(tasks, learner, split, start, min(size, count - start))
         with evaluation_mode(learner):
             found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
         results.append(

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,10 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
 from innerloop.problem import Task
-from innerloop.tasks import TaskSource
 from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights
-from innerloop.training.evaluation import evaluate
+from innerloop.training.evaluation import Source, draw, evaluate
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
 
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
@@ -54,7 +53,7 @@ class Fitted(NamedTuple):
 
 def fit(
     learner: Bilevel,
-    tasks: TaskSource,
+    tasks: Source,
     *,
     steps: int,
     tasks_per_batch: int = 16,
@@ -82,9 +81,10 @@ def fit(
     this inside ``torch.autocast``.
 
     Args:
-        learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision that its parameters have.
-        tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks or a
-            list of them and is a pure function of its arguments.
+        learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision of its parameters.
+            What it carries from batch to batch is in the checkpoint.
+        tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks, a list
+            of them, or the one asked for, and is a pure function of its arguments.
         steps: outer steps, those of earlier sessions included.
         tasks_per_batch: tasks in one outer step, over all processes.
         optimizer: any optimiser of torch over ``learner.parameters()``; by default Adam at 1e-3.
@@ -102,11 +102,17 @@ def fit(
         log: also called with every record, see `innerloop.training.logs`.
 
     Raises:
-        ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, or a folder
-            that already holds a run while ``resume`` is False.
+        ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner with
+            ``carry="task"``, a source that gives another number of tasks than asked for, or a folder that already holds
+            a run while ``resume`` is False.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
+
+    Example:
+        >>> tasks = il.tasks.glyphs(ways=5, shots=1, queries=5)
+        >>> learner = il.MetaLearner(il.models.Conv4(in_channels=1), adapts=il.Head(), inner=il.SGD(lr=0.1, steps=5))
+        >>> il.fit(learner, tasks, steps=1000, tasks_per_batch=4, folder="run")
     """
     _check_positive(
         steps=steps, tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, patience=patience,
@@ -117,8 +123,13 @@ def fit(
     own = {id(parameter) for parameter in learner.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
-            f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would change "
-            "nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
+            f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would "
+            "change nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
+        )
+    if learner.carry == "task":
+        raise ValueError(
+            "carry='task' resumes tasks that come again, and those of a training stream never do: choose 'slot' or "
+            "'none', or call meta_step with task_ids in a training loop of your own"
         )
     run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
     if run.folder and resume:
@@ -148,7 +159,7 @@ def fit(
 
         while at.step < steps and not late and (patience is None or at.stale < patience):
             torch.manual_seed(int(np.random.SeedSequence((seed, at.step, processes.rank())).generate_state(1)[0]))
-            batch = tasks.batch("train", at.step * tasks_per_batch + processes.rank() * share, share)
+            batch = draw(tasks, learner, "train", at.step * tasks_per_batch + processes.rank() * share, share)
             weights = multi_step_weights(learner.inner.steps, at.step, multi_step_loss) if multi_step_loss else None
             # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
             flags = [float(interrupted()), float(time.monotonic() - began >= limit)]
@@ -211,7 +222,7 @@ class _Run:
     saved: str = ""
 
     def step(
-        self, batch: Task | list[Task], weights: list[float] | None, clip: float | None, flags: list[float]
+        self, batch: Task | Sequence[Task], weights: list[float] | None, clip: float | None, flags: list[float]
     ) -> tuple[Record, list[float]]:
         """One outer step; returns its record and the flags, each averaged over the processes."""
         like = next(self.learner.parameters())
@@ -242,7 +253,7 @@ class _Run:
         self.progress.step += 1
         return record, means[len(values) :]
 
-    def _cause(self, batch: Task | list[Task], share: int, weights: list[float] | None) -> str:
+    def _cause(self, batch: Task | Sequence[Task], share: int, weights: list[float] | None) -> str:
         """What `Bilevel.diagnose` finds, on the first process that finds something."""
         self.optimizer.zero_grad()
         mine = self.learner.diagnose(batch, weights)
@@ -254,7 +265,7 @@ class _Run:
                 return f"; {reason} (the batch{whose} is tasks {first} to {first + share - 1} of the training stream)"
         return ""
 
-    def validate(self, tasks: TaskSource, count: int) -> Record:
+    def validate(self, tasks: Source, count: int) -> Record:
         """Score the learner on the validation split, keep its weights if they are the best yet, and return a record."""
         scores = evaluate(self.learner, tasks, "validation", count)
         better = scores.quality > self.progress.best

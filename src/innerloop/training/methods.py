@@ -7,7 +7,7 @@ equal is not its business: tasks, model, tasks a batch, schedule and clipping of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head
@@ -74,6 +74,7 @@ PICTURES = SGD(lr=0.01, steps=5)
 MAML = SGD(lr=0.4, steps=1), PICTURES
 SEVERAL = SGD(lr=0.1, steps=5), PICTURES  # of MAML for 20-way Omniglot, where a method is about several inner steps
 ANIL = SGD(lr=0.1, steps=5)
+INNER_ADAM = Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999))
 OUTER = {"outer_lr": 1e-3}
 MAML_SOURCE = "authors' code: Omniglot 5-way inner rate 0.4, one step; miniImageNet 0.01, five steps; Adam 1e-3 outside"
 LEARN2LEARN = "learn2learn's FC100 example: inner rate 0.1, five steps, Adam 1e-3 outside"
@@ -88,7 +89,7 @@ METHODS: dict[str, Method] = {
         "authors' README: inner Adam without first moment, 1e-3, five steps (Omniglot 5-way) or eight (miniImageNet), "
         "50 at test, outer step from 1 falling to 0; here on the support set alone, whole in each step",
         Everything(),
-        (Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999)), Adam(lr=1e-3, steps=8, test_steps=50, betas=(0.0, 0.999))),
+        (INNER_ADAM, replace(INNER_ADAM, steps=8)),
         Reptile(),
         {"optimizer": "sgd", "outer_lr": 1.0},
     ),

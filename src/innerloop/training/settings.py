@@ -15,10 +15,10 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import yaml
 
 from innerloop.adapts import Adapts
+from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.tasks import SOURCES
-from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -138,7 +138,9 @@ class Settings:
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
     start: str | None = option(None, "where the inner loop begins: at class means; none: at the model", names=START)
-    carry: str = option("none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot"))
+    carry: str = option(
+        "none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot")
+    )
     multi_step_loss: float | None = option(
         None, "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all", above=0
     )
@@ -199,5 +201,19 @@ class Settings:
 
     @classmethod
     def load(cls, path: Path) -> Settings:
-        """The settings that ``save`` wrote."""
-        return cls(**read_config(path))
+        """The settings that ``save`` wrote.
+
+        Raises:
+            ValueError: as `read_config`; or they are of the first edition, whose estimators brought terms of their own.
+        """
+        found = read_config(path)
+        settings = cls(**found)
+        name = settings.meta_gradient.partition(":")[0]
+        brought = {"implicit": ("proximal weight 2", "proximal 2"), "memory-reduced": ("L2 term", "weight-decay 0.05")}
+        if "carry" not in found and name in brought:
+            what, option = brought[name]
+            raise ValueError(
+                f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the inner "
+                f"loop's now: train again with --{option}"
+            )
+        return settings
