@@ -1,15 +1,27 @@
 """Test-time training: a transformer that goes on learning as it reads, meta-trained to do so (arXiv 2512.23675).
 
-RESULTS
-"""
+A small transformer sees 24 characters at a time. While it reads a passage of 17 such chunks, the MLPs of its last two
+blocks take one SGD step on every chunk, and it is judged on the chunk after. Every passage is in a Caesar cipher of its
+own, so that what it has read of this one is worth knowing, and none of it can be known before.
 
-from __future__ import annotations
+    python examples/test_time_training.py
+
+half a minute on one CPU thread, printed last for each way to the meta-gradient (40 meta-steps of four passages):
+
+    exact:       4.085 bits per character on passages held out
+    first order: 4.176 bits per character on passages held out
+    none:        4.674 bits per character on passages held out
+
+"none" is the same transformer trained without adaptation; with 400 steps it reaches 4.466, with 1,000 steps 4.404. With
+two other seeds exact was better than first order by 0.063 and 0.073. Half of the inner gradients are clipped. What lies
+below the adapted blocks is computed once a chunk: the model is a plain `nn.Sequential`. text.txt is by Shakespeare,
+Poe, Jefferson, Lincoln and Carroll, in the public domain.
+"""
 
 import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import innerloop as il
@@ -43,7 +55,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.read(self.norm(x)).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
-        x = x + self.write(F.scaled_dot_product_attention(*parts, is_causal=True).transpose(-2, -3).flatten(-2))
+        x = x + self.write(
+            nn.functional.scaled_dot_product_attention(*parts, is_causal=True).transpose(-2, -3).flatten(-2)
+        )
         return x + self.mlp(x)
 
 
@@ -64,7 +78,7 @@ HELD_OUT = torch.arange(len(PAGES)) % 6 == 2
 
 
 def passages(pages: Tensor, count: int) -> Tensor:
-    """Passages ``[count, PASSAGE]`` from anywhere in the pages, each in a cipher of its own: all letters shifted alike."""
+    """From anywhere in the pages, ``[count, PASSAGE]``; in each all letters are shifted by a number of its own."""
     rows, places = torch.randint(len(pages), (count, 1)), torch.randint(PASSAGE, (count, 1)) + torch.arange(PASSAGE)
     cipher = torch.arange(len(SYMBOLS)).repeat(count, 1)
     cipher[:, LETTERS] = torch.stack([LETTERS.roll(int(shift)) for shift in torch.randint(len(LETTERS), (count,))])
@@ -74,9 +88,7 @@ def passages(pages: Tensor, count: int) -> Tensor:
 def task(rows: Tensor) -> il.Task:
     """Step k learns from chunk k and is judged on chunk k + 1."""
     inputs, targets = (part.unflatten(1, (-1, LENGTH)) for part in (rows[:, :-1], rows[:, 1:]))
-    return il.Task(
-        support=il.Steps((inputs[:, :-1], targets[:, :-1])), query=il.Steps((inputs[:, 1:], targets[:, 1:]))
-    )
+    return il.Task(support=il.Steps((inputs[:, :-1], targets[:, :-1])), query=il.Steps((inputs[:, 1:], targets[:, 1:])))
 
 
 def learner(meta_gradient: il.meta_gradient.MetaGradient) -> il.MetaLearner:
@@ -91,7 +103,7 @@ def learner(meta_gradient: il.meta_gradient.MetaGradient) -> il.MetaLearner:
 def plain_loss(model: nn.Module, batch: il.Task) -> Tensor:
     """The loss on the same chunks without adaptation."""
     inputs, targets = batch.query.rows
-    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+    return nn.functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
 def main(steps: int = 40, batch: int = 4, held_out: int = 32) -> dict[str, float]:
@@ -113,7 +125,9 @@ def main(steps: int = 40, batch: int = 4, held_out: int = 32) -> dict[str, float
             if step % 10 == 9:
                 print(f"{name}, step {step + 1}: {loss.item() / math.log(2):.3f} bits per character", flush=True)
         with torch.no_grad():
-            loss = reader.evaluate(test, curve=True).loss_curve[:, 1:] if meta_gradient else plain_loss(reader.model, test)
+            loss = (
+                reader.evaluate(test, curve=True).loss_curve[:, 1:] if meta_gradient else plain_loss(reader.model, test)
+            )
         results[name] = loss.mean().item() / math.log(2)
         print(f"{name}: {results[name]:.3f} bits per character on passages held out")
     return results

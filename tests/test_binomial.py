@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 import innerloop as il
 from innerloop import Binomial, Mixed
-from innerloop.inner import InnerSolver, _loop, bind
-from innerloop.meta_gradient import MetaGradient, _binomial
+from innerloop.inner import InnerLoop, InnerSolver, bind
+from innerloop.meta_gradient import MetaGradient
 from problems import SOLVERS, model_and_batch, relative_error, subset
 from reference import rule
 
@@ -220,20 +220,19 @@ def test_the_error_keeps_within_the_bounds_of_the_paper(order, reach, convex):
 
 @pytest.mark.parametrize(("steps", "order"), [(5, 0), (5, 1), (5, 2), (5, 4), (5, 5), (3, 9)])
 def test_the_number_of_products(monkeypatch, steps, order):
-    at_once = []
-    original = _loop.curvature
+    points, products = [], []
+    original = InnerLoop.products
 
-    def counted(problem, params, meta, support, direction, step):
-        vectors = direction["out"]
-        batched = torch._C._functorch.is_batchedtensor(vectors)
-        at_once.append(len(torch._C._functorch.get_unwrapped(vectors)) if batched else 1)
-        return original(problem, params, meta, support, direction, step)
+    def counted(loop, step, params):
+        points.append(step)
+        product = original(loop, step, params)
+        return lambda vector: products.append(step) or product(vector)
 
-    monkeypatch.setattr(_loop, "curvature", counted)
+    monkeypatch.setattr(InnerLoop, "products", counted)
     found = il.hypergradient(*network(), il.SGD(lr=0.1, steps=steps), Binomial(order))
     reached = min(order, steps)
-    assert sum(at_once) == found.diagnostics["curvature_products"] == reached * (steps - reached + 1)
-    assert len(at_once) == (steps if order else 0)  # one pass a step, however many products
+    assert len(products) == found.diagnostics["curvature_products"] == reached * (steps - reached + 1)
+    assert points == list(reversed(range(steps)))  # one gradient a step, however many products
 
 
 @pytest.mark.parametrize("order", range(5))
@@ -253,46 +252,9 @@ def test_dropout_of_several_tasks_and_products_at_once(monkeypatch):
 
     at_once = found()
     monkeypatch.setattr(
-        _binomial, "_products", lambda loop, step, params, vectors: [loop.curvature(step, params, v) for v in vectors]
+        InnerLoop, "products", lambda loop, step, params: lambda vector: loop.curvature(step, params, vector)
     )
     assert relative_error(at_once, found()) < 1e-13
-
-
-class Square(torch.autograd.Function):
-    """A square with derivatives of its own and no rule for vmap."""
-
-    @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.square()
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, cotangent: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * cotangent
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * tangent
-
-
-@pytest.mark.filterwarnings("ignore:curvature falls back to reverse-over-reverse")
-def test_products_are_taken_one_by_one_where_vmap_cannot_take_the_loss():
-    def problem(square) -> il.Problem:
-        def loss(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
-            return (square((batch[0] @ params["in"]).tanh()) @ params["out"] - batch[1]).square().mean()
-
-        return il.Problem(lambda meta: {name: meta[name] for name in ("in", "out")}, loss, loss)
-
-    _, meta, task = network()
-    solver = il.SGD(lr=0.1, steps=4)
-    expected = il.hypergradient(problem(torch.square), meta, task, solver, Binomial(2)).grad
-    with pytest.warns(UserWarning, match=r"one by one.*does not have vmap support"):
-        found = il.hypergradient(problem(Square.apply), meta, task, solver, Binomial(2)).grad
-    assert relative_error(found, expected) < 1e-13
 
 
 @pytest.mark.parametrize("order", [-1, 1.5])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from innerloop.cli import main
 from innerloop.cli.check import _names
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
-from innerloop.studies import check
-from innerloop.studies.check import Row, Spread, lanczos
+from innerloop.problem import Tree
+from innerloop.studies.check import Row, Spread, check, lanczos
 from innerloop.studies.measure import Failed
 from innerloop.tasks import TaskSource
+from innerloop.tasks._regression import quadratic_form
 
 
 def linear_learner(inner: InnerSolver) -> il.MetaLearner:
@@ -58,7 +60,7 @@ def test_one_step_of_first_order_has_the_error_of_its_formula() -> None:
     learner, tasks = linear_learner(il.SGD(lr=0.1, steps=1)), il.tasks.quadratic()
     found = spread(check(learner, tasks, ["first-order"], count=1).rows[0].error)
     (inputs, targets), (query, answers) = tasks.batch("train", 0, 1).to(dtype=torch.float64)
-    (h, c), (g, d) = (il.tasks.regression.quadratic_form(*pair) for pair in ((inputs, targets), (query, answers)))
+    (h, c), (g, d) = (quadratic_form(*pair) for pair in ((inputs, targets), (query, answers)))
     start = learner.model.get_parameter("weight").detach()[0]
     adapted = start - 0.1 * (h[0] @ start - c[0])
     first = g[0] @ adapted - d[0]
@@ -124,7 +126,7 @@ def test_sentences_name_the_cure() -> None:
     assert "use binomial:2" in found["binomial:1"].sentence
     assert "use truncated:3" in found["truncated:2"].sentence
     assert "steps * lr * |H| = 4.8" in found["first-order"].sentence
-    unsolved = rows(linear_learner(il.SGD(lr=0.01, steps=2)), il.tasks.quadratic(), "implicit")
+    unsolved = rows(linear_learner(il.SGD(lr=0.01, steps=2, proximal=2.0)), il.tasks.quadratic(), "implicit")
     assert "take more inner steps, a larger rate or a larger proximal" in unsolved["implicit"].sentence
     steep = rows(linear_learner(il.SGD(lr=0.2, steps=6)), il.tasks.quadratic(), "binomial:1")
     assert "outside its safe range: lr * |H| = 1.6" in steep["binomial:1"].sentence
@@ -132,30 +134,52 @@ def test_sentences_name_the_cure() -> None:
     assert "range" not in gentle["window:2"].sentence
 
 
-def test_implicit_is_compared_on_its_own_inner_problem() -> None:
-    learner = linear_learner(il.SGD(lr=0.1, steps=300))
-    solved = il.Implicit(1.0, il.CG(iterations=8))
+def test_implicit_is_compared_on_the_learners_own_problem() -> None:
+    learner = linear_learner(il.SGD(lr=0.1, steps=300, proximal=1.0))
+    solved = il.Implicit(il.CG(iterations=8))
     found = check(learner, il.tasks.quadratic(), ["unrolled", solved], count=2)
     row = found.rows[1]
-    assert row.against == "unrolled with proximal 1"
+    assert row.name == str(solved)
     assert spread(row.error).high < 1e-6
     assert spread(row.residual).high < 1e-6
     assert spread(row.unsolved).high < 1e-6
-    assert spread(found.geometry.smallest).median == pytest.approx(0.5, rel=1e-5)  # the learner's, without the term
+    assert spread(found.geometry.smallest).median == pytest.approx(1.5, rel=1e-5)
 
 
 def test_memory_reduced_is_compared_in_the_backbone_alone() -> None:
-    learner = network(adapts=il.Head(), inner=il.SGD(lr=0.2, steps=400))
-    found = rows(learner, il.tasks.sinusoid(), il.MemoryReduced(il.CG(20), l2=0.5, warm_start="slot"))
-    (row,) = found.values()
-    assert row.against == "unrolled with weight decay 0.5, what is not adapted alone"
-    assert spread(row.error).high < 1e-6
+    learner = network(adapts=il.Head(), inner=il.SGD(lr=0.2, steps=200, weight_decay=0.5), carry="slot")
+    whole = il.Implicit(il.CG(20))  # the solution does not depend on where it starts, so it is as good there
+    found = rows(learner, il.tasks.sinusoid(), il.MemoryReduced(il.CG(20)), whole, "unrolled:learn_start=false")
+    reduced, full, constant = found.values()
+    assert spread(reduced.error).high < 1e-6
+    assert spread(full.error).high < 1e-6
+    assert spread(constant.error).high == 0
+    assert "(in what is not adapted, all that it learns)" in reduced.sentence
+    assert "agrees with the exact meta-gradient here" in constant.sentence
+    assert not learner.carried.state_dict()
 
 
 def test_an_indefinite_system_asks_for_a_larger_term() -> None:
-    found = rows(network(), il.tasks.sinusoid(), "implicit:0.001")
-    assert "not positive definite" in found["implicit:0.001"].sentence
-    assert "give proximal above" in found["implicit:0.001"].sentence
+    learner = network(inner=il.SGD(lr=0.02, steps=4, proximal=0.001))
+    found = rows(learner, il.tasks.sinusoid(), "implicit")
+    assert "not positive definite, the smallest eigenvalue with proximal 0.001 being" in found["implicit"].sentence
+    assert "give proximal above" in found["implicit"].sentence
+
+
+def test_a_singular_system_asks_for_a_term() -> None:
+    model = il.models.MLP((4, 8, 8, 3), activation=nn.Tanh).double()
+    learner = il.MetaLearner(model, adapts=il.Head(), inner=il.SGD(lr=0.1, steps=2))
+    generator = torch.Generator().manual_seed(0)
+
+    class Classes:
+        def batch(self, split: str, start: int, count: int) -> list[il.Task]:
+            inputs = torch.randn(count, 2, 6, 4, generator=generator)
+            labels = torch.arange(3).repeat(2)
+            return [il.Task((support, labels), (query, labels)) for support, query in inputs]
+
+    found = check(learner, Classes(), ["implicit"], count=2)
+    assert abs(spread(found.geometry.smallest).median) < 1e-9  # adding to all scores changes nothing
+    assert "its system is singular: give weight_decay or proximal above 0" in found.rows[0].sentence
 
 
 def test_reptile_is_judged_by_its_direction() -> None:
@@ -169,7 +193,8 @@ def test_what_is_refused_gets_a_row_that_says_why() -> None:
     found = rows(network(), il.tasks.sinusoid(), "memory-reduced", "unrolled")
     assert found["memory-reduced"].cosine is None
     assert "use adapts=Head()" in found["memory-reduced"].sentence
-    newton = rows(network(inner=il.NewtonCG(steps=2), meta_gradient=il.Implicit()), il.tasks.sinusoid(), "implicit")
+    learner = network(inner=il.NewtonCG(steps=2, proximal=1.0), meta_gradient=il.Implicit())
+    newton = rows(learner, il.tasks.sinusoid(), "implicit")
     assert "no exact meta-gradient to compare with" in str(newton["implicit"].refused)
 
 
@@ -181,24 +206,120 @@ def test_an_inner_loop_that_diverges_is_reported() -> None:
 
 
 def test_the_learner_is_left_alone() -> None:
-    learner = network()
+    learner = network(inner=il.SGD(lr=0.02, steps=4, proximal=0.5))
     before = {name: value.clone() for name, value in learner.state_dict().items()}
-    check(learner, il.tasks.sinusoid(), ["unrolled", "implicit"], count=1)
+    generator = torch.get_rng_state()
+    found = check(learner, il.tasks.sinusoid(), ["unrolled", "implicit"], count=1)
+    assert [row.refused for row in found.rows] == [None, None]
+    assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
     assert all(parameter.grad is None for parameter in learner.parameters())
     assert learner.training
-    assert learner.inner.proximal == 0
     with pytest.raises(ValueError, match="1 task or more"):
         check(learner, il.tasks.sinusoid(), count=0)
 
 
 def test_names_may_have_arguments() -> None:
-    assert _names("unrolled,implicit:2.0,10,window:2,mode=true_forward, first-order") == [
+    assert _names("unrolled,mixed:1=0.2,5=0.8,window:2,mode=true_forward, first-order") == [
         "unrolled",
-        "implicit:2.0,10",
+        "mixed:1=0.2,5=0.8",
         "window:2,mode=true_forward",
         "first-order",
     ]
+
+
+class Ridge:
+    """Ridge regression whose weight decays and data ratings are meta-parameters; all a source needs is ``batch``."""
+
+    def __init__(self, form: str = "lone", noise: float = 0.0) -> None:
+        self.form, self.noise = form, noise
+        self.problem = il.Problem(lambda meta: {"w": 0.1 * meta["begin"]}, self.inner_loss, self.outer_loss)
+
+    def inner_loss(self, params: Tree, meta: Tree, support: Any) -> torch.Tensor:
+        inputs, targets = support
+        error = (inputs + self.noise * torch.randn_like(inputs)) @ params["w"] - targets
+        return (meta["rating"].exp() * error.square()).mean() + (meta["decay"].exp() * params["w"].square()).sum()
+
+    def outer_loss(self, params: Tree, meta: Tree, query: Any) -> torch.Tensor:
+        return (query[0] @ params["w"] - query[1]).square().mean()
+
+    def batch(self, split: str, start: int, count: int) -> Any:
+        tasks = []
+        for index in range(start, start + count):
+            generator = torch.Generator().manual_seed(index)
+            inputs = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+            targets = inputs.sum(1) + torch.randn(9, generator=generator, dtype=torch.float64)
+            tasks.append(il.Task((inputs[:5], targets[:5]), (inputs[5:], targets[5:])))
+        if self.form == "stacked":
+            return il.Task(*(tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*tasks, strict=True)))
+        return tasks if self.form == "list" else tasks[0]
+
+    def learner(self, inner: InnerSolver, **choices: Any) -> il.Bilevel:
+        meta = {"begin": torch.ones(3), "rating": torch.zeros(5), "decay": torch.tensor([-1.0, 0.0, 1.0])}
+        tree = {name: value.double() for name, value in meta.items()}
+        return il.Bilevel(self.problem, tree, inner, stacked=self.form == "stacked", **choices)
+
+
+@pytest.mark.parametrize("form", ["lone", "list", "stacked"])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_any_bilevel_problem_is_checked(form: str, noise: float) -> None:
+    source = Ridge(form, noise)
+    learner = source.learner(il.SGD(lr=0.1, steps=3), carry="slot")
+    exact = ("unrolled", "window:1", "truncated:3", "unrolled:copies=2")
+    found = check(learner, source, [*exact, "first-order", "truncated:2"], count=3)
+    assert found.tasks == 3
+    one, *others = (row for row in found.rows if row.name in exact)
+    assert spread(one.error).high == 0
+    for row in others:  # all draw the same noise
+        assert spread(row.error).high < 1e-12
+    assert [spread(row.error).low > 1e-3 for row in found.rows[4:]] == [True, True]
+    assert one.sentence == "unrolled is exact."
+    assert not learner.carried.state_dict()
+    assert all(parameter.grad is None for parameter in learner.parameters())
+
+
+def test_implicit_differentiation_of_a_plain_problem_is_exact_once_solved() -> None:
+    source = Ridge()
+    learner = source.learner(il.SGD(lr=0.1, steps=250))
+    found = check(learner, source, [il.Implicit(il.CG(3)), "implicit:iterations=1", "memory-reduced"], count=2)
+    solved, hasty, reduced = found.rows
+    assert spread(solved.error).high < 1e-8
+    assert spread(reduced.error).high < 1e-8
+    assert spread(hasty.error).median > 0.01
+    assert "leaves a residual of" in hasty.sentence
+    (inputs, _), _ = source.batch("train", 0, 1)
+    spectrum = torch.linalg.eigvalsh(
+        2 * inputs.T @ inputs / 5 + 2 * torch.tensor([-1.0, 0.0, 1.0]).double().exp().diag()
+    )
+    geometry = check(learner, source, ["unrolled"], count=1).geometry
+    assert spread(geometry.largest).median == pytest.approx(spectrum.max().item(), rel=1e-9)
+    assert spread(geometry.smallest).median == pytest.approx(spectrum.min().item(), rel=1e-9)
+
+
+def test_what_an_estimator_refuses_in_the_task_is_a_row_too() -> None:
+    source = Ridge()
+
+    class Stream:
+        def batch(self, split: str, start: int, count: int) -> il.Task:
+            rows = [source.batch(split, start + step, 1).support for step in range(4)]
+            support = tuple(map(torch.stack, zip(*rows, strict=True)))
+            return il.Task(il.Steps(support), source.batch(split, start, 1).query)
+
+    learner = source.learner(il.Momentum(lr=0.1, steps=4))
+    found = {row.name: row for row in check(learner, Stream(), ["implicit", "unrolled", "window:1"], count=2).rows}
+    assert "needs one fixed support batch, not a batch for every step" in str(found["implicit"].refused)
+    assert found["implicit"].sentence.startswith("implicit is refused here: ")
+    assert spread(found["window:1"].error).high < 1e-12
+
+
+def test_a_source_without_the_task_asked_for_is_refused() -> None:
+    class Two(Ridge):
+        def batch(self, split: str, start: int, count: int) -> Any:
+            return super().batch(split, start, 2)
+
+    source = Two("list")
+    with pytest.raises(ValueError, match="gives 2 of 1 tasks"):
+        check(source.learner(il.SGD(lr=0.1, steps=1)), source, ["unrolled"], count=1)
 
 
 TINY = ["--dataset=sinusoid", "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--device=cpu"]
@@ -219,7 +340,7 @@ def test_memory_that_cannot_be_measured_costs_its_column_alone(
     assert json.loads((tmp_path / "check.json").read_text())["fresh weights"]["rows"][0]["memory"] is None
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run, file = tmp_path / "run", tmp_path / "settings.yaml"
     options = ["--tasks-per-batch=2", "--steps=4", "--validate-every=2", "--validation-tasks=4", "--test-tasks=4"]
     main(["train", f"--out={run}", *TINY, *options])
@@ -241,6 +362,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Image.open(run / "check.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
+    monkeypatch.setattr("innerloop.cli.check.peak", lambda *_: 2**20)  # it takes seconds a row, and was seen above
     file.write_text(
         "dataset: sinusoid\nmodel: mlp\nfilters: 8\ninner_lr: 0.01\ndevice: cpu\nmeta_gradient: binomial:2\n"
     )

@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from innerloop.cli import main
-from innerloop.training import load_adapted, load_learner, predict, read_run
-from innerloop.training.adaptation import read_images
+from innerloop.training.adaptation import load_adapted, predict, read_images
+from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.fit import _Run
 from innerloop.training.logs import read_records
+from innerloop.training.runs import load_learner, read_run
 
 SGD = ["--inner=sgd", "--outer-lr=1e-3", "--clip=none"]
 TINY = [*SGD, "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--tasks-per-batch=2", "--device=cpu"]
@@ -302,6 +303,40 @@ def test_a_run_whose_report_is_interrupted_does_not_count_as_done(
     monkeypatch.undo()
     main(["train", "--resume", str(run)])
     assert (run / "results.json").exists()
+
+
+def test_a_head_of_prototypes_takes_any_number_of_classes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1"]
+    options = [*CONV, "--adapts=head", "--inner-lr=0.02", "--start=prototypes", "--ways=3", "--queries=4"]
+    main(["train", f"--out={run}", *data, *options, *SHORT, "--tasks-per-batch=2"])
+    assert read_run(run).start == "prototypes"
+    main(["evaluate", str(run), "--ways=4", "--tasks=10"])
+    found = json.loads((run / "evaluate-folder-4way-1shot-test.json").read_text())
+    assert found["test"]["inductive"]["accuracy"][0] > 0.5  # a ProtoNet tells these shapes apart
+    capsys.readouterr()
+    main(["adapt", str(run), f"--support={place / 'few'}", "--query", str(place / "more"), f"--out={tmp_path / 'out'}"])
+    assert "adapted to 4 classes, 12 images" in capsys.readouterr().out
+    model, _ = load_adapted(tmp_path / "out")
+    assert model.get_parameter("head.weight").shape[0] == 4
+    rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))
+    assert sum(row["prediction"] == row["class"] for row in rows) >= 15
+
+
+def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = [*TINY, *SHORT, "--carry=slot", "--weight-decay=0.1", "--meta-gradient=memory-reduced:iterations=3"]
+    main(["train", f"--out={run}", "--dataset=sinusoid", *options])
+    left = load_checkpoint(run / "last.safetensors")["carried"][0]
+    assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
+    for given, cure in (
+        ("--carry=task", "carry 'task' is unknown: choose one of none, slot"),
+        ("--meta-gradient=memory-reduced:l2=0.05", "the L2 term is the inner loop's: --weight-decay 0.05, or"),
+        ("--meta-gradient=implicit:proximal=2.0", "the proximal weight is the inner loop's: --proximal 2.0, or"),
+    ):
+        assert cure in refused(capsys, "train", f"--out={tmp_path / 'other'}", "--dataset=sinusoid", *options, given)
+    assert not (tmp_path / "other").exists()
 
 
 def test_check_refuses_to_change_what_a_run_has_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -334,7 +336,7 @@ def test_metrics_are_json_lines_and_tensorboard(tasks: Episodes, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("implicit:2.0,10", "iterations, damping, by name; the proximal weight is the inner loop's: --proximal 2.0, or "),
+        ("implicit:2.0,10", "damping, by name; the proximal weight is the inner loop's: --proximal 2.0, or "),
         ("implicit:iterations=5,proximal=0.5", "the proximal weight is the inner loop's: --proximal 0.5, or SGD"),
         ("memory-reduced:0.05", "takes iterations, by name; the L2 term is the inner loop's: --weight-decay 0.05, or "),
         ("memory-reduced:l2=0.1,warm_start=slot", "--weight-decay 0.1, or .* is the learner's: --carry slot, or "),
@@ -356,6 +358,34 @@ def test_estimators_that_can_be_typed() -> None:
     assert make("meta-gradient", META_GRADIENT, "memory-reduced:iterations=3") == il.MemoryReduced(il.CG(3))
     implicit = make("meta-gradient", META_GRADIENT, "implicit:damping=0.5,iterations=3")
     assert implicit == il.Implicit(il.CG(3, damping=0.5))
+
+
+def in_a_fresh_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_the_library_loads_neither_studies_nor_what_draws_and_logs() -> None:
+    heavy = "innerloop.studies", "innerloop.training", "innerloop.cli", "matplotlib", "tensorboard", "rich"
+    shown = in_a_fresh_process(
+        f"import sys, innerloop as il; il.MetaLearner, il.Bilevel, il.tasks.glyphs; dir(il)\n"
+        f"print([name for name in {heavy} if any(each.split('.')[:1 + name.count('.')] == name.split('.') "
+        "for each in sys.modules)])"
+    )
+    assert shown == "[]\n"
+
+
+def test_a_function_never_shadows_its_module() -> None:
+    shown = in_a_fresh_process(
+        "import sys, types\n"
+        "import innerloop as il\n"
+        "il.fit, il.check, il.compare\n"
+        "import innerloop.training.fit, innerloop.studies.check, innerloop.studies.compare\n"
+        "import innerloop.training.fit as fit\n"
+        "modules = fit, il.training.fit, il.studies.check, il.studies.compare\n"
+        "print([type(each) is types.ModuleType for each in modules])\n"
+        "print([il.fit is fit.fit, il.check is il.studies.check.check, il.compare is il.studies.compare.compare])"
+    )
+    assert shown == "[True, True, True, True]\n[True, True, True]\n"
 
 
 @pytest.mark.parametrize(

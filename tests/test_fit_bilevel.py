@@ -23,6 +23,7 @@ from innerloop.training.fit import Diverged, fit
 from innerloop.training.logs import Record, read_records
 
 Form = Literal["lone", "list", "stacked"]
+NOISE = 0.05
 
 
 def start(meta: Tree) -> Tree:
@@ -31,10 +32,11 @@ def start(meta: Tree) -> Tree:
 
 def inner_loss(params: Tree, meta: Tree, support: Any) -> Tensor:
     """Ridge regression of noisy inputs, the weight of each example by a meta-parameter."""
-    inputs, targets = support
-    noisy = inputs + 0.05 * torch.randn_like(inputs)
+    inputs, targets, places = support
+    noisy = inputs + NOISE * torch.randn_like(inputs)
     error = (noisy @ params["w"] + params["b"] - targets).square()
-    return (torch.sigmoid(meta["rating"]) * error).mean() + meta["log decay"].exp() * params["w"].square().sum()
+    rating = meta["rating"][places].sigmoid()
+    return (rating * error).mean() + meta["log decay"].exp() * params["w"].square().sum()
 
 
 def outer_loss(params: Tree, meta: Tree, query: Any) -> Tensor:
@@ -61,7 +63,7 @@ class Lines:
         noise = torch.zeros(6, dtype=torch.float64)
         noise[:2] = 4.0
         query = targets[6:] * (math.nan if split == "train" and index == self.spoilt else 1.0)
-        return il.Task((inputs[:6], targets[:6] + noise), (inputs[6:], query))
+        return il.Task((inputs[:6], targets[:6] + noise, torch.arange(6)), (inputs[6:], query))
 
 
 def make_learner(form: Form, inner: il.inner.InnerSolver | None = None, **choices: Any) -> il.Bilevel:
@@ -121,20 +123,17 @@ def test_a_killed_run_resumes_bit_for_bit_where_its_tasks_were_left(form: Form, 
     assert not torch.equal(cold.state_dict()["meta.rating"], whole.state_dict()["meta.rating"])
 
 
-def test_a_list_of_tasks_and_a_stacked_batch_train_alike() -> None:
-    inner = il.Adam(lr=0.05, steps=2)
-    problem = il.Problem(start, inner_loss, outer_loss, seed=3)  # every task draws the same noise
-    found = {}
-    for form in ("list", "stacked"):
-        learner = make_learner(form, inner)  # type: ignore[arg-type]
-        learner.problem = problem
+def test_a_list_of_tasks_and_a_stacked_batch_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "NOISE", 0.0)  # the tasks of a stacked batch draw other numbers
+
+    def session(form: Form) -> tuple[list[float], Tree]:
+        learner = make_learner(form, il.Adam(lr=0.05, steps=2))
         records: list[Record] = []
-        source = Lines(form)  # type: ignore[arg-type]
-        fitted = fit(learner, source, steps=5, tasks_per_batch=3, log=records.append, **OPTIONS)
+        fitted = fit(learner, Lines(form), steps=5, tasks_per_batch=3, log=records.append, **OPTIONS)
         assert fitted.best == -min(record["loss"] for record in records if record["kind"] == "validation")
-        found[form] = [record["loss"] for record in records], learner.meta_tree()
-    if True:
-        (losses, meta), (others, other) = found.values()
+        return [record["loss"] for record in records], learner.meta_tree()
+
+    (losses, meta), (others, other) = session("list"), session("stacked")
     assert losses == pytest.approx(others, rel=1e-12)
     assert len(losses) == 7  # five steps, two validations
     for name, value in meta.items():
@@ -142,10 +141,11 @@ def test_a_list_of_tasks_and_a_stacked_batch_train_alike() -> None:
 
 
 def test_training_learns_which_examples_are_spoilt() -> None:
-    learner = make_learner("list", il.SGD(lr=0.1, steps=10))
-    optimizer = torch.optim.Adam(learner.parameters(), lr=0.1)
-    before = evaluate(learner, Lines("list"), "validation", 20).loss.mean
-    fitted = fit(learner, Lines("list"), steps=60, tasks_per_batch=4, optimizer=optimizer, **OPTIONS)
+    learner = make_learner("stacked", il.SGD(lr=0.2, steps=5))
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.2)
+    before = evaluate(learner, Lines("stacked"), "validation", 20).loss.mean
+    options = OPTIONS | {"validate_every": 20, "validation_tasks": 20}
+    fitted = fit(learner, Lines("stacked"), steps=40, tasks_per_batch=8, optimizer=optimizer, **options)
     rating = learner.meta_tree()["rating"].sigmoid()
     assert rating[:2].max() < 0.25 < 0.5 < rating[2:].min()
     assert -fitted.best < 0.5 * before
@@ -185,9 +185,11 @@ def test_the_best_weights_of_a_module_are_kept(tmp_path: Path) -> None:
 
     learner = il.Bilevel(il.Problem(begin, rated, judge), Weights(), il.SGD(lr=0.2, steps=3))
     records: list[Record] = []
-    optimizer = torch.optim.SGD(learner.parameters(), lr=30.0)  # so large that it goes up and down
-    options: dict[str, Any] = dict(steps=12, tasks_per_batch=2, validate_every=1, validation_tasks=5, progress=False)
-    fitted = fit(learner, Lines("list"), optimizer=optimizer, folder=tmp_path, log=records.append, **options)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=5.0)
+    down_and_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 5 else -1.0)
+    options: dict[str, Any] = dict(steps=9, tasks_per_batch=2, validate_every=1, validation_tasks=5, progress=False)
+    options |= dict(optimizer=optimizer, scheduler=down_and_up, folder=tmp_path, log=records.append)
+    fitted = fit(learner, Lines("list"), **options)
     losses = [record["loss"] for record in records if record["kind"] == "validation"]
     assert losses[-1] > min(losses)
     assert (fitted.best, fitted.best_step) == (-min(losses), 1 + losses.index(min(losses)))
@@ -199,9 +201,8 @@ def test_the_best_weights_of_a_module_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_stream_is_trained_on_where_it_was_left(tmp_path: Path) -> None:
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = Lines("lone").task("stream", step).support
-        return inputs, targets
+    def batch(step: int) -> tuple[Tensor, ...]:
+        return Lines("lone").task("stream", step).support
 
     class Stream:
         def batch(self, split: str, start: int, count: int) -> il.Task:
@@ -247,16 +248,25 @@ def test_an_optimiser_of_other_parameters_is_refused() -> None:
     message = "the SGD given holds none of the learner's parameters, .* make it over learner.parameters()"
     with pytest.raises(ValueError, match=message):
         fit(make_learner("list"), Lines("list"), steps=1, tasks_per_batch=1, optimizer=other, **OPTIONS)
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=1), loss=nn.functional.mse_loss)
+    few_shot = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=1), loss=nn.functional.mse_loss)
     with pytest.raises(ValueError, match=message):  # it trains a copy of the model
-        fit(learner, il.tasks.sinusoid(), steps=1, optimizer=other, **OPTIONS)
-    some = torch.optim.SGD([learner.model.get_parameter("weight")], lr=0.1)
-    assert fit(learner, il.tasks.quadratic(dimension=3), steps=1, optimizer=some, **OPTIONS).step == 1
+        fit(few_shot, il.tasks.sinusoid(), steps=1, optimizer=other, **OPTIONS)
+    learner = make_learner("lone")
+    some = torch.optim.SGD([learner.get_parameter("meta.rating")], lr=0.1)
+    assert fit(learner, Lines("lone"), steps=1, tasks_per_batch=1, optimizer=some, **OPTIONS).step == 1
 
 
 def test_tasks_that_recur_are_for_a_loop_of_ones_own() -> None:
     with pytest.raises(ValueError, match="those of a training stream never do: choose 'slot' or 'none'"):
         fit(make_learner("list", carry="task"), Lines("list"), steps=1, tasks_per_batch=1, **OPTIONS)
+
+
+def test_processes_that_do_not_find_the_same_checkpoint_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("innerloop.training.processes.gather", lambda items: [*items, 3])
+    with pytest.raises(ValueError, match=r"found checkpoints of steps \[0, 3\] in .*: give a folder that all of them"):
+        fit(make_learner("list"), Lines("list"), steps=1, tasks_per_batch=1, folder=tmp_path, **OPTIONS)
 
 
 def test_divergence_names_the_task_of_the_stream() -> None:
@@ -266,38 +276,38 @@ def test_divergence_names_the_task_of_the_stream() -> None:
     assert all(value.isfinite().all() for value in learner.state_dict().values())
 
 
+def session_of_several(folder: Path, *lengths: int) -> None:
+    """Train, and as often as there are further lengths resume."""
+    for steps in lengths:
+        learner = make_learner("list", il.Adam(lr=0.05, steps=2), carry="slot")
+        learner.problem = il.Problem(start, inner_loss, outer_loss, seed=1)  # the processes draw other seeds
+        options = OPTIONS | dict(steps=steps, tasks_per_batch=4, clip=0.5, validate_every=3)
+        fit(learner, Lines("list"), folder=folder, resume=True, **options)
+
+
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch
-import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_fit_bilevel import Lines, make_learner
-import innerloop as il
+from test_fit_bilevel import session_of_several
 from innerloop.training import processes
 
 torch.set_num_threads(1)
 processes.join(torch.device("cpu"))
-for steps in map(int, sys.argv[3:]):
-    learner = make_learner("list", il.Adam(lr=0.05, steps=2), carry="slot")
-    learner.problem = il.Problem(learner.problem.start, learner.problem.inner_loss, learner.problem.outer_loss, seed=1)
-    il.fit(
-        learner, Lines("list"), steps=steps, tasks_per_batch=4, folder=sys.argv[2], resume=True, validate_every=3,
-        validation_tasks=5, progress=False, clip=0.5,
-    )
+session_of_several(Path(sys.argv[2]), 4, 7)
 processes.leave()
 """
 
 
 def test_several_processes_carry_each_their_own_tasks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*launch, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # two processes are stopped after four steps and resumed
-    for name, prefix, steps in (("one", [], ["7"]), ("two", launch, ["4", "7"])):
-        arguments = [str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / name), *steps]
-        line = [sys.executable, *prefix, *arguments]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    session_of_several(tmp_path / "one", 7)
     one, two = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, value in one["learner"].items():
         torch.testing.assert_close(two["learner"][name], value, rtol=1e-10, atol=1e-12)

@@ -190,7 +190,6 @@ class LSTMClassifier(nn.Module):
         return self.head(self.memory(inputs)[0][:, -1])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, from its forward-mode rules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_recurrent_layers_fall_back_to_the_loop_with_one_warning(dtype):
     batch = model_and_batch("gru")[1].to(dtype=dtype)
@@ -203,41 +202,6 @@ def test_recurrent_layers_fall_back_to_the_loop_with_one_warning(dtype):
         warnings.simplefilter("error", UserWarning)
         learner.meta_step(batch)
         learner.evaluate(batch)
-
-
-class WithoutForwardMode(torch.autograd.Function):
-    """A sine that torch cannot differentiate forward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.sin()
-
-    @staticmethod
-    def setup_context(context, inputs, output) -> None:
-        context.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(context, cotangent: torch.Tensor) -> torch.Tensor:
-        return cotangent * context.saved_tensors[0].cos()
-
-
-class Sine(nn.Module):
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return WithoutForwardMode.apply(inputs)
-
-
-def test_an_operation_without_a_forward_rule_falls_back_to_reverse_over_reverse_with_one_warning():
-    batch = model_and_batch("mlp")[1]
-    learner = il.MetaLearner(nn.Sequential(nn.Linear(6, 8), Sine(), nn.Linear(8, WAYS)).double())
-    with pytest.warns(UserWarning, match="falls back to reverse-over-reverse") as caught:
-        learner.meta_step(batch)
-    assert len(caught) == 1
-    assert relative_error(grads(learner), meta_gradient(learner, batch)[0]) < 1e-12
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learner.meta_step(batch)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -32,8 +32,8 @@ from innerloop.studies.patterns import (
     times_of,
     with_pattern,
 )
-from innerloop.training import load_learner, read_run
 from innerloop.training.evaluation import Estimate
+from innerloop.training.runs import load_learner, read_run
 
 PATTERNS = ["".join(bits) for bits in itertools.product("10", repeat=5)]
 MOVING = [pattern for pattern in PATTERNS if "1" in pattern]
@@ -99,6 +99,7 @@ def test_the_cost_model_counts_what_is_computed(pattern: str) -> None:
     forward = multiply_adds(trained.model, inputs)
     for reuse in (False, True):
         patterned = with_pattern(trained, il.Blocks(pattern), reuse)
+        patterned.adapted_parameters(inputs, targets)  # the first time the learner looks at the model as well
         with FlopCounterMode(display=False) as counter:
             patterned.adapted_parameters(inputs, targets)
         assert counter.get_total_flops() == 2 * len(inputs) * predicted_cost(forward, pattern, STEPS, reuse)
@@ -158,6 +159,16 @@ def test_no_adaptation_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(value, trained.model.get_parameter(name)) for name, value in found.items())
 
 
+def test_a_head_that_is_read_off_the_support_set_is_kept_and_leaves_no_choice() -> None:
+    trained, given = il.MetaLearner(conv4(), inner=il.SGD(lr=LR, steps=STEPS), start=il.Prototypes()).eval(), support()
+    found, expected = (each.adapted_parameters(*given) for each in (with_pattern(trained, il.Blocks("11111")), trained))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    with pytest.raises(ValueError, match="the model's last linear layer, but no linear layer with both adapts here"):
+        with_pattern(trained, il.Blocks("11110"))
+    with pytest.raises(ValueError, match="the head is made anew for every task"):
+        movable_blocks(trained)
+
+
 @pytest.mark.parametrize(("pattern", "same"), [("11111", il.Everything()), ("00001", il.Head()), ("11110", il.Body())])
 def test_three_patterns_are_maml_anil_and_boil(pattern: str, same: il.adapts.Adapts) -> None:
     trained, given = learner(same), support()
@@ -186,6 +197,8 @@ def test_work_below_the_lowest_moving_block_is_skipped(pattern: str, reuse: bool
                 output.register_hook(lambda grad: backward.__setitem__(place, backward[place] + 1))
 
         block.register_forward_hook(passed)
+    patterned.adapted_parameters(*support())  # the first time the learner looks at the model as well
+    forward[:], backward[:] = [0] * 5, [0] * 5
     patterned.adapted_parameters(*support())
     lowest = pattern.index("1")
     assert forward == [1 if reuse else STEPS] * lowest + [STEPS] * (5 - lowest)
@@ -238,9 +251,12 @@ def test_a_prefix_that_draws_is_computed_in_every_step(batch_norm: Any) -> None:
         adapted = []
         for each in (reusing, plain):
             each.train(training)
+            each.adapted_parameters(inputs, targets)  # the first time the learner looks at the model as well
             torch.manual_seed(0)
+            calls.clear()
             adapted.append(each.adapted_parameters(inputs, targets))
-        assert len(calls) == (1 + STEPS if training else 1)
+            if each is reusing:
+                assert len(calls) == (STEPS if training else 1)
         torch.testing.assert_close(*adapted, rtol=0, atol=0)
     # the stored statistics of batch norm, where there are any, are not updated
     assert all(torch.equal(value, before[name]) for name, value in reusing.state_dict().items())
@@ -271,7 +287,6 @@ class Doubled(nn.Module):
         return WatchedScale.apply(inputs)
 
 
-@pytest.mark.filterwarnings("ignore:curvature falls back")  # the scale has no forward-mode rule
 def test_adaptation_makes_no_second_order_graph() -> None:
     model = nn.Sequential(nn.Linear(4, 6), Doubled(), nn.Linear(6, 6), Doubled(), nn.Linear(6, 3)).double()
     trained = il.MetaLearner(model, inner=il.SGD(lr=LR, steps=STEPS))

@@ -2,7 +2,6 @@
 
 import csv
 import http.server
-import importlib
 import inspect
 import io
 import tarfile
@@ -19,13 +18,9 @@ from PIL import Image
 
 import innerloop as il
 from innerloop.problem import Task
-from innerloop.tasks import Episodes, TaskSource, nearest_neighbour
+from innerloop.tasks import Episodes, TaskSource, _cifar, _omniglot, nearest_neighbour
 from innerloop.tasks._cache import cache_folder
 from innerloop.tasks._downloads import download
-
-# As attributes of the package these names are the sources, no longer their modules.
-omniglot = importlib.import_module("innerloop.tasks.omniglot")
-cifar = importlib.import_module("innerloop.tasks.cifar")
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +103,8 @@ def test_omniglot_turns_training_characters(shared_data: Path) -> None:
 def test_drawings_shrink_exactly() -> None:
     drawing = np.random.default_rng(0).random((105, 105)) < 0.2
     quarters = drawing.repeat(4, 0).repeat(4, 1).reshape(28, 15, 28, 15)
-    assert (omniglot.shrink(drawing) == np.rint(255 * quarters.mean((1, 3)))).all()
-    assert omniglot.shrink(np.ones((105, 105), bool)).min() == 255
+    assert (_omniglot.shrink(drawing) == np.rint(255 * quarters.mean((1, 3)))).all()
+    assert _omniglot.shrink(np.ones((105, 105), bool)).min() == 255
 
 
 ALPHABETS = {"images_background": ("Greek", "Hebrew", "Latin"), "images_evaluation": ("Oriya", "Tengwar")}
@@ -136,7 +131,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                         name = f"{part}/{alphabet}/{character}/0001_{drawer:02}.png"
                         archive.writestr(name, drawing(part, alphabet + character, drawer))
             archive.writestr(f"__MACOSX/{part}/._Greek.png", b"no image")
-    monkeypatch.setattr(omniglot, "CHARACTERS", {"images_background": 6, "images_evaluation": 4})
+    monkeypatch.setattr(_omniglot, "CHARACTERS", {"images_background": 6, "images_evaluation": 4})
     return folder
 
 
@@ -159,7 +154,7 @@ def test_omniglot_from_the_authors_archives_and_folders(archives: Path, tmp_path
     assert zipped.classes == unpacked.classes
     assert torch.equal(zipped.images, unpacked.images)
     with Image.open(io.BytesIO(drawing("images_background", "Hebrewcharacter01", 3))) as image:
-        expected = omniglot.shrink(~np.asarray(image))
+        expected = _omniglot.shrink(~np.asarray(image))
     assert (zipped.images[2 * 20 + 2, 0].numpy() == expected).all()
 
 
@@ -302,8 +297,8 @@ def test_omniglot_downloads_itself_once(server: Server, archives: Path, monkeypa
     contents = {file.name: file.read_bytes() for file in archives.iterdir()}
     server.contents = {f"/{name}": content for name, content in contents.items()}
     hashes = {name: sha256(contents[f"{name}.zip"]).hexdigest() for name in ALPHABETS}
-    monkeypatch.setattr(omniglot, "URL", server.url)
-    monkeypatch.setattr(omniglot, "ARCHIVES", hashes)
+    monkeypatch.setattr(_omniglot, "URL", server.url)
+    monkeypatch.setattr(_omniglot, "ARCHIVES", hashes)
     first = small_omniglot(None).image_set
     for file in files_in(cache_folder() / "downloads"):
         file.unlink()
@@ -332,7 +327,7 @@ def test_cifar_splits_are_the_published_ones(shared_data: Path) -> None:
             ):
                 assert split_of["cifar_fs"][label] == {"val": "validation"}.get(split, split)
                 assert split_of["fc100"][label] == {"val": "validation"}.get(other, other)
-                assert label in cifar.CLASSES[superclass].split()
+                assert label in _cifar.CLASSES[superclass].split()
 
     mean = float(fs.image_set.images[::11].float().mean() / 255)
     assert accuracy(fs, 500, mean) == pytest.approx(0.32, abs=0.02)
@@ -351,7 +346,7 @@ def records(count: int, seed: int) -> bytes:
 @pytest.fixture
 def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The archive with four and two images of each class."""
-    monkeypatch.setattr(cifar, "PARTS", {"train.bin": 4, "test.bin": 2})
+    monkeypatch.setattr(_cifar, "PARTS", {"train.bin": 4, "test.bin": 2})
     file = tmp_path / "cifar-100-binary.tar.gz"
     with tarfile.open(file, "w:gz") as archive:
         for name, content in {
@@ -392,8 +387,8 @@ def test_cifar_downloads_itself(
     server: Server, small_cifar: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server.contents["/cifar-100-binary.tar.gz"] = small_cifar.read_bytes()
-    monkeypatch.setattr(cifar, "URL", f"{server.url}/cifar-100-binary.tar.gz")
-    monkeypatch.setattr(cifar, "SHA256", sha256(small_cifar.read_bytes()).hexdigest())
+    monkeypatch.setattr(_cifar, "URL", f"{server.url}/cifar-100-binary.tar.gz")
+    monkeypatch.setattr(_cifar, "SHA256", sha256(small_cifar.read_bytes()).hexdigest())
     for _ in range(2):
         images = il.tasks.cifar_fs(queries=5).image_set.images
         assert torch.equal(images, il.tasks.cifar_fs(queries=5, data=small_cifar).image_set.images)

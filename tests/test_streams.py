@@ -1,7 +1,6 @@
 """Steps that read their own batch, tasks taken up where they were left, trees of tensors, weights of tasks."""
 
 import dataclasses
-import gc
 import weakref
 from collections import OrderedDict
 
@@ -70,9 +69,6 @@ def reference(learner: il.MetaLearner, task: il.Task, weights: list[float]) -> t
             loss = F.cross_entropy(functional_call(net, {**meta, **params}, (x[place, step],)), y[place, step])
             found = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             grad = dict(zip(params, found, strict=True))
-            if learner.inner.clip:
-                norm = torch.stack([g.square().sum() for g in found]).sum().sqrt()
-                grad = {n: g * (learner.inner.clip / (norm + 1e-6)).clamp(max=1) for n, g in grad.items()}
             params = update(step, params, grad, state)
             if weights[step]:
                 judged = functional_call(net, {**meta, **params}, (a[place, step],))
@@ -89,9 +85,7 @@ def reference(learner: il.MetaLearner, task: il.Task, weights: list[float]) -> t
 @pytest.mark.parametrize("weights", [None, [0.4, 0.0, 0.1, 0.5]])
 @pytest.mark.parametrize("estimator", ["unrolled", "recorded", "few copies"])
 def test_a_stream_is_plain_autograd(solver, adapts, chunk, weights, estimator):
-    learner = il.MetaLearner(
-        model(), adapts, SOLVER[solver](STEPS), ESTIMATORS[estimator], chunk_size=chunk
-    )
+    learner = il.MetaLearner(model(), adapts, SOLVER[solver](STEPS), ESTIMATORS[estimator], chunk_size=chunk)
     batch = stream()
     metrics = learner.meta_step(batch, weights)
     expected, loss = reference(learner, batch, weights or [0, 0, 0, 1.0])
@@ -127,9 +121,7 @@ def test_a_function_serves_the_same_stream(estimator):
 
 def test_a_window_reads_the_row_of_its_first_step():
     batch = stream(1)
-    repeated = il.Task(
-        il.Steps(tuple(value[:, [0, 0, 2, 2]] for value in batch.support.rows)), batch.query
-    )
+    repeated = il.Task(il.Steps(tuple(value[:, [0, 0, 2, 2]] for value in batch.support.rows)), batch.query)
     found = []
     for task in (batch, repeated):
         learner = il.MetaLearner(model(), inner=il.SGD(lr=0.3, steps=STEPS), meta_gradient=il.Window(2))
@@ -212,9 +204,7 @@ def test_the_gradient_of_a_task_taken_up_is_plain_autograd(solver, estimator, pr
     for step in range(3, 6):
         params = {name: p if p.requires_grad else p.clone().requires_grad_() for name, p in params.items()}
         grad = torch.autograd.grad(inner_loss(params, leaves, task.support), list(params.values()), create_graph=True)
-        norm = grad[0].norm()
-        grad = {"w": grad[0] * ((inner.clip / (norm + 1e-6)).clamp(max=1) if inner.clip else 1)}
-        params = update(step, params, grad, state)
+        params = update(step, params, {"w": grad[0]}, state)
     loss = inner_loss(params, leaves, task.query)
     expected = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     expected = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(meta.items(), expected, strict=True)}
@@ -328,7 +318,6 @@ def test_no_more_copies_than_asked_are_held(steps, copies, monkeypatch):
         return found
 
     def giving(self, step, snapshot):
-        gc.collect()
         most[0] = max(most[0], len({id(each) for each in (*alive, snapshot.params["w"])}))
         return ready(self, step, snapshot)
 
@@ -356,9 +345,7 @@ def test_prototypes_are_plain_autograd(adapts, chunk):
         (torch.randn(2, 6, 4).double(), torch.stack([labels, labels.flip(0)])),
         (torch.randn(2, 6, 4).double(), labels.expand(2, -1)),
     )
-    learner = il.MetaLearner(
-        model(), adapts, il.SGD(lr=0.1, steps=3), start=il.Prototypes(), chunk_size=chunk
-    )
+    learner = il.MetaLearner(model(), adapts, il.SGD(lr=0.1, steps=3), start=il.Prototypes(), chunk_size=chunk)
     learner.meta_step(batch)
     net = learner.model
     meta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
@@ -410,7 +397,9 @@ class Answer(OrderedDict):
 
 
 torch.utils._pytree.register_pytree_node(
-    Answer, lambda answer: (list(answer.values()), list(answer)), lambda values, keys: Answer(zip(keys, values, strict=True))
+    Answer,
+    lambda answer: (list(answer.values()), list(answer)),
+    lambda values, keys: Answer(zip(keys, values, strict=True)),
 )
 
 
@@ -445,7 +434,9 @@ def test_inputs_targets_and_outputs_are_any_trees(by_keyword, adapts):
         return {"ids": ids[which], "mask": mask[which]}, {"label": labels[which], "value": values[which]}
 
     def loss(output: Answer, target: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(output.logits, target["label"]) + (output.hidden.sum(-1) - target["value"]).square().mean()
+        return (
+            F.cross_entropy(output.logits, target["label"]) + (output.hidden.sum(-1) - target["value"]).square().mean()
+        )
 
     batch = il.Task(part(0), part(1))
     learner = il.MetaLearner(net, adapts, il.SGD(lr=0.2, steps=2), loss=loss)
@@ -456,7 +447,13 @@ def test_inputs_targets_and_outputs_are_any_trees(by_keyword, adapts):
         params = {name: meta[name] for name in learner.adapted}
         for step in range(3):
             which = min(step // 2, 1)
-            output = functional_call(net, {**meta, **params}, (ids[which, task], mask[which, task]) if by_keyword else ({"ids": ids[which, task], "mask": mask[which, task]},))
+            output = functional_call(
+                net,
+                {**meta, **params},
+                (ids[which, task], mask[which, task])
+                if by_keyword
+                else ({"ids": ids[which, task], "mask": mask[which, task]},),
+            )
             value = loss(output, {"label": labels[which, task], "value": values[which, task]})
             if step == 2:
                 total = total + value / 2
@@ -496,7 +493,9 @@ def test_task_weights_are_those_of_the_sum(chunk):
     learner = il.MetaLearner(model(), il.Head(), il.SGD(lr=0.1, steps=2), chunk_size=chunk)
     metrics = learner.meta_step(batch, task_weights=weights)
     each = [learner.estimate(il.Task(*((x[i], y[i]) for x, y in batch))) for i in range(3)]
-    expected = {f"model.{n}": sum(w * one.grad[n] for w, one in zip(weights.double(), each, strict=True)) for n in each[0].grad}
+    expected = {
+        f"model.{n}": sum(w * one.grad[n] for w, one in zip(weights.double(), each, strict=True)) for n in each[0].grad
+    }
     assert relative_error(grads(learner), expected) < 1e-12
     assert metrics.loss.item() == pytest.approx(sum(w * one.loss for w, one in zip(weights, each, strict=True)).item())
     assert metrics.losses.tolist() == pytest.approx([one.loss.item() for one in each])
@@ -509,7 +508,7 @@ def test_task_weights_are_those_of_the_sum(chunk):
 
 def test_minibatches_show_every_example_before_any_again():
     support = (torch.zeros(10, 2), torch.zeros(10))
-    drawn = minibatches(il.SGD(lr=0.1, steps=5, minibatch=4), support, [1, 2])
+    drawn = minibatches(il.SGD(lr=0.1, steps=5, minibatch=4), support, [1, 2], 5)
     assert drawn.shape == (2, 5, 4)
     for task in drawn:
         assert sorted(task.flatten()[:10].tolist()) == list(range(10))
@@ -525,11 +524,33 @@ def test_minibatches_are_plain_autograd_and_no_matter_of_chunks(chunk):
     torch.manual_seed(10)
     learner.meta_step(batch)
     torch.manual_seed(10)
-    rows = learner._rows(batch, int(torch.randint(2**31, ())), 2)
+    rows = learner._rows(batch, int(torch.randint(2**31, ())), 2, 3)
     gathered = il.Steps(tuple(torch.stack([value[t][rows[t]] for t in range(2)]) for value in batch.support))
     stream = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=3))
     stream.meta_step(il.Task(gathered, batch.query))
     assert relative_error(grads(learner), grads(stream)) < 1e-12
+
+
+def test_minibatches_go_on_beyond_the_steps_of_training():
+    seen: list[int] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(len(output))
+        return F.cross_entropy(output, target)
+
+    learner = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=2, minibatch=2), loss=loss, chunk_size=1)
+    task = il.Task(examples(6), examples(6))
+    learner.evaluate([task], steps=5)
+    assert seen == [2] * 5 + [6]
+    seen.clear()
+    learner.adapt(*task.support, steps=4)
+    assert seen == [2] * 4
+
+
+def test_implicit_refuses_clipping_beside_the_terms():
+    inner = il.SGD(lr=0.1, steps=3, clip=0.3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"SGD\(clip=...\) misses.*Leave clip out"):
+        il.MetaLearner(model(), il.Head(), inner, il.Implicit())
 
 
 def test_minibatches_larger_than_the_support_set_and_of_streams_are_refused():

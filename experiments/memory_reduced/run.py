@@ -35,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import COLOURS, Part, Results, details, in_turns, run, table, verdict
 from convergence import EVERY, Heads, Quadratic, descend, plateau
+from peak import METHODS
 
 import innerloop as il
 from innerloop.studies.compare import time_to
@@ -47,17 +48,6 @@ FOLDER = Path(__file__).parent
 
 # --- memory ---------------------------------------------------------------------------------------
 
-METHODS = (
-    "Algorithm 1",
-    "ITD-BiO",
-    "MAML",
-    "ANIL, features recomputed",
-    "ANIL, features cached",
-    "ITD-BiO, ours",
-    "MAML, ours",
-    "ANIL, features recomputed, ours",
-    "ANIL, features cached, ours",
-)
 SHAPES, STEPS = ((32, 64), (32, 32), (84, 64), (84, 32)), (5, 10, 15, 20)
 PUBLISHED_MEMORY = {  # figure 2, "MB" there, which are MiB; 64 filters fit both sizes
     "84x84, 64 filters": {
@@ -127,7 +117,7 @@ def draw_memory(results: Results) -> Figure:
             if not method.endswith(", ours"):
                 # ITD-BiO and ANIL need the same
                 look = {"linewidth": 6, "alpha": 0.4} if method == "ITD-BiO" else {"linewidth": 2}
-                axes.plot(results["steps"], mib, "o-", color=COLOURS[METHODS.index(method)], label=method, **look)
+                axes.plot(results["steps"], mib, "o-", color=COLOURS[list(METHODS).index(method)], label=method, **look)
         for method, mib in PUBLISHED_MEMORY.get(shape, {}).items():
             axes.plot(
                 STEPS, mib, "x", color="black", markersize=7, zorder=3, label=None if method != "MAML" else "published"

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.choices import choice
 from innerloop.curvature import fresh_seed, second_order_kernels
+from innerloop.engine import Way, choose
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
 from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault, finite
@@ -64,9 +65,7 @@ def hypergradient(
         if learned is None:
             learned = inner.learned(begin.params if begin else problem.begin(meta, task.support))
         estimator.check(inner, learns=bool(learned))
-        result = estimator.estimate(
-            bind(problem, meta, task.support, inner, learned, begin), task.query, step_weights
-        )
+        result = estimator.estimate(bind(problem, meta, task.support, inner, learned, begin), task.query, step_weights)
     _warn_of_zeros(problem, estimator, result.grad, stacklevel=3)
     return result
 
@@ -79,8 +78,8 @@ class Metrics(NamedTuple):
         accuracy: share of query examples classified rightly, a scalar; None where targets are not classes.
         diagnostics: what the estimator reports, by name, averaged over the tasks.
         losses: the outer loss of every task, ``[tasks]``.
-        end: where the tasks were left, which ``begin=`` takes: a list, or one `End` for a lone `Task`; None unless asked
-            for.
+        end: where the tasks were left, which ``begin=`` takes: a list, or one `End` for a lone `Task`; None unless
+            asked for.
     """
 
     loss: Tensor
@@ -110,7 +109,7 @@ class Evaluation(NamedTuple):
 
 
 class Bilevel(nn.Module):
-    """Any bilevel problem with its meta-parameters, as a module: `innerloop.fit`, checkpoints, several processes, check.
+    """Any bilevel problem with its meta-parameters, as a module, for `innerloop.fit` and `innerloop.check`.
 
     Its parameters are the meta-parameters, ``meta``, and the rates that the inner solver learns, ``rates``.
 
@@ -123,8 +122,11 @@ class Bilevel(nn.Module):
             whichever task that was; ``"task"``: where the same task, by its ``task_ids``, ended when last seen.
         stacked: a `Task` given to ``meta_step`` is a batch, with a leading task dimension in every tensor; otherwise it
             is one task.
-        chunk_size: how many tasks of such a batch are computed at once; bounds memory and changes no result. None takes
-            8 on the CPU and all on an accelerator; 1 computes task by task.
+        chunk_size: how many tasks of such a batch are computed at once; bounds memory and changes no result. None
+            chooses by the bytes of one task; 1 computes task by task.
+        memory: bytes that a meta-step may take beyond model and tasks: whether the graphs of the inner steps are kept,
+            and how many tasks are computed at once, follows from it. None takes 1 GiB on a CPU and half of what is free
+            on a GPU; 0 keeps no graph. What was chosen is ``learner.way``, and logged.
 
     Raises:
         ValueError: choices that do not go together; the message says what does.
@@ -147,11 +149,12 @@ class Bilevel(nn.Module):
         carry: Carry = "none",
         stacked: bool = False,
         chunk_size: int | None = None,
+        memory: int | None = None,
     ) -> None:
         super().__init__()
         self.problem = problem
         self.meta = meta if isinstance(meta, nn.Module) else _parameters(meta)
-        self._bind(inner, meta_gradient, carry, stacked, chunk_size, (), None)
+        self._bind(inner, meta_gradient, carry, stacked, chunk_size, memory, (), None)
 
     def _bind(
         self,
@@ -160,12 +163,15 @@ class Bilevel(nn.Module):
         carry: Carry,
         stacked: bool,
         chunk_size: int | None,
+        memory: int | None,
         moves: Sequence[frozenset[str]],
         whole: bool | None,
     ) -> None:
         """Take the choices, once the meta-parameters are there."""
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: give how many tasks to compute at once, 1 or more, or None")
+        if memory is not None and memory < 0:
+            raise ValueError(f"memory={memory}: give how many bytes a meta-step may take, 0 or more, or None")
         if carry not in ("none", "slot", "task"):
             raise ValueError(f"carry={carry!r}: choose 'none', 'slot' or 'task'")
         inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
@@ -178,7 +184,9 @@ class Bilevel(nn.Module):
             learned = self.inner.learned(self._first_params())
         self.meta_gradient.check(self.inner, learns=bool(learned), whole=whole)
         self.rates = _parameters(learned)
-        self.carry, self.stacked, self.chunk_size = carry, stacked, chunk_size
+        self.carry, self.stacked, self.chunk_size, self.memory = carry, stacked, chunk_size, memory
+        self.way: Way | None = None
+        self._ways_of: dict[Any, Way] = {}
         self.carried = Carried()
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.modules())
         self._vectorise, self._looked_for_zeros = True, False
@@ -225,14 +233,14 @@ class Bilevel(nn.Module):
 
         def task_gradient(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
             result = self._estimate(task, meta, learned, start, step_weights, seed, rows, ways)
-            accuracy = self._accuracy(result.extra, task)
+            accuracy = self._accuracy(result.extra, task, self.inner.steps - 1)
             end = (result.end.params, result.end.state, result.end.solution) if keep else ()
             return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
 
         total: Any = None
         found: list[tuple[list[int], Any, Any]] = []
         with second_order_kernels(self.recurrent):
-            for places, (grads, numbers, left) in self._over_tasks(task_gradient, tasks, count, starts):
+            for places, (grads, numbers, left) in self._over_tasks(task_gradient, tasks, starts, self.inner.steps):
                 mean = _weighted(weights[places], grads)
                 total = mean if total is None else pytree.tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
@@ -355,17 +363,20 @@ class Bilevel(nn.Module):
         def one(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
             stated = self._state(task, meta, ways, inductive=inductive, differentiate=False)
             problem = stated.problem if stated.problem.seed is not None else replace(stated.problem, seed=seed)
-            loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows)
+            loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows, steps)
+            if isinstance(task.query, Steps):
+                task.query.check("query", max(steps, 1))
             losses: list[Tensor] = []
             accuracies: list[Tensor] = []
             found: list[Any] = []
 
             def judge(step: int, params: Tree, *_: object) -> None:
-                query = loop.judged(stated.task.query, max(step - 1, 0))
+                place = max(step - 1, 0)
+                query = loop.judged(stated.task.query, place)
                 value = problem.outer_loss(params, stated.meta, query)
                 loss, output = value if isinstance(value, tuple) else (value, None)
                 losses.append(loss)
-                accuracies.extend(self._accuracy(output, task))
+                accuracies.extend(self._accuracy(output, task, place))
                 found[:] = [() if output is None else output]
 
             judge(steps, loop.run(steps, judge if curve else None).params)
@@ -375,7 +386,7 @@ class Bilevel(nn.Module):
         with second_order_kernels(self.recurrent):
             found = [
                 (places, out[:2] if alone else out, out[2])
-                for places, out in self._over_tasks(one, tasks, count, [None] * count)
+                for places, out in self._over_tasks(one, tasks, [None] * count, steps)
             ]
         losses, accuracies, *stacked = _in_order([(places, numbers, ()) for places, numbers, _ in found], count)
         outputs: Any = [pytree.tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
@@ -436,13 +447,15 @@ class Bilevel(nn.Module):
     def _whole(self) -> bool | None:
         return None
 
-    def _state(self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, differentiate: bool) -> Stated:
+    def _state(
+        self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, reuse: bool = True, differentiate: bool
+    ) -> Stated:
         return Stated(self.problem, meta, task, None)
 
     def _ways(self, tasks: Task | list[Task]) -> int:
         return 0
 
-    def _accuracy(self, outputs: Any, task: Task) -> list[Tensor]:
+    def _accuracy(self, outputs: Any, task: Task, place: int) -> list[Tensor]:
         return []
 
     def _checked(self, batch: Task | Sequence[Task]) -> tuple[Task | list[Task], int]:
@@ -478,24 +491,26 @@ class Bilevel(nn.Module):
         problem, reduced, reduced_task, carry = self._state(task, meta, ways, differentiate=True)
         problem = problem if problem.seed is not None else replace(problem, seed=seed)
         loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows)
+        if estimator is None and self.way is not None:
+            loop = replace(loop, keep_graphs=self.way.keep_graphs)
         result = (estimator or self.meta_gradient).estimate(loop, reduced_task.query, step_weights)
         return result if carry is None else result._replace(grad=carry(result.grad))
 
     def _over_tasks(
-        self, function: Callable[..., Out], tasks: Task | list[Task], count: int, starts: Sequence[End | None]
+        self, function: Callable[..., Out], tasks: Task | list[Task], starts: Sequence[End | None], steps: int
     ) -> Iterator[tuple[list[int], Out]]:
         """Map ``function(task, start, seed, rows)`` over tasks; yields places in the batch, and results stacked.
 
         A batch is computed by chunks of tasks that are taken up at the same step. A model that vmap cannot take is
         computed task by task from then on, with one warning.
         """
-        listed = isinstance(tasks, list)
-        size = self.chunk_size or (8 if self._place().type == "cpu" else count)
+        listed, count = isinstance(tasks, list), len(starts)
+        size = 1 if listed else self._way(tasks, count).chunk
         groups: dict[int | None, list[int]] = {}
         for place, start in enumerate(starts):
             groups.setdefault(None if start is None else start.step, []).append(place)
         base = fresh_seed()
-        rows = self._rows(tasks, base, count)
+        rows = self._rows(tasks, base, count, steps)
         todo = [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
         refusal: Exception | None = None
         with torch.no_grad():
@@ -531,6 +546,22 @@ class Bilevel(nn.Module):
                     refusal = None
                 yield places, out
 
+    def _way(self, tasks: Task | list[Task], count: int) -> Way:
+        """How tasks of this shape are computed, measured when they are first seen."""
+        one = _task(tasks, 0)
+        key = (*((leaf.shape, leaf.dtype) for leaf in _tensors(one)), count, self.training, torch.is_autocast_enabled())
+        if key not in self._ways_of:
+            meta, ways = self.meta_tree(), self._ways([one])
+            with torch.no_grad():
+                loops = []
+                for reuse in (False, True):
+                    stated = self._state(one, meta, ways, reuse=reuse, differentiate=False)
+                    problem = replace(stated.problem, seed=0)
+                    loops.append(bind(problem, stated.meta, stated.task.support, self.inner, self.learned()))
+                self._ways_of[key] = choose(*loops, count, self.chunk_size, self.memory)
+        self.way = self._ways_of[key]
+        return self.way
+
     def _vectorised(
         self,
         function: Callable[..., Out],
@@ -556,12 +587,12 @@ class Bilevel(nn.Module):
             chunk, begin, None if rows is None else rows[part]
         )
 
-    def _rows(self, tasks: Task | list[Task], seed: int, count: int) -> Tensor | None:
+    def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:
         """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""
         if self.inner.minibatch is None or isinstance(tasks, list):
             return None
         seeds = [seed + 1000 * place for place in range(count)]
-        return minibatches(self.inner, _task(tasks, 0).support, seeds).to(self._place())
+        return minibatches(self.inner, _task(tasks, 0).support, seeds, steps).to(self._place())
 
     def _starts(
         self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End] | None
@@ -583,9 +614,7 @@ class Bilevel(nn.Module):
             return [None] * count, keys
         return self.carried.gather(keys, self._place()), keys
 
-    def _ends(
-        self, found: list[tuple[list[int], Any, Any]], starts: Sequence[End | None], count: int
-    ) -> list[End]:
+    def _ends(self, found: list[tuple[list[int], Any, Any]], starts: Sequence[End | None], count: int) -> list[End]:
         ends: list[End] = [None] * count  # type: ignore[list-item]
         for places, _, left in found:
             for row, place in enumerate(places):
@@ -629,7 +658,6 @@ class Bilevel(nn.Module):
         if steps is not None and steps < 0:
             raise ValueError(f"steps={steps}: give 0 or more inner steps")
         return self.inner.adaptation_steps if steps is None else steps
-
 
 
 class Carried:

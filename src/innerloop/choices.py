@@ -169,9 +169,9 @@ def text(value: Any) -> str:
     if isinstance(value, Mixed):
         return "mixed:" + ",".join(f"{n}={weight}" for n, weight in zip(value.horizons, value.weights, strict=True))
     reduced = isinstance(value, Implicit) and not value.learn_start
-    name = "memory-reduced" if reduced else next(
-        name for _, table, _ in _KINDS.values() for name in table if name.replace("-", "") == type(value).__name__.lower()
-    )
+    names = [name for _, table, _ in _KINDS.values() for name in table]
+    kind = type(value).__name__.lower()
+    name = "memory-reduced" if reduced else next(name for name in names if name.replace("-", "") == kind)
     typed: list[str] = []
     for field in fields(value):
         held = getattr(value, field.name)
@@ -183,7 +183,8 @@ def text(value: Any) -> str:
             each = {"iterations": held.iterations, "damping": held.damping}
             typed += [f"{key}={it}" for key, it in each.items() if key in defaults and defaults[key].default != it]
         elif field.name == "betas":
-            typed += [f"beta{n}={beta}" for n, beta in enumerate(held, 1) if beta != field.default[n - 1]]
+            pairs = enumerate(zip(held, Adam.betas, strict=True), 1)
+            typed += [f"beta{n}={beta}" for n, (beta, default) in pairs if beta != default]
         elif field.name == "pattern":
             typed.append(held if isinstance(held, str) else "/".join(held))
         elif field.default is MISSING or field.name == "per":

@@ -4,20 +4,20 @@
 
     H = d2 inner_loss / d params d params          B = d2 inner_loss / d meta d params
 
-Forward-over-reverse (Pearlmutter's product): the derivative, along ``w``, of the gradients of the inner loss in the
-parameters and in the meta-parameters. One call costs one forward-mode sweep over one backward pass, keeps no tape,
-and its memory is that of one gradient. The opposite order, reverse-over-forward, is silently wrong through native
-normalisation layers (pytorch issue 196699), so it is not used anywhere.
+Reverse-over-reverse: the gradient of ``<d inner_loss / d params, w>``. One call costs a gradient and the way back
+through it. Outside the transforms of ``torch.func`` all derivatives are plain autograd's, which keeps no graph of a
+backward pass that nobody differentiates; under ``vmap`` they are the transforms'. Reverse-over-forward, and forward
+mode through normalisation layers, are silently wrong in torch 2.13 (pytorch issues 196699, 196700, 198017), so they
+are used nowhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 
 from innerloop.problem import Batch, Problem, Tree
 
-Graph = Literal["transform", "none", "kept"]
+Products = tuple[Tree, Tree]
 
-_observer: ContextVar[Callable[[int, Tree, tuple[Tree, Tree]], None] | None] = ContextVar("observer", default=None)
+_observer: ContextVar[Callable[[int, Tree, Products], None] | None] = ContextVar("observer", default=None)
 
 
 def gradient(
-    problem: Problem, params: Tree, meta: Tree, support: Batch, step: int = 0, graph: Graph = "transform"
+    problem: Problem, params: Tree, meta: Tree, support: Batch, step: int = 0, record: bool = False
 ) -> tuple[Tree, Tensor]:
     """Gradient of the inner loss in the parameters, and the loss itself.
 
@@ -42,32 +42,27 @@ def gradient(
         meta: the meta-parameters, held fixed.
         support: what the inner loss reads.
         step: which inner step this is; the same step always sees the same random draws.
-        graph: ``"transform"`` is ``torch.func.grad``, which can be vmapped and differentiated by other transforms, and
-            builds a graph of the backward pass for that; ``"none"`` and ``"kept"`` are plain autograd's, without such a
-            graph and with one that outlives the call.
+        record: keep the graph of the backward pass, so that autograd can go back through the gradient.
 
     Returns:
         A tree like ``params``, and a scalar.
     """
     with replayed(problem.seed, step, params):
-        if graph == "transform":
+        if in_transform():
             return torch.func.grad_and_value(problem.inner_loss)(params, meta, support)
-        keep = graph == "kept"
         with torch.enable_grad():
             # views, since one parameter may be a function of another, or of meta, which the loss reads as well
-            leaves = {n: p.view_as(p) if keep and p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+            leaves = {
+                name: p.view_as(p) if record and p.requires_grad else p.detach().requires_grad_()
+                for name, p in params.items()
+            }
             loss = problem.inner_loss(leaves, meta, support)
-        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=keep, materialize_grads=True)
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=record, materialize_grads=True)
         return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
-def curvature(
-    problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int = 0
-) -> tuple[Tree, Tree]:
+def curvature(problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int = 0) -> Products:
     """Products of a direction with the Hessian and with the mixed derivative of the inner loss.
-
-    Where an operation of the loss has no forward-mode rule, the same products are taken by reverse-over-reverse, which
-    keeps the graph of one gradient, after one warning that names the operation.
 
     Args:
         problem: the bilevel problem.
@@ -80,61 +75,91 @@ def curvature(
     Returns:
         ``H w``, a tree like ``params``, and ``B w``, a tree like ``meta``.
     """
-    products = _products(problem, params, meta, support, direction, step)
-    observe = _observer.get()
-    if observe is not None:
-        observe(step, direction, products)
-    return products
+    return linearised(problem, params, meta, support, step, keep=False)(direction)
+
+
+def linearised(
+    problem: Problem,
+    params: Tree,
+    meta: Tree,
+    support: Batch,
+    step: int = 0,
+    *,
+    mixed: bool = True,
+    keep: bool = True,
+) -> Callable[[Tree], Products]:
+    """``w -> (H w, B w)`` at one point: the gradient is taken once, and its graph kept between the products.
+
+    Args:
+        problem: the bilevel problem.
+        params: where to differentiate.
+        meta: the meta-parameters.
+        support: what the inner loss reads.
+        step: which inner step this is.
+        mixed: False leaves ``B w`` empty, and spares the way back to the meta-parameters.
+        keep: more than one product will be taken.
+    """
+
+    def grad(at: Tree, given: Tree) -> Tree:
+        return gradient(problem, at, {**meta, **given}, support, step, record=True)[0]
+
+    pull = pullback(grad, params, meta if mixed else {}, keep=keep)[1]
+
+    def product(direction: Tree) -> Products:
+        products: Products = pull(direction)
+        observe = _observer.get()
+        if observe is not None:
+            observe(step, direction, products)
+        return products
+
+    return product
+
+
+def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep: bool = False) -> tuple[Any, ...]:
+    """A function's value, and what takes cotangents of it to those of its arguments: ``torch.func.vjp`` by autograd.
+
+    Args:
+        function: of trees of tensors, to a tree of tensors; it must read what it is differentiated in as arguments.
+        *trees: where.
+        aux: the function returns a pair, of which the second part is handed on, detached.
+        keep: the way back is taken more than once.
+
+    Returns:
+        The value, the function from a cotangent like it to a tuple of trees like the arguments, and with ``aux`` the
+        second part.
+    """
+    if in_transform():
+        return torch.func.vjp(function, *trees, has_aux=aux)
+    leaves = pytree.tree_map(lambda value: value.detach().requires_grad_(), trees)
+    with torch.enable_grad():
+        value = function(*leaves)
+    value, more = value if aux else (value, ())
+    flat, shape = pytree.tree_flatten(leaves)
+
+    def pull(cotangent: Any) -> Any:
+        reached = [
+            (out, given)
+            for out, given in zip(pytree.tree_leaves(value), pytree.tree_leaves(cotangent), strict=True)
+            if out.requires_grad
+        ]
+        if not reached or not flat:
+            return pytree.tree_map(torch.zeros_like, trees)
+        outs, given = zip(*reached, strict=True)
+        grads = torch.autograd.grad(outs, flat, given, retain_graph=keep, materialize_grads=True)
+        return pytree.tree_unflatten(grads, shape)
+
+    found = pytree.tree_map(torch.detach, value), pull
+    return (*found, pytree.tree_map_only(Tensor, torch.detach, more)) if aux else found
 
 
 @contextlib.contextmanager
-def observed(observe: Callable[[int, Tree, tuple[Tree, Tree]], None]) -> Iterator[None]:
-    """Within the block, call ``observe(step, direction, products)`` after every `curvature`, also inside vmap."""
+def observed(observe: Callable[[int, Tree, Products], None]) -> Iterator[None]:
+    """Within the block, call ``observe(step, direction, products)`` after every product, also inside vmap."""
     token = _observer.set(observe)
     try:
         yield
     finally:
         _observer.reset(token)
-
-
-def _products(
-    problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int
-) -> tuple[Tree, Tree]:
-    if problem.known.forward_mode:
-        try:
-            return _forward_over_reverse(problem, params, meta, support, direction, step)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "vmap" in str(error):
-                raise
-            # The loss could be differentiated once, so forward mode is what it lacks.
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"curvature falls back to reverse-over-reverse, same result, slower: {reason}", stacklevel=3)
-            problem.known.forward_mode = False
-    return _reverse_over_reverse(problem, params, meta, support, direction, step)
-
-
-def _forward_over_reverse(
-    problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int
-) -> tuple[Tree, Tree]:
-    def gradients(at: Tree) -> tuple[Tree, Tree]:
-        return torch.func.grad(problem.inner_loss, argnums=(0, 1))(at, meta, support)
-
-    # jvp refuses overlapping memory, which parameters broadcast over tasks or expanded by the user have.
-    primal = {name: value.contiguous() for name, value in params.items()}
-    with replayed(problem.seed, step, params):
-        products: tuple[Tree, Tree] = torch.func.jvp(gradients, (primal,), (direction,))[1]
-    return products
-
-
-def _reverse_over_reverse(
-    problem: Problem, params: Tree, meta: Tree, support: Batch, direction: Tree, step: int
-) -> tuple[Tree, Tree]:
-    def gradient_in_params(at: Tree, given: Tree) -> Tree:
-        return torch.func.grad(problem.inner_loss)(at, given, support)
-
-    with replayed(problem.seed, step, params):
-        products: tuple[Tree, Tree] = torch.func.vjp(gradient_in_params, params, meta)[1](direction)
-    return products
 
 
 def in_transform() -> bool:

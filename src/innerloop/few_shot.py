@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, chain_of, parameter_names
-from innerloop.curvature import replayed
+from innerloop.curvature import pullback, replayed
 from innerloop.problem import Batch, Problem, Steps, Task, Tree
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
@@ -171,14 +171,13 @@ class FewShot:
 
     def _compare(self, inputs: Any, outputs: Any) -> None:
         """Do without a declared chain that does not give what the model gives."""
-        assert self.prefix and self.suffix
+        assert self.prefix is not None
+        assert self.suffix is not None
         self._to_compare = False
         try:
             with replayed(0, 0, inputs):
                 found = self.suffix(self._buffers(), self.prefix(self._buffers(), inputs))
-            same = all(
-                torch.allclose(*pair) for pair in zip(*map(pytree.tree_leaves, (found, outputs)), strict=True)
-            )
+            same = all(torch.allclose(*pair) for pair in zip(*map(pytree.tree_leaves, (found, outputs)), strict=True))
         except (RuntimeError, TypeError, ValueError, AttributeError):
             same = False
         if not same:
@@ -210,7 +209,8 @@ class FewShot:
         return {name: meta[name] for name in self.adapted}
 
     def _from_prototypes(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
-        assert self.start and self.layer
+        assert self.start is not None
+        assert self.layer is not None
         if isinstance(support, Steps):
             raise ValueError("Prototypes() needs one support set, not a batch for every step (Steps)")
         inputs, targets = support
@@ -258,7 +258,14 @@ class FewShot:
     # A task's problem.
 
     def state(
-        self, task: Task, meta: Tree, *, transductive: bool = True, ways: int = 0, reuse: bool = True, differentiate: bool
+        self,
+        task: Task,
+        meta: Tree,
+        *,
+        transductive: bool = True,
+        ways: int = 0,
+        reuse: bool = True,
+        differentiate: bool,
     ) -> Stated:
         """The problem of a task, on the features of the frozen prefix.
 
@@ -309,7 +316,7 @@ class FewShot:
         reduced = Task(*(_numbered(part) if stream else part for stream, part in zip(streams, task, strict=True)))
         if not differentiate:
             return Stated(problem, above | features(below), reduced, None)
-        found, pull = torch.func.vjp(features, below)[:2]
+        found, pull = pullback(features, below)
 
         def carry(grad: Tree) -> Tree:
             (through,) = pull({name: grad[name] for name in found})

@@ -50,8 +50,9 @@ class MetaLearner(Bilevel):
         start: None begins at the model itself; ``Prototypes()`` with the class means of the support set as head.
         carry: where a task begins: ``"none"``: at the start; ``"slot"`` or ``"task"``: where the same place of the last
             batch, or the same task, was left. See `Bilevel`.
-        chunk_size: how many tasks are computed at once; bounds memory and changes no result. None takes 8 on the CPU,
-            where neither fewer nor more was best throughout, and all on an accelerator. 1 computes task by task.
+        chunk_size: how many tasks are computed at once; bounds memory and changes no result. None chooses by the bytes
+            of one task; 1 computes task by task.
+        memory: bytes that a meta-step may take beyond model and tasks; see `Bilevel`.
         reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left
             out by itself where the blocks are not known, or random (dropout).
 
@@ -77,6 +78,7 @@ class MetaLearner(Bilevel):
         start: Prototypes | str | None = None,
         carry: Carry = "none",
         chunk_size: int | None = None,
+        memory: int | None = None,
         reuse_prefix: bool = True,
     ) -> None:
         nn.Module.__init__(self)
@@ -91,7 +93,7 @@ class MetaLearner(Bilevel):
         begin: Prototypes | None = choice(start, "start") if start is not None else None
         self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix)
         self.problem = self.few_shot.problem
-        self._bind(inner, meta_gradient, carry, True, chunk_size, self.few_shot.moves, self._whole())
+        self._bind(inner, meta_gradient, carry, True, chunk_size, memory, self.few_shot.moves, self._whole())
 
     @property
     def adapted(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -149,9 +151,11 @@ class MetaLearner(Bilevel):
         steps = self._steps(steps)
         with torch.inference_mode(False), torch.no_grad(), second_order_kernels(self.recurrent):
             task, meta = self._single(inputs, targets), self.meta_tree()
+            if not steps and self.few_shot.start is None:
+                return self.problem.start(meta)
             self._look([task])
             problem, meta, task, _ = self._state(task, meta, self._ways([task]), differentiate=False)
-            loop = bind(problem, meta, task.support, self.inner, self.learned(), graph="none")
+            loop = bind(problem, meta, task.support, self.inner, self.learned(), steps=steps)
             return loop.run(steps).params
 
     def train(self, mode: bool = True) -> MetaLearner:
@@ -185,10 +189,12 @@ class MetaLearner(Bilevel):
     def _whole(self) -> bool | None:
         return self.few_shot.whole
 
-    def _state(self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, differentiate: bool) -> Stated:
+    def _state(
+        self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, reuse: bool = True, differentiate: bool
+    ) -> Stated:
         transductive = not inductive and self.batch_norm != "task"
         # a minibatch has statistics of its own
-        reuse = self.inner.minibatch is None
+        reuse = reuse and self.inner.minibatch is None
         return self.few_shot.state(
             task, meta, transductive=transductive, ways=ways, reuse=reuse, differentiate=differentiate
         )
@@ -199,9 +205,11 @@ class MetaLearner(Bilevel):
         labels = [task.support[1] for task in ([tasks] if isinstance(tasks, Task) else tasks)]
         return max(int(targets.max()) for targets in labels) + 1
 
-    def _accuracy(self, outputs: Any, task: Task) -> list[Tensor]:
+    def _accuracy(self, outputs: Any, task: Task, place: int) -> list[Tensor]:
         """The share of queries classified rightly, in a list that is empty where targets are not classes."""
-        query = task.query.row(-1, -1) if isinstance(task.query, Steps) and not callable(task.query.rows) else task.query
+        query = task.query
+        if isinstance(query, Steps) and not callable(query.rows):
+            query = query.row(place, place)
         scores = getattr(outputs, "logits", outputs)
         targets = None if isinstance(query, Steps) else query[1]
         if not isinstance(scores, Tensor) or not isinstance(targets, Tensor):
@@ -218,15 +226,17 @@ class MetaLearner(Bilevel):
                 if isinstance(examples, Steps):
                     continue
                 if not isinstance(examples, (tuple, list)) or len(examples) != 2:
-                    raise ValueError(f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}")
-                lengths = [{tuple(leaf.shape[: 1 if single else 2]) for leaf in _leaves(each)} for each in examples]
-                if any(not sizes for sizes in lengths) or len(lengths[0] | lengths[1]) != 1 or () in lengths[0]:
-                    shown = " and ".join(
-                        ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(each)) for each in examples
-                    )
                     raise ValueError(
-                        f"the {part} set has inputs and targets of shapes {shown}: give as many inputs as targets, behind "
-                        f"{'no task dimension in a list of tasks' if single else 'a task dimension (tensor.unsqueeze(0) adds it)'}"
+                        f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}"
+                    )
+                leading = 1 if single else 2
+                sizes = {tuple(leaf.shape[:leading]) for leaf in _leaves(examples)}
+                if len(sizes) != 1 or len(sizes.pop()) < leading:
+                    shown = ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(examples))
+                    where = "no task dimension in a list" if single else "a task dimension (tensor.unsqueeze(0))"
+                    raise ValueError(
+                        f"the {part} set has inputs and targets of shapes {shown}: give as many inputs as targets, "
+                        f"behind {where}"
                     )
         self._look(tasks)
         return tasks, count

@@ -134,7 +134,6 @@ class End(NamedTuple):
 class Known:
     """What was found out about a problem while computing with it; shared by all its copies."""
 
-    forward_mode: bool = True
     warned: bool = False
 
 

@@ -44,11 +44,11 @@ class Probe(NamedTuple):
 
     Attributes:
         value: ``value(params) -> scalar``, the loss anywhere.
-        hessian: ``hessian(params, direction) -> tree``, a product with the Hessian there.
+        hessian: ``hessian(params)`` gives ``direction -> tree``, products with the Hessian there.
     """
 
     value: Callable[[Tree], Tensor]
-    hessian: Callable[[Tree, Tree], Tree]
+    hessian: Callable[[Tree], Callable[[Tree], Tree]]
 
 
 @dataclass(frozen=True, kw_only=True)

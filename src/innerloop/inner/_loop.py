@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import Graph, curvature, fresh_seed, gradient, replayed
+from innerloop.curvature import curvature, fresh_seed, gradient, linearised, replayed
 from innerloop.inner._base import InnerSolver, Probe, State
 from innerloop.problem import Batch, End, Problem, Steps, Tree
 
@@ -27,7 +27,8 @@ class InnerLoop:
         begin: where the loop begins.
         rows: for minibatches, which support examples each step sees, ``[steps, minibatch]``.
         resumed: whether the task is taken up where it was left.
-        graph: what is kept of a gradient's computation, see ``curvature.gradient``.
+        record: keep the graphs of gradients, so that autograd can go back through them.
+        keep_graphs: whether there is memory for the graphs of all steps; the estimator decides what for.
     """
 
     problem: Problem
@@ -39,7 +40,8 @@ class InnerLoop:
     begin: End
     rows: Tensor | None = None
     resumed: bool = False
-    graph: Graph = "transform"
+    record: bool = False
+    keep_graphs: bool = False
 
     @property
     def steps(self) -> range:
@@ -69,16 +71,21 @@ class InnerLoop:
                 return self.problem.inner_loss({**params, **moving}, meta, support)
 
             problem = replace(problem, inner_loss=inner_loss)
-        grad, loss = gradient(problem, moving, self.meta, batch, step, self.graph)
+        grad, loss = gradient(problem, moving, self.meta, batch, step, self.record)
         return {name: grad[name] if name in grad else torch.zeros_like(p) for name, p in params.items()}, loss
 
     def curvature(self, step: int, params: Tree, direction: Tree) -> tuple[Tree, Tree]:
         """``(H w, B w)`` with the batch and the random draws of ``step``."""
         return curvature(self.problem, params, self.meta, self.batch(step), direction, step)
 
-    def hessian(self, step: int, params: Tree, direction: Tree) -> Tree:
-        """``H w`` alone, which spares the way back to the meta-parameters."""
-        return curvature(self._constant_meta, params, {}, self.batch(step), direction, step)[0]
+    def products(self, step: int, params: Tree) -> Callable[[Tree], tuple[Tree, Tree]]:
+        """``w -> (H w, B w)``, for several products at one point."""
+        return linearised(self.problem, params, self.meta, self.batch(step), step)
+
+    def hessian(self, step: int, params: Tree) -> Callable[[Tree], Tree]:
+        """``w -> H w`` alone, which spares the way back to the meta-parameters."""
+        product = linearised(self.problem, params, self.meta, self.batch(step), step, mixed=False)
+        return lambda direction: product(direction)[0]
 
     def value(self, step: int, params: Tree) -> Tensor:
         """The inner loss, with the batch and the random draws of ``step``."""
@@ -127,12 +134,6 @@ class InnerLoop:
         rows = self.solver.moves
         return not rows or name in rows[min(step, len(rows) - 1)]
 
-    @cached_property
-    def _constant_meta(self) -> Problem:
-        return replace(
-            self.problem, inner_loss=lambda params, _, support: self.problem.inner_loss(params, self.meta, support)
-        )
-
 
 def bind(
     problem: Problem,
@@ -142,7 +143,7 @@ def bind(
     learned: Tree,
     begin: End | None = None,
     rows: Tensor | None = None,
-    graph: Graph = "transform",
+    steps: int | None = None,
 ) -> InnerLoop:
     """The inner loop of a task.
 
@@ -154,7 +155,7 @@ def bind(
         learned: its own meta-parameters.
         begin: where the task was left; None begins at the problem's start.
         rows: which examples each step sees; None draws them where the solver takes minibatches.
-        graph: what is kept of a gradient's computation.
+        steps: how many will be taken; None takes those of meta-training.
 
     Raises:
         ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
@@ -174,11 +175,11 @@ def bind(
         if unknown := row - at.params.keys():
             raise ValueError(f"moves names {', '.join(sorted(unknown))}, which is no parameter of the inner problem")
     if solver.minibatch is not None and rows is None:
-        rows = minibatches(solver, support, [problem.seed or 0], at.step)[0]
-    return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None, graph)
+        rows = minibatches(solver, support, [problem.seed or 0], steps or solver.steps, at.step)[0]
+    return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None)
 
 
-def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], first: int = 0) -> Tensor:
+def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: int, first: int = 0) -> Tensor:
     """Which support examples each step of each task sees, ``[tasks, steps, minibatch]``, on the CPU.
 
     Examples come in random order, all of them before any comes again (Reptile's authors' sampling, arXiv 1803.02999).
@@ -187,6 +188,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], first: in
         solver: the inner solver.
         support: of one task.
         seeds: one a task.
+        steps: how many.
         first: the first step's number, which changes the draw.
 
     Raises:
@@ -198,7 +200,6 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], first: in
     examples = len(pytree.tree_leaves(support)[0])
     if size > examples:
         raise ValueError(f"minibatch={size} is more than the {examples} support examples: give fewer")
-    steps = max(solver.steps, solver.adaptation_steps)
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + first)

@@ -74,7 +74,7 @@ class NewtonCG(InnerSolver):
         grad = self.full_gradient(params, grad, start)
         direction, _ = solve_tree(
             CG(self.iterations),
-            lambda vector: probe.hessian(params, vector),
+            probe.hessian(params),
             {name: -g for name, g in grad.items()},
             shift=self.weight_decay + self.proximal,
         )

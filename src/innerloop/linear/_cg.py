@@ -23,7 +23,8 @@ class CG:
     It stops, keeping what it has, once the residual is at the tolerance (a converged solve would go on to 0/0), and
     where ``p.Ap / p.p`` is not above 0 or within the rounding error of the largest one met: the matrix is indefinite or
     singular, and going on would leave the minimum that the system describes, or divide by what should be 0. If that
-    happens in the first iteration of a solve from 0 there is nothing to keep, and ``b`` is returned.
+    happens in the first iteration of a solve from 0 there is nothing to keep, and the solution without the matrix is
+    returned, ``b`` over what is on the diagonal (``b`` where nothing is).
 
     Attributes:
         iterations: at most so many, one product each, 1 or more. All products are computed, stopped or not.
@@ -75,7 +76,7 @@ class CG:
             stop = active & (curve <= 16 * floor * largest * square)
             largest = torch.maximum(largest, curve / torch.where(square > 0, square, 1.0))
             if iteration == 0:
-                x = torch.where(stop & (x == 0).all(), b, x)
+                x = torch.where(stop & (x == 0).all(), b / shift if shift > 0 else b, x)
             negative, active = negative | stop, active & ~stop
             length = torch.where(active, size / torch.where(active, curve, 1.0), 0.0)
             x, r = x + length * p, r - length * image

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from innerloop.curvature import pullback
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Batch, End, Problem, Steps, Tree
@@ -64,7 +65,8 @@ def outer_gradient(problem: Problem, params: Tree, meta: Tree, query: Batch) -> 
         value, extra = outer_value(problem, params, meta, query)
         return value, () if extra is None else extra  # torch.func takes no None beside a value
 
-    (in_params, in_meta), (value, extra) = torch.func.grad_and_value(loss, argnums=(0, 1), has_aux=True)(params, meta)
+    value, pull, extra = pullback(loss, params, meta, aux=True)
+    in_params, in_meta = pull(torch.ones_like(value))
     return Outer(value, in_params, in_meta, None if isinstance(extra, tuple) and not extra else extra)
 
 
@@ -165,9 +167,7 @@ class Trail:
             for step in reversed(self.keep):
                 yield step, self._ready(step, self._kept.pop(step))
         elif self.keep:
-            yield from self._between(
-                self.keep.start, self._kept.pop(self.keep.start), self.keep.stop, self.copies - 2
-            )
+            yield from self._between(self.keep.start, self._kept.pop(self.keep.start), self.keep.stop, self.copies - 2)
 
     def _between(self, first: int, stored: Snapshot, last: int, slots: int) -> Iterator[tuple[int, Snapshot]]:
         """Steps ``last - 1`` down to ``first``, with room for so many more copies."""
@@ -244,7 +244,7 @@ def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangen
         return params, state
 
     assert snapshot.grad is not None
-    back = torch.func.vjp(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)[1]
+    back = pullback(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)[1]
     params, grad, state, learned, start = back((cotangents.params, cotangents.state))
     before = Cotangents(params, state, add(cotangents.learned, learned), add(cotangents.start, start), cotangents.meta)
     return before, grad
@@ -266,7 +266,7 @@ def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad:
 
 def through_start(loop: InnerLoop, cotangent: Tree) -> Tree:
     """What reaches meta through the problem's start, from the cotangent of that."""
-    back = torch.func.vjp(lambda meta: loop.problem.begin(meta, loop.support), loop.meta)[1]
+    back = pullback(lambda meta: loop.problem.begin(meta, loop.support), loop.meta)[1]
     grad: Tree = back(cotangent)[0]
     return grad
 

@@ -17,18 +17,14 @@ more, and the gradients of learned rates and of meta-parameters inside the inner
 
 from __future__ import annotations
 
-import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import Trail, add, conclude, judge, outer_weights, pull, scale
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
-from innerloop.problem import Batch, Tree
+from innerloop.problem import Batch
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,7 @@ class Binomial(MetaGradient):
     low order can be worse than ``FirstOrder``; damping helps there, and hurts where it is below.
 
     It takes ``order * (steps - order + 1)`` curvature products, for orders above 0 never fewer than ``Unrolled``; those
-    at one step, up to ``order``, are taken at once, which is faster than one by one and holds as many forward-mode
-    tangents in memory.
+    at one step, up to ``order``, share one gradient.
 
     Attributes:
         order: most curvature products in a term, 0 or more; beyond the steps it is the steps.
@@ -95,7 +90,8 @@ class Binomial(MetaGradient):
             pulled = [pull(loop, range(step, step + 1), place, vector) for vector in vectors]
             if loop.steps.stop - step <= order:
                 pulled.append(pulled[-1])
-            products = _products(loop, step, place.params, [grad for _, grad in pulled[:-1]])
+            product = loop.products(step, place.params)
+            products = [product(grad) for _, grad in pulled[:-1]]
             vectors = [pulled[0][0]] if step - first >= order else []
             for (vector, _), (in_params, in_meta) in zip(pulled[1:], products, strict=True):
                 vectors.append(
@@ -109,22 +105,3 @@ class Binomial(MetaGradient):
                 loss, vectors = loss + early, [add(vector, more) for vector in vectors]
         count = order * (steps - order + 1)
         return conclude(loop, vectors[-1], loss, end, extra, support_loss, count)
-
-
-def _products(loop: InnerLoop, step: int, params: Tree, directions: Sequence[Tree]) -> list[tuple[Tree, Tree]]:
-    """``(H w, B w)`` for several directions at one point, which vmap goes through once for all of them."""
-
-    def product(direction: Tree) -> tuple[Tree, Tree]:
-        return loop.curvature(step, params, direction)
-
-    if len(directions) > 1:
-        stacked = {name: torch.stack([direction[name] for direction in directions]) for name in params}
-        try:
-            found = torch.func.vmap(product, randomness="same")(stacked)
-            return [torch.utils._pytree.tree_map(operator.itemgetter(i), found) for i in range(len(directions))]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"curvature products are taken one by one, same result, slower: {reason}", stacklevel=3)
-    return [product(direction) for direction in directions]

@@ -26,7 +26,7 @@ from innerloop.inner import InnerLoop, InnerSolver
 from innerloop.linear import CG, Info, LinearSolver, Nystrom, solve_tree
 from innerloop.meta_gradient._adjoint import Outer, Trail, add, outer_gradient, outer_weights, scale, through_start
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
-from innerloop.problem import Batch, End, Steps, Tree
+from innerloop.problem import Batch, Steps, Tree
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Implicit(MetaGradient):
             )
         if whole is False and not shift:
             warnings.warn(
-                "Implicit() without weight_decay or proximal in the inner solver: the Hessian of a classifier's head is "
-                "singular, so watch solution_norm and residual in the diagnostics"
+                "Implicit() without weight_decay or proximal in the inner solver: the Hessian of a classifier's head "
+                "is singular, so watch solution_norm and residual in the diagnostics"
                 + ("" if not self.learn_start else "; and the start of what is adapted gets a gradient of zero"),
                 stacklevel=4,
             )
@@ -106,7 +106,9 @@ class Implicit(MetaGradient):
             return "its inner loop diverges: use a smaller inner rate"
         term = "proximal" if seen.inner.proximal or not seen.inner.weight_decay else "weight_decay"
         weight, causes = getattr(seen.inner, term), []
-        if seen.smallest <= 0:
+        if abs(seen.smallest) <= 1e-6 * seen.largest:
+            causes.append("its system is singular: give weight_decay or proximal above 0")
+        elif seen.smallest < 0:
             needed = weight - seen.smallest
             slower = "" if seen.rate is None else f" and an inner rate below {1 / (seen.largest - seen.smallest):.3g}"
             causes.append(
@@ -122,7 +124,8 @@ class Implicit(MetaGradient):
             )
         if seen.residual is not None and seen.residual > 0.1:
             causes.append(
-                f"the linear solver leaves a residual of {seen.residual:.0%}: give it more iterations, or a larger {term}"
+                f"the linear solver leaves a residual of {seen.residual:.0%}: give it more iterations, or a larger "
+                f"{term}"
             )
         return "; ".join(causes)
 
@@ -146,7 +149,7 @@ class Implicit(MetaGradient):
         return Result(grad, {}, outer.loss, outer.extra, diagnostics, end._replace(solution=solution))
 
 
-def MemoryReduced(linear_solver: LinearSolver | None = None) -> Implicit:  # noqa: N802  # the name of a method
+def MemoryReduced(linear_solver: LinearSolver | None = None) -> Implicit:  # the name of a method
     """Memory-reduced meta-learning (Yang, Ma and Yu, arXiv 2412.12030): ``Implicit(linear_solver, learn_start=False)``.
 
     Only a head is adapted, from a start that is not learned, and weight decay makes its inner loss strongly convex:
@@ -174,10 +177,10 @@ def respond(
         ``negative_curvature`` as in ``innerloop.linear.Info``, ``solution_norm``, which is that of ``v``, and
         ``curvature_products``, the one with the mixed derivative among them.
     """
+    hessian = loop.hessian(loop.steps.stop, params)
 
     def product(direction: Tree) -> Tree:
-        found = loop.hessian(loop.steps.stop, params, direction)
-        return found if divisor == 1 else scale(found, 1 / divisor)
+        return hessian(direction) if divisor == 1 else scale(hessian(direction), 1 / divisor)
 
     solution, info = solve_tree(linear_solver, product, outer.params, shift, loop.begin.solution or None)
     return solution, diagnose_solve(solution, info)
@@ -199,9 +202,14 @@ def refuse_no_solution(estimator: str, solver: InnerSolver, learns: bool) -> Non
     """Refuse solvers whose own settings the solution does not follow.
 
     Raises:
-        ValueError: learned rates, or decoupled weight decay.
+        ValueError: learned rates, decoupled weight decay, or clipping beside the two terms.
     """
     rule = type(solver).__name__
+    if solver.clip is not None and solver.weight_decay + solver.proximal:
+        raise ValueError(
+            f"{estimator} differentiates the solution of the inner problem, which {rule}(clip=...) misses: it shortens "
+            "the loss's gradient but not weight_decay's and proximal's. Leave clip out, or use Unrolled()"
+        )
     if learns:
         raise ValueError(
             f"{estimator} gives no gradient to the rates of {rule}, on which the solution of the inner problem does "

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from innerloop.curvature import in_transform
+from innerloop.curvature import pullback
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import outer_value, outer_weights, walk
 from innerloop.meta_gradient._base import MetaGradient, Result
@@ -30,8 +29,9 @@ class Unrolled(MetaGradient):
     """Exact for every inner solver, learned rates and meta-parameters inside the inner loss included.
 
     Attributes:
-        record: keep the graph of the whole inner loop, as plain autograd does, and take no curvature product: memory
-            grows with every step, and time is less where that memory is there. The same numbers.
+        record: True keeps the graph of the whole inner loop, as plain autograd does, and takes no curvature product:
+            memory grows with every step, and time is less where that memory is there. The same numbers. None leaves it
+            to a learner, which keeps graphs within its ``memory=``; False never does.
         copies: hold at most so many copies of parameters and solver state on the way back, 2 or more, and compute those
             between again: with 20 copies, 1,000 steps are run at most 3 times each (4 times where the solver's update
             is not linear in the gradient). None holds one a step, which is best unless steps times parameters is what
@@ -53,15 +53,15 @@ class Unrolled(MetaGradient):
         >>> il.hypergradient(problem, meta, task, il.AdamW(lr=1e-3, steps=1000), il.Unrolled(copies=20))
     """
 
-    record: bool = False
+    record: bool | None = None
     copies: int | None = None
     offload: bool = False
     learn_start: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not isinstance(self.record, bool):
-            raise ValueError(f"Unrolled(record={self.record!r}): give True or False; the number of copies is copies=")
+        if not isinstance(self.record, bool | None):
+            raise ValueError(f"Unrolled(record={self.record!r}): give True, False or None; the number of copies is copies=")
         if self.copies is not None and not (isinstance(self.copies, int) and self.copies >= 2):
             raise ValueError(f"Unrolled(copies={self.copies!r}): give a whole number from 2, or None for one a step")
         if self.record and (self.copies is not None or self.offload):
@@ -69,7 +69,7 @@ class Unrolled(MetaGradient):
 
     def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
         """The exact meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
-        if self.record:
+        if self.record or (self.record is None and loop.keep_graphs and self.copies is None and not self.offload):
             return _recorded(loop, query, step_weights, self.learn_start)
         return walk(
             loop,
@@ -85,16 +85,13 @@ class Unrolled(MetaGradient):
 def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None, learn_start: bool) -> Result:
     """Back-propagation through the recorded loop, as one would write it on a blackboard."""
     weights, first = outer_weights(loop, query, step_weights), loop.steps.start
-    inside = in_transform()
 
     def unrolled(meta: Tree, learned: Tree) -> tuple[Tensor, Any]:
         start, at = loop.start, loop.begin
         if learn_start and (loop.solver.proximal or not loop.resumed):
             start = loop.problem.begin(meta, loop.support)
             at = at if loop.resumed else at._replace(params=start)
-        recording = replace(
-            loop, meta=meta, learned=learned, start=start, begin=at, graph="transform" if inside else "kept"
-        )
+        recording = replace(loop, meta=meta, learned=learned, start=start, begin=at, record=True)
         support_loss: list[Tensor] = []
         judged: list[Tensor] = []
 
@@ -115,19 +112,8 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
         total = torch.stack(judged).sum() if judged else torch.zeros(())
         return total, (torch.stack(support_loss), end.params, end.state, () if extra is None else extra)
 
-    if inside:
-        found = torch.func.grad_and_value(unrolled, argnums=(0, 1), has_aux=True)(loop.meta, loop.learned)
-        (grad, learned_grad), (loss, (support_loss, params, state, extra)) = found
-    else:
-        leaves = pytree.tree_map(lambda value: value.detach().requires_grad_(), (loop.meta, loop.learned))
-        with torch.enable_grad():
-            loss, (support_loss, params, state, extra) = unrolled(*leaves)
-        flat, shape = pytree.tree_flatten(leaves)
-        grads = torch.autograd.grad(loss, flat, materialize_grads=True)
-        grad, learned_grad = pytree.tree_unflatten(grads, shape)
-        loss, support_loss, params, state, extra = pytree.tree_map(
-            torch.detach, (loss, support_loss, params, state, extra)
-        )
+    loss, pull, (support_loss, params, state, extra) = pullback(unrolled, loop.meta, loop.learned, aux=True)
+    grad, learned_grad = pull(torch.ones_like(loss))
     diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
     extra = None if isinstance(extra, tuple) and not extra else extra
     return Result(grad, learned_grad, loss, extra, diagnostics, End(params, state, loop.steps.stop))

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -26,7 +25,7 @@ from innerloop.bilevel import Bilevel
 from innerloop.choices import choice
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
-from innerloop.meta_gradient import MetaGradient, Seen, Unrolled
+from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Source, evaluation_mode
 from innerloop.training.evaluation import draw as draw_tasks
@@ -154,9 +153,9 @@ def check(
 ) -> Check:
     """Compare estimators with the exact meta-gradient of a learner as it stands, on the first tasks of a split.
 
-    All of them see the learner's own problem, without dropout and with the same random draws; its own estimator makes no
-    difference. Those that do not learn the start of a `MetaLearner` are compared in what they learn. Tasks are computed
-    one by one, each from the start, so that time and memory are those of one.
+    All of them see the learner's own problem, without dropout and with the same random draws; its own estimator makes
+    no difference. Those that do not learn the start of a `MetaLearner` are compared in what they learn. Tasks are
+    computed one by one, each from the start, so that time and memory are those of one.
 
     Args:
         learner: a `MetaLearner` or any `Bilevel`; it stays as it is.
@@ -181,7 +180,9 @@ def check(
         refused = dict.fromkeys(chosen, f"no exact meta-gradient to compare with: {reason}")
     found: dict[str, list[tuple[_Measured, _Measured]]] = {name: [] for name in chosen if name not in refused}
     spectra = []
-    with evaluation_mode(learner), torch.random.fork_rng(devices=[]):
+    with evaluation_mode(learner), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # what follows from that is measured here
+        warnings.filterwarnings("ignore", message=".* without weight_decay or proximal in the inner solver")
         for index in range(count):
             task = _single(learner, draw_tasks(tasks, learner, split, index, 1))
             torch.default_generator.manual_seed(index)  # the CPU's, from which every seed is drawn
@@ -266,9 +267,7 @@ def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradi
     )
 
 
-def _row(
-    name: str, estimator: MetaGradient, adapted: Sequence[str], found: list[tuple[_Measured, _Measured]]
-) -> Row:
+def _row(name: str, estimator: MetaGradient, adapted: Sequence[str], found: list[tuple[_Measured, _Measured]]) -> Row:
     cosines, errors = [], []
     for mine, exact in found:
         names = [each for each in exact.grad if estimator.learn_start or each not in adapted]
@@ -299,6 +298,8 @@ def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
     """The smallest eigenvalue and the largest absolute eigenvalue of H that are seen on one task."""
     with torch.no_grad(), second_order_kernels(learner.recurrent):
         places = loop.begin.params, loop.run(learner.inner.steps).params
+        if not finite(places):
+            return math.nan, math.nan
         seen = torch.cat([_eigenvalues(loop, params) for params in places])
     seen = seen + (0.0 if learner.inner.decoupled else learner.inner.weight_decay) + learner.inner.proximal
     return seen.min().item(), seen.abs().max().item()
@@ -321,10 +322,12 @@ def _eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
     sizes = [value.numel() for value in params.values()]
     like = next(iter(params.values()))
 
+    hessian = loop.hessian(loop.begin.step, params)
+
     def product(vector: Tensor) -> Tensor:
         parts = zip(shapes.items(), vector.split(sizes), strict=True)
         direction = {name: part.view(shape) for (name, shape), part in parts}
-        bent = loop.hessian(loop.begin.step, params, direction)
+        bent = hessian(direction)
         return torch.cat([bent[name].reshape(-1) for name in shapes])
 
     first = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

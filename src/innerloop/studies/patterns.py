@@ -125,8 +125,14 @@ def movable_blocks(learner: MetaLearner, batch_norm: bool = True) -> list[bool]:
         batch_norm: batch norm's scale and shift move with their block.
 
     Raises:
-        ValueError: the model names no blocks, or fewer than two of them can move, so that there is nothing to choose.
+        ValueError: the model names no blocks, its head is read off the support set, or fewer than two blocks can move,
+            so that there is nothing to choose.
     """
+    if learner.few_shot.start is not None:
+        raise ValueError(
+            f"with start={learner.few_shot.start!r} the head is made anew for every task, and a pattern that leaves it "
+            "alone has none: train with start none"
+        )
     blocks = blocks_of(learner.model)
     if blocks is None:
         raise ValueError(
@@ -168,6 +174,7 @@ def with_pattern(learner: MetaLearner, blocks: Blocks, reuse_prefix: bool = True
         meta_gradient=FirstOrder() if learner.inner.differentiable else learner.meta_gradient,
         loss=learner.loss,
         batch_norm=learner.batch_norm,
+        start=learner.few_shot.start,
         chunk_size=learner.chunk_size,
         reuse_prefix=reuse_prefix,
     )

@@ -45,8 +45,8 @@ def draw(tasks: Source, learner: Bilevel, split: str, start: int, count: int) ->
         found = len(leaves[0]) if leaves else count
     if found != count:
         raise ValueError(
-            f"batch({split!r}, {start}, {count}) of the task source gives {found} of {count} tasks: let it give a list of "
-            "as many tasks as asked for, or ask for one at a time (tasks_per_batch=1)"
+            f"batch({split!r}, {start}, {count}) of the task source gives {found} of {count} tasks: let it give a list "
+            "of as many tasks as asked for, or ask for one at a time (tasks_per_batch=1)"
         )
     return batch
 

@@ -81,10 +81,10 @@ def fit(
     this inside ``torch.autocast``.
 
     Args:
-        learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision of its parameters.
-            What it carries from batch to batch is in the checkpoint.
-        tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks, a list
-            of them, or the one asked for, and is a pure function of its arguments.
+        learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision of its
+            parameters. What it carries from batch to batch is in the checkpoint.
+        tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks, a
+            list of them, or the one asked for, and is a pure function of its arguments.
         steps: outer steps, those of earlier sessions included.
         tasks_per_batch: tasks in one outer step, over all processes.
         optimizer: any optimiser of torch over ``learner.parameters()``; by default Adam at 1e-3.
@@ -102,9 +102,9 @@ def fit(
         log: also called with every record, see `innerloop.training.logs`.
 
     Raises:
-        ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner with
-            ``carry="task"``, a source that gives another number of tasks than asked for, or a folder that already holds
-            a run while ``resume`` is False.
+        ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner
+            with ``carry="task"``, a source that gives another number of tasks than asked for, a folder that not every
+            process can read, or one that already holds a run while ``resume`` is False.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
@@ -136,6 +136,10 @@ def fit(
         run.restore()
     elif run.folder and (run.folder / LAST).exists():
         raise ValueError(f"{folder} already holds a run; resume it, or choose another folder")
+    if len(found := set(processes.gather([run.progress.step]))) > 1:
+        raise ValueError(
+            f"the processes found checkpoints of steps {sorted(found)} in {folder}: give a folder that all of them read"
+        )
     processes.broadcast(learner)
 
     at = run.progress
@@ -300,6 +304,7 @@ class _Run:
                     "carried": dict(enumerate(carried)),
                 },
             )
+        processes.wait()  # what comes next on the others may read it
 
     def restore(self) -> None:
         """Read the folder's checkpoint, if it has one."""

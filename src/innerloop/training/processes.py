@@ -80,6 +80,12 @@ def broadcast(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
+def wait() -> None:
+    """Go on when all processes are here."""
+    if joined():
+        dist.barrier()
+
+
 def agree(item: T) -> T:
     """What rank 0 was given."""
     items = [item]

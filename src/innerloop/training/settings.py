@@ -213,7 +213,7 @@ class Settings:
         if "carry" not in found and name in brought:
             what, option = brought[name]
             raise ValueError(
-                f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the inner "
-                f"loop's now: train again with --{option}"
+                f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the "
+                f"inner loop's now: train again with --{option}"
             )
         return settings
