@@ -14,9 +14,8 @@ half a minute on one CPU thread, printed last for each way to the rater's gradie
 
 The first number is the AUC on examples drawn anew, the second the clean loss of the inner models, all ages together,
 over the last 100 windows. Only the inner loss reads the rater, so its first-order gradient is exactly zero, as the
-library warns, and all weights stay equal. `il.Unrolled(record=True)` keeps the graph of the two steps: at so few the
-fastest exact way. With two other seeds the AUC was 95.5 and 95.2%. text.txt is by Shakespeare, Poe, Jefferson, Lincoln
-and Carroll, in the public domain.
+library warns, and all weights stay equal. With two other seeds the AUC was 95.5 and 95.2%. text.txt is by Shakespeare,
+Poe, Jefferson, Lincoln and Carroll, in the public domain.
 """
 
 import math
@@ -110,7 +109,7 @@ def found(rater: nn.Module) -> float:
 
 
 def main(windows: int = 200) -> dict[str, tuple[float, float]]:
-    results, ways = {}, {"exact": il.Unrolled(record=True), "first order": il.FirstOrder(), "none": il.FirstOrder()}
+    results, ways = {}, {"exact": il.Unrolled(), "first order": il.FirstOrder(), "none": il.FirstOrder()}
     for name, meta_gradient in ways.items():
         torch.manual_seed(0)
         rating, ends, bits = learner(meta_gradient), [new() for _ in range(MODELS)], []

@@ -14,11 +14,11 @@ from torch import nn
 import innerloop as il
 from innerloop.cli import main
 from innerloop.cli.check import _names
+from innerloop.errors import Failed
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Tree
 from innerloop.studies.check import Row, Spread, check, lanczos
-from innerloop.studies.measure import Failed
 from innerloop.tasks import TaskSource
 from innerloop.tasks._regression import quadratic_form
 

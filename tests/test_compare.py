@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from innerloop.cli import main
+from innerloop.errors import Failed
 from innerloop.studies import costs, trainings
 from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
 from innerloop.studies.comparison import Point, Timing
 from innerloop.studies.comparison_report import read
 from innerloop.studies.costs import Cost, cost, save_tasks
-from innerloop.studies.measure import Failed
 from innerloop.training.build import build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Estimate

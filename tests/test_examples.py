@@ -20,7 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import innerloop as il
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXACT = [il.Unrolled(), il.Unrolled(record=True), il.Unrolled(copies=2), il.Unrolled(copies=4, offload=True)]
+EXACT = [
+    il.Unrolled(),
+    il.Unrolled(record=True),
+    il.Unrolled(record=False),
+    il.Unrolled(copies=2),
+    il.Unrolled(copies=4, offload=True),
+]
 
 Tree = dict[str, Tensor]
 
@@ -246,10 +252,10 @@ def test_below_the_adapted_blocks_a_chunk_is_read_once() -> None:
     assert learner.few_shot.prefix.names[-1].startswith("1.")
     calls: list[None] = []
     learner.model[1].register_forward_hook(lambda *_: calls.append(None))
-    batch = ciphered(1)
-    learner.meta_step(batch, step_weights=[1 / reading.CHUNKS] * reading.CHUNKS)
-    looks = 2  # at the first batch, once and whether the prefix draws random numbers
-    assert len(calls) == looks + 2 * reading.CHUNKS, "once a row of support and query, however often a step is taken"
+    for _ in range(2):  # at the first batch the learner looks at the model and measures
+        calls.clear()
+        learner.meta_step(ciphered(1), step_weights=[1 / reading.CHUNKS] * reading.CHUNKS)
+    assert len(calls) == 2 * reading.CHUNKS, "once a row of support and query, however often a step is taken"
 
 
 def test_the_accuracy_after_a_step_is_that_of_its_own_chunk() -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import innerloop as il
 from innerloop.choices import META_GRADIENT, make
+from innerloop.errors import Diverged
 from innerloop.linear import CG, LinearSolver, Neumann, Nystrom
 from innerloop.meta_gradient import Implicit, MemoryReduced, MetaGradient, Mixed, ReleasedIMAML
 from innerloop.tasks import TaskSource
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.fit import Diverged, fit
+from innerloop.training.fit import fit
 from innerloop.training.logs import Record
 
 TASKS, BAD = 4, 2

@@ -17,11 +17,12 @@ from torch import nn
 
 import innerloop as il
 from innerloop.choices import META_GRADIENT, make
+from innerloop.errors import Diverged
 from innerloop.meta_gradient import Mixed
 from innerloop.tasks import Episodes, ImageSet
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.evaluation import evaluate
-from innerloop.training.fit import Diverged, Fitted, fit, multi_step_weights
+from innerloop.training.fit import Fitted, fit, multi_step_weights
 from innerloop.training.logs import Record, read_records
 from innerloop.training.runs import read_run
 from innerloop.training.settings import Settings

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import innerloop as il
+from innerloop.errors import Diverged
 from innerloop.problem import Tree
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.evaluation import evaluate
-from innerloop.training.fit import Diverged, fit
+from innerloop.training.fit import fit
 from innerloop.training.logs import Record, read_records
 
 Form = Literal["lone", "list", "stacked"]

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import COLOURS, Part, Results, details, in_turns, run, table, verdict
 
 import innerloop as il
+from innerloop.errors import Diverged
 from innerloop.tasks import TaskSource
-from innerloop.training.fit import Diverged
 
 FOLDER = Path(__file__).parent
 WAYS, FILTERS, HIDDEN, TASKS_PER_BATCH, OUTER_LR = 5, 16, 32, 4, 1e-3

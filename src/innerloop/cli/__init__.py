@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
-from innerloop.cli import adapt, check, compare, data, evaluate, patterns, train
-from innerloop.cli.arguments import Parser, UsageError
-from innerloop.studies.measure import Failed
-from innerloop.training.fit import Diverged
+from innerloop.cli.parser import Parser
+from innerloop.errors import Diverged, Failed, UsageError
 
-COMMANDS = {
-    "train": train,
-    "evaluate": evaluate,
-    "adapt": adapt,
-    "compare": compare,
-    "patterns": patterns,
-    "check": check,
-    "data": data,
-}
+COMMANDS = ("train", "evaluate", "adapt", "compare", "patterns", "check", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line. Exits with 2 on a wrong setting, 1 if a training fails, 130 on Ctrl-C, and one line each."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="innerloop", description="Meta-learning by optimisation.")
     parser.add_argument("--version", action="version", version=f"innerloop {version('innerloop')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        text = module.__doc__ or ""
-        usage = f"innerloop {name} {module.USAGE}"
-        module.add_arguments(
-            commands.add_parser(name, help=text.splitlines()[0].replace("%", "%%"), description=text, usage=usage)
-        )
+    for name in COMMANDS:
+        text = _docstring(name)
+        sub = commands.add_parser(name, help=text.splitlines()[0].replace("%", "%%"), description=text)
+        if name in argv[:1]:  # the others are not loaded
+            module = import_module(f"innerloop.cli.{name}")
+            sub.usage = f"innerloop {name} {module.USAGE}"
+            module.add_arguments(sub)
     try:
         arguments = parser.parse_args(argv)
-        COMMANDS[arguments.command].run(arguments)
+        from innerloop.training.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        import_module(f"innerloop.cli.{arguments.command}").run(arguments)
     except UsageError as error:
         _exit(2, error)
     except (Diverged, Failed) as error:
         _exit(1, error)
     except KeyboardInterrupt as error:
         _exit(130, str(error) or "stopped")
+
+
+def _docstring(name: str) -> str:
+    """What a sub-command's file says on top, without running it."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 def _exit(code: int, message: object) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from innerloop.choices import check_name
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.errors import UsageError
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic

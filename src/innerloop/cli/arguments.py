@@ -6,24 +6,10 @@ import argparse
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
+from innerloop.errors import UsageError
 from innerloop.training.settings import Settings, flag
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that names the cure."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UsageError` and takes no abbreviated options."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `UsageError`."""
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @contextlib.contextmanager

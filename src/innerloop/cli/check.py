@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 
 from innerloop.choices import META_GRADIENT, check_name, make
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.errors import Failed, UsageError
 from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
-from innerloop.studies.measure import Failed
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors, whole_numbers
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
+from innerloop.errors import UsageError
 from innerloop.studies.compare import (
     CHOSEN,
     MEMORY_STEPS,

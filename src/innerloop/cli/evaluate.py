@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from innerloop.choices import check_name
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.errors import UsageError
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
 from innerloop.training.evaluation import assess
 from innerloop.training.report import describe, plot_adaptation, summary

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from innerloop.cli.arguments import UsageError, add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.errors import UsageError
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training import processes

@@ -61,7 +61,9 @@ class Unrolled(MetaGradient):
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not isinstance(self.record, bool | None):
-            raise ValueError(f"Unrolled(record={self.record!r}): give True, False or None; the number of copies is copies=")
+            raise ValueError(
+                f"Unrolled(record={self.record!r}): give True, False or None; the number of copies is copies="
+            )
         if self.copies is not None and not (isinstance(self.copies, int) and self.copies >= 2):
             raise ValueError(f"Unrolled(copies={self.copies!r}): give a whole number from 2, or None for one a step")
         if self.record and (self.copies is not None or self.offload):

@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from innerloop.errors import Diverged, Failed
 from innerloop.studies.comparison import Comparison, Entry, Point
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
-from innerloop.studies.measure import Failed
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Estimate
-from innerloop.training.fit import METRICS, Diverged
+from innerloop.training.fit import METRICS
 from innerloop.training.logs import read_records
 from innerloop.training.methods import method, method_settings
 from innerloop.training.report import task_words

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.studies.comparison import Timing
-from innerloop.studies.measure import Failed, peak_memory, quiet_environment, time_of
+from innerloop.studies.measure import peak_memory, quiet_environment, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.fit import multi_step_weights

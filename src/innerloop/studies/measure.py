@@ -25,10 +25,6 @@ _QUIET = "MALLOC_MMAP_THRESHOLD_"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-class Failed(RuntimeError):
-    """A process of a study ended with an error."""
-
-
 def quiet_environment() -> dict[str, str]:
     """This process's environment for another one, whose C library hands freed memory back to the system at once.
 

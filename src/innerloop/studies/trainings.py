@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from innerloop.studies.measure import Failed
+from innerloop.errors import Failed
 from innerloop.training.fit import METRICS
 from innerloop.training.runs import RESULTS, SETTINGS
 from innerloop.training.settings import Settings

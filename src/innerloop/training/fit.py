@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
+from innerloop.errors import Diverged
 from innerloop.problem import Task
 from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights
@@ -27,10 +28,6 @@ from innerloop.training.evaluation import Source, draw, evaluate
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
 
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
-
-
-class Diverged(ArithmeticError):
-    """The loss or the meta-gradient of a step is infinite or not a number."""
 
 
 class Fitted(NamedTuple):
