@@ -101,7 +101,9 @@ def build(cell: Cell, filters: int, chunk: int, device: str) -> il.MetaLearner:
     torch.manual_seed(0)
     model = il.models.Conv4(in_channels=1, ways=5, filters=filters)
     inner = il.SGD(lr=0.1, steps=cell.steps, **TERMS.get(cell.row, {}))
-    return il.MetaLearner(model, inner=inner, chunk_size=chunk, **ROWS[cell.row](cell.cg, cell.window)).to(device)
+    row = ROWS[cell.row](cell.cg, cell.window)
+    # no memory to spare: graphs are kept where a row says so, and nowhere else
+    return il.MetaLearner(model, inner=inner, chunk_size=chunk, memory=0, **row).to(device)
 
 
 def step_by_hand(learner: il.MetaLearner, tasks: il.Task) -> None:

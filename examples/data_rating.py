@@ -6,7 +6,7 @@ read clean text. They are carried over windows; each is replaced by a new one ev
 
     python examples/data_rating.py
 
-half a minute on one CPU thread, printed last for each way to the rater's gradient (200 windows):
+25 seconds on one CPU thread, printed last for each way to the rater's gradient (200 windows):
 
     exact:       a bad example below a good one 97.0%, 3.410 bits a character
     first order: a bad example below a good one 50.0%, 3.457 bits a character

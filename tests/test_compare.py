@@ -161,7 +161,7 @@ def test_a_number_of_inner_steps_at_which_memory_cannot_be_measured_is_left_out(
 
 
 def test_costs_are_measured(tmp_path):
-    settings = Settings(adapts="everything", inner="sgd", meta_gradient="unrolled", **TINY)
+    settings = Settings(adapts="everything", inner="sgd", meta_gradient="unrolled:record=false", **TINY)
     save_tasks(tmp_path / "tasks.safetensors", settings)
     found = cost(settings, tmp_path / "tasks.safetensors", (1,))
     assert found.products == 2

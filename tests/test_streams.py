@@ -139,6 +139,12 @@ def test_too_few_rows_are_an_error_that_names_both_numbers():
     learner = il.MetaLearner(model(), inner=il.SGD(lr=0.3, steps=STEPS))
     with pytest.raises(ValueError, match=r"Steps as query holds 2 rows for 4 inner steps"):
         learner.meta_step(short)
+    with pytest.raises(ValueError, match=r"holds 4 rows for 2 inner steps: give a row for every step and no more"):
+        il.MetaLearner(model(), inner=il.SGD(lr=0.3, steps=2)).meta_step(batch)
+    with pytest.raises(ValueError, match=r"is a pair \(inputs, targets\)"):
+        learner.meta_step(il.Task(il.Steps(batch.support.rows[0]), batch.query))
+    with pytest.raises(ValueError, match=r"adapt\(\) takes one support set"):
+        learner.adapt(il.Steps(batch.support.rows[0][0]), batch.support.rows[1][0])
     with pytest.raises(ValueError, match=r"needs one fixed support batch.*use Unrolled"):
         il.MetaLearner(model(), inner=il.SGD(lr=0.3, steps=STEPS, proximal=1.0), meta_gradient=il.Implicit()).meta_step(
             batch
@@ -271,6 +277,10 @@ def test_carried_slots_and_tasks():
     again.carried.load_state_dict(slots.carried.state_dict())
     slots.zero_grad()
     assert slots.meta_step(batch).loss == again.meta_step(batch).loss
+    again.carried.forget(0, 2)
+    assert [start is None for start in again.carried.gather([0, 1, 2], torch.device("cpu"))] == [True, False, True]
+    again.carried.forget()
+    assert not again.carried.state_dict()
     with pytest.raises(ValueError, match=r"task_ids are needed here"):
         by_task.meta_step(batch)
     with pytest.raises(ValueError, match=r"task_ids have no use here"):

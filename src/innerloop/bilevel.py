@@ -198,7 +198,7 @@ class Bilevel(nn.Module):
         task_ids: Sequence[Hashable] | None = None,
         *,
         task_weights: Tensor | Sequence[float] | None = None,
-        begin: End | Sequence[End] | None = None,
+        begin: End | Sequence[End | None] | None = None,
         keep_end: bool | None = None,
     ) -> Metrics:
         """Adapt to every task of a batch and add the mean meta-gradient to ``.grad``, as ``backward()`` would.
@@ -210,7 +210,7 @@ class Bilevel(nn.Module):
                 weight on the last.
             task_ids: what names each task, for ``carry="task"`` alone.
             task_weights: the weight of each task in the sum of losses and gradients, ``[tasks]``; None is 1 / tasks.
-            begin: where each task is taken up, as an earlier ``end`` gave it.
+            begin: where each task is taken up, as an earlier ``end`` gave it; None in the list begins one at the start.
             keep_end: whether to report where the tasks were left, which holds their parameters in memory; None does so
                 for a lone task and where ``begin`` is given.
 
@@ -300,7 +300,7 @@ class Bilevel(nn.Module):
         step_weights: Sequence[float] | None = None,
         task_ids: Sequence[Hashable] | None = None,
         *,
-        begin: End | Sequence[End] | None = None,
+        begin: End | Sequence[End | None] | None = None,
     ) -> str | None:
         """Why the meta-gradient of a batch is not finite: the first task at fault, and what in it is the first.
 
@@ -595,7 +595,7 @@ class Bilevel(nn.Module):
         return minibatches(self.inner, _task(tasks, 0).support, seeds, steps).to(self._place())
 
     def _starts(
-        self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End] | None
+        self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End | None] | None
     ) -> tuple[list[End | None], Sequence[Hashable]]:
         """Where the tasks begin, and the keys under which they are left."""
         if (task_ids is not None) != (self.carry == "task"):
@@ -674,6 +674,11 @@ class Carried:
         """Where the tasks were left, None for a key not seen."""
         found = [self._left.get(key) for key in keys]
         return pytree.tree_map_only(Tensor, lambda value: value.to(device), found)
+
+    def forget(self, *keys: Hashable) -> None:
+        """Let the tasks of these keys begin at the start again; without keys all of them."""
+        for key in keys or list(self._left):
+            self._left.pop(key, None)
 
     def store(self, keys: Sequence[Hashable], ends: Sequence[End]) -> None:
         """Keep where tasks were left; one in which something is not finite stays where it was."""

@@ -224,7 +224,9 @@ class MetaLearner(Bilevel):
         for task in tasks if isinstance(tasks, list) else [tasks]:
             for part, examples in task._asdict().items():
                 if isinstance(examples, Steps):
-                    continue
+                    if callable(examples.rows):
+                        continue
+                    examples = examples.rows  # noqa: PLW2901
                 if not isinstance(examples, (tuple, list)) or len(examples) != 2:
                     raise ValueError(
                         f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}"
@@ -250,6 +252,11 @@ class MetaLearner(Bilevel):
 
     def _single(self, inputs: Any, targets: Any) -> Task:
         """One task for adaptation, which has no queries; see FewShot.state."""
+        if isinstance(inputs, Steps) or isinstance(targets, Steps):
+            raise ValueError(
+                "adapt() takes one support set, not a batch for every step (Steps): for a stream write "
+                "learner.loop(il.Task(support, query))[0].run(steps).params"
+            )
         given, wanted = (len(_leaves(each)[0]) for each in (inputs, targets))
         if given != wanted:
             raise ValueError(f"adapt() was given {given} inputs and {wanted} targets: give one target an input")

@@ -87,19 +87,25 @@ class Steps:
     def __repr__(self) -> str:
         return f"Steps({self.rows!r})"
 
-    def check(self, part: str, steps: int) -> None:
-        """Refuse fewer rows than inner steps.
+    def check(self, part: str, steps: int, exact: bool = False) -> None:
+        """Refuse fewer rows than inner steps, and with ``exact`` more.
 
         Raises:
-            ValueError: so; or no tensor at all.
+            ValueError: so; no tensor at all; or tensors of unequal lengths.
         """
         leaves = [leaf for leaf in pytree.tree_leaves(self.rows) if isinstance(leaf, Tensor)]
         if callable(self.rows):
             return
         if not leaves or min(leaf.ndim for leaf in leaves) == 0:
             raise ValueError(f"Steps as {part} needs tensors with a leading dimension for the inner step")
-        if (rows := min(map(len, leaves))) < steps:
-            raise ValueError(f"Steps as {part} holds {rows} rows for {steps} inner steps: give a row for every step")
+        rows = sorted({len(leaf) for leaf in leaves})
+        if len(rows) > 1:
+            raise ValueError(f"Steps as {part} holds tensors of {rows} rows: all have one row for every inner step")
+        if rows[0] < steps or (exact and rows[0] > steps):
+            raise ValueError(
+                f"Steps as {part} holds {rows[0]} rows for {steps} inner steps: give a row for every step"
+                + (" and no more; in a batch of tasks the task's dimension comes first" if rows[0] > steps else "")
+            )
 
     def row(self, place: int, step: int) -> Batch:
         """The batch of the ``place``-th step of this call, which is the task's own step ``step``."""

@@ -108,8 +108,9 @@ def outer_weights(loop: InnerLoop, query: Batch, step_weights: Sequence[float] |
         ValueError: as many weights as steps are not given, or fewer batches than steps.
     """
     steps = loop.solver.steps
-    if isinstance(query, Steps):
-        query.check("query", steps)
+    for part, batch in (("support", loop.support), ("query", query)):
+        if isinstance(batch, Steps):
+            batch.check(part, steps, exact=True)
     if step_weights is None:
         return [0.0] * (steps - 1) + [1.0]
     if len(step_weights) != steps:

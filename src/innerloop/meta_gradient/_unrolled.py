@@ -98,7 +98,8 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
         judged: list[Tensor] = []
 
         def judge(step: int, params: Tree) -> Any:
-            if not (weight := weights[step - first]):
+            weight = weights[step - first]
+            if not weight and step != loop.steps[-1]:
                 return None
             value, extra = outer_value(loop.problem, params, meta, loop.judged(query, step))
             judged.append(weight * value)
