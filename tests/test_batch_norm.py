@@ -68,9 +68,12 @@ def query_loss(
 
 
 @pytest.mark.parametrize("mode", ["batch", "frozen", "task"])
-def test_each_mode_is_what_its_name_says(mode):
+@pytest.mark.parametrize("record", [None, False])
+def test_each_mode_is_what_its_name_says(mode, record):
     model, batch = with_statistics(), model_and_batch("conv4")[1]
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), batch_norm=mode)
+    learner = il.MetaLearner(
+        model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=il.Unrolled(record=record), batch_norm=mode
+    )
     metrics = learner.meta_step(batch)
     meta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     plain = copy.deepcopy(model)

@@ -22,29 +22,38 @@ def gradients(learner: il.MetaLearner, batch: il.Task, step_weights=None) -> tup
     return {name: p.grad for name, p in learner.named_parameters()}, metrics.loss
 
 
+WALKED = il.Unrolled(record=False)
+
+
 @pytest.mark.parametrize(("model", "solver", "chosen", "steps"), combinations())
 def test_unrolled_is_plain_autograd(model, solver, chosen, steps):
+    """With the graphs of all steps, which a learner keeps for models so small, and with a product a step in place."""
     batch = model_and_batch(model)[1]
-    learner = learner_for(model, solver, chosen, steps)
-    found, loss = gradients(learner, batch)
-    expected, expected_loss = meta_gradient(learner, batch)
-    assert relative_error(found, expected) < 1e-9
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-12)
+    expected = None
+    for estimator, products in ((None, 0), (WALKED, steps)):
+        learner = learner_for(model, solver, chosen, steps, meta_gradient=estimator)
+        metrics = learner.meta_step(batch)
+        assert metrics.diagnostics["curvature_products"] == products
+        expected = expected or meta_gradient(learner, batch)
+        assert relative_error({name: p.grad for name, p in learner.named_parameters()}, expected[0]) < 1e-9
+        assert metrics.loss.item() == pytest.approx(expected[1].item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("model", ["mlp", "conv4", "encoder"])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("chosen", ["head", "pattern"])
-def test_frozen_prefix_changes_nothing(model, solver, chosen):
+@pytest.mark.parametrize("estimator", [il.Unrolled(), WALKED], ids=repr)
+def test_frozen_prefix_changes_nothing(model, solver, chosen, estimator):
     batch = model_and_batch(model)[1]
-    reusing = learner_for(model, solver, chosen, 3)
+    reusing = learner_for(model, solver, chosen, 3, meta_gradient=estimator)
     assert reusing.few_shot.prefix is not None
-    plain = learner_for(model, solver, chosen, 3, reuse_prefix=False)
+    plain = learner_for(model, solver, chosen, 3, reuse_prefix=False, meta_gradient=estimator)
     assert plain.few_shot.prefix is None
     assert relative_error(gradients(reusing, batch)[0], gradients(plain, batch)[0]) < 1e-12
 
 
 WAYS_BACK = {
+    "walked": WALKED,
     "recorded": il.Unrolled(record=True),
     "two copies": il.Unrolled(copies=2),
     "three copies on the CPU": il.Unrolled(copies=3, offload=True),
@@ -79,7 +88,7 @@ def test_every_way_back_goes_through_every_model(model, way):
 @pytest.mark.parametrize("settings", [{"copies": n} for n in (2, 3, 4, 7)] + [{"copies": 3, "offload": True}], ids=str)
 def test_fewer_copies_change_nothing(solver, settings):
     batch = model_and_batch("mlp")[1]
-    full, _ = gradients(learner_for("mlp", solver, "everything", 7), batch)
+    full, _ = gradients(learner_for("mlp", solver, "everything", 7, meta_gradient=WALKED), batch)
     learner = learner_for("mlp", solver, "everything", 7, meta_gradient=il.Unrolled(**settings))
     assert relative_error(gradients(learner, batch)[0], full) < 1e-14
 
@@ -90,7 +99,7 @@ def test_recording_task_by_task_and_all_at_once_changes_nothing(solver):
     batch = model_and_batch("conv4")[1]
     walked, recorded, alone = (
         gradients(learner_for("conv4", solver, "everything", 3, meta_gradient=estimator, chunk_size=size), batch)
-        for estimator, size in ((il.Unrolled(), None), (il.Unrolled(record=True), None), (il.Unrolled(record=True), 1))
+        for estimator, size in ((WALKED, None), (il.Unrolled(record=True), None), (il.Unrolled(record=True), 1))
     )
     for found, loss in (recorded, alone):
         assert relative_error(found, walked[0]) < 1e-12
@@ -99,9 +108,10 @@ def test_recording_task_by_task_and_all_at_once_changes_nothing(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("chosen", ["everything", "head"])
-def test_multi_step_loss_is_plain_autograd(solver, chosen):
+@pytest.mark.parametrize("estimator", [il.Unrolled(), WALKED], ids=repr)
+def test_multi_step_loss_is_plain_autograd(solver, chosen, estimator):
     batch, weights = model_and_batch("conv4")[1], [0.1, 0.2, 0.0, 0.7]
-    learner = learner_for("conv4", solver, chosen, 4)
+    learner = learner_for("conv4", solver, chosen, 4, meta_gradient=estimator)
     found, loss = gradients(learner, batch, weights)
     expected, expected_loss = meta_gradient(learner, batch, weights)
     assert relative_error(found, expected) < 1e-9
@@ -111,7 +121,7 @@ def test_multi_step_loss_is_plain_autograd(solver, chosen):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_truncation_to_all_steps_is_exact_and_to_none_is_not(solver):
     batch = model_and_batch("mlp")[1]
-    exact, _ = gradients(learner_for("mlp", solver, "everything", 3), batch)
+    exact, _ = gradients(learner_for("mlp", solver, "everything", 3, meta_gradient=WALKED), batch)
     whole, _ = gradients(learner_for("mlp", solver, "everything", 3, meta_gradient=il.Truncated(3)), batch)
     none, _ = gradients(learner_for("mlp", solver, "everything", 3, meta_gradient=il.Truncated(0)), batch)
     assert relative_error(whole, exact) < 1e-14
@@ -178,10 +188,11 @@ def test_reptile_points_from_the_adapted_parameters_to_the_start():
 
 
 @pytest.mark.parametrize("chosen", ["head", "pattern"])
-def test_a_start_that_is_not_learned_leaves_the_rest_of_the_gradient_as_it_is(chosen):
+@pytest.mark.parametrize("record", [None, False])
+def test_a_start_that_is_not_learned_leaves_the_rest_of_the_gradient_as_it_is(chosen, record):
     batch = model_and_batch("conv4")[1]
     anil, itd_bio = (
-        learner_for("conv4", "momentum", chosen, 3, meta_gradient=il.Unrolled(learn_start=learned))
+        learner_for("conv4", "momentum", chosen, 3, meta_gradient=il.Unrolled(record=record, learn_start=learned))
         for learned in (True, False)
     )
     found, expected = gradients(itd_bio, batch)[0], gradients(anil, batch)[0]

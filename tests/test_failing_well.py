@@ -61,7 +61,7 @@ class Sums(TaskSource):
 
 
 def make_learner(
-    estimator: MetaGradient | None = None, steps: int = 3, terms: dict[str, float] | None = None, **options: Any
+    estimator: MetaGradient | None = None, steps: int = 3, terms: dict[str, Any] | None = None, **options: Any
 ) -> il.MetaLearner:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
@@ -100,7 +100,7 @@ def test_the_task_and_what_goes_wrong_in_it_are_named(kind: str) -> None:
 PRODUCTS: dict[str, tuple[MetaGradient, str]] = {
     "truncated": (il.Truncated(2), "product 1 of 2 on the way back, at inner step 3,"),
     "window": (il.Window(2), "product 1 of 2 on the way back, at inner step 3,"),
-    "binomial, two at once": (il.Binomial(2), "product 1 of 3 on the way back, at inner step 3,"),
+    "binomial": (il.Binomial(2), "product 1 of 4 on the way back, at inner step 3,"),
     "mixed": (Mixed((1, 2), (0.5, 0.5)), "product 1 of 2 on the way back, at inner step 3,"),
     "implicit": (Implicit(CG(4)), "product 1 of 4 in the linear solve"),
     "implicit, neumann": (Implicit(Neumann(4, step=0.1)), "product 1 of 4 in the linear solve"),

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -366,12 +367,13 @@ def test_the_curvature_is_that_of_the_support_loss_alone():
     loop = bind(problem, meta, task.support, il.SGD(lr=0.1, steps=1, proximal=3.0, weight_decay=2.0), {})
     matrix = hessian(problem, loop.start, meta, task)
     u, w = ({name: draw(*value.shape, seed=seed) for name, value in loop.start.items()} for seed in (11, 12))
-    product, other = loop.hessian(0, loop.start, w), loop.hessian(0, loop.start, u)
+    hessian_product = loop.hessian(0, loop.start)
+    product, other = hessian_product(w), hessian_product(u)
     torch.testing.assert_close(dense(product), matrix @ dense(w))
     torch.testing.assert_close(dense(u) @ dense(product), dense(w) @ dense(other))
-    both = loop.hessian(0, loop.start, {name: 2 * u[name] - 3 * w[name] for name in u})
+    both = hessian_product({name: 2 * u[name] - 3 * w[name] for name in u})
     torch.testing.assert_close(dense(both), 2 * dense(other) - 3 * dense(product))
-    torch.testing.assert_close(product, loop.curvature(0, loop.start, w)[0])
+    torch.testing.assert_close((product, loop.products(0, loop.start)(w)[1]), loop.curvature(0, loop.start, w))
 
 
 # --- what the solution does not depend on ---------------------------------------------------------
@@ -664,10 +666,13 @@ def test_the_solution_is_that_of_all_examples_where_steps_see_minibatches(test_s
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Implicit(2.0), r"Implicit\(2.0\): give a linear solver.*SGD\(lr=0.1, steps=16, proximal=2.0\)"),
+        (
+            lambda: Implicit(cast(Any, 2.0)),
+            r"Implicit\(2.0\): give a linear solver.*SGD\(lr=0.1, steps=16, proximal=2.0\)",
+        ),
         (lambda: ReleasedIMAML(0.0), r"ReleasedIMAML\(proximal=0.0\): must be above 0"),
         (lambda: ReleasedIMAML(-1.0), "must be above 0"),
-        (lambda: ReleasedIMAML(linear_solver=Neumann(5)), r"solves by CG: give linear_solver=CG\(\.\.\.\)"),
+        (lambda: ReleasedIMAML(linear_solver=cast(Any, Neumann(5))), r"solves by CG: give linear_solver=CG\(\.\.\.\)"),
         (
             lambda: Implicit().check(il.LearnedRates(lr=0.1, steps=1), learns=True),
             r"does not depend: use SGD.*Unrolled\(\)",

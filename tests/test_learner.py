@@ -146,9 +146,10 @@ def test_the_users_model_is_never_changed():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_shared_and_unused_parameters():
+@pytest.mark.parametrize("record", [None, False])
+def test_shared_and_unused_parameters(record):
     model, batch = SharedWeights().double(), flat_batch().to(dtype=torch.float64)
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=il.Unrolled(record=record))
     learner.meta_step(batch)
     assert relative_error(grads(learner), meta_gradient(learner, batch)[0]) < 1e-12
     assert not learner.model.unused.grad.any()
@@ -205,20 +206,24 @@ def test_recurrent_layers_fall_back_to_the_loop_with_one_warning(dtype):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_works_out_of_the_box(training):
+@pytest.mark.parametrize("record", [None, False])
+def test_attention_works_out_of_the_box(training, record):
     model, batch = model_and_batch("encoder")
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2)).train(training)
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), meta_gradient=il.Unrolled(record=record)).train(
+        training
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learner.meta_step(batch)
     assert relative_error(grads(learner), meta_gradient(learner, batch)[0]) < 1e-9
 
 
-def test_dropout_replays_its_masks_and_differs_between_tasks():
+@pytest.mark.parametrize("record", [None, False])
+def test_dropout_replays_its_masks_and_differs_between_tasks(record):
     model = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Tanh(), nn.Linear(40, WAYS)).double()
     batch = flat_batch().to(dtype=torch.float64)
     identical = torch.utils._pytree.tree_map(lambda value: value[:1].expand(8, *value.shape[1:]).contiguous(), batch)
-    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), meta_gradient=il.Unrolled(record=record))
     assert learner.evaluate(identical).loss.unique().numel() == 8
     learner.eval()
     assert learner.evaluate(identical).loss.unique().numel() == 1

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -231,6 +232,7 @@ def meta_train(quadratic: Quadratic, tasks: il.Task, warm: bool, steps: int, rat
         stacked=True,
     )
     keys = [f"task {index}" for index in range(len(tasks.query))] if warm else None
+    assert isinstance(learner.meta, nn.ParameterDict)
     theta = learner.meta["theta"]
     for _ in range(steps):
         learner.zero_grad()
@@ -323,14 +325,18 @@ def test_a_learner_resumes_as_begin_does(chunk_size, names: Sequence[Hashable] |
         network, inner, MemoryReduced(CG(2)), carry="task" if names else "slot", chunk_size=chunk_size
     )
     given = head_learner(network, inner, MemoryReduced(CG(2)), chunk_size=chunk_size)
-    ends = None
+    ends: il.End | list[il.End] | None = None
     for _ in range(3):
         for learner in (carried, given):
             learner.zero_grad()
         carried.meta_step(batch, task_ids=names)
         ends = given.meta_step(batch, begin=ends, keep_end=True).end
-        grads = [{name: p.grad for name, p in each.model[0].named_parameters()} for each in (carried, given)]
-        assert relative_error(*grads) < 1e-13
+        first, second = (
+            {name: cast(Tensor, p.grad) for name, p in cast(Any, each.model)[0].named_parameters()}
+            for each in (carried, given)
+        )
+        assert relative_error(first, second) < 1e-13
+    assert isinstance(ends, list)
     assert [end.step for end in ends] == [6] * 4
 
 

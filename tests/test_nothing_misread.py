@@ -383,6 +383,9 @@ def test_a_learner_is_not_called():
 class Counts(nn.Module):
     """Changes buffers in its forward pass, one in place and one by another tensor."""
 
+    calls: Tensor
+    decay: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))

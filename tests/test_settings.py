@@ -12,7 +12,8 @@ import torch
 
 import innerloop as il
 from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, choice, make, text
-from innerloop.cli.arguments import Parser, add_settings, given_settings
+from innerloop.cli.arguments import add_settings, given_settings
+from innerloop.cli.parser import Parser
 from innerloop.training.build import build_learner, build_optimizer
 from innerloop.training.choices import OPTIMIZER, SCHEDULE
 from innerloop.training.settings import Settings, flag, read_config
@@ -242,7 +243,7 @@ def test_settings_build_a_learner() -> None:
     assert all(parameter.dtype == torch.float64 for parameter in learner.parameters())
     again = build_learner(settings, (1, 28, 28), 5)
     assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), again.parameters(), strict=True))
-    terms = {"weight_decay": 0.05, "meta_gradient": "memory-reduced", "carry": "slot"}
+    terms: dict[str, Any] = {"weight_decay": 0.05, "meta_gradient": "memory-reduced", "carry": "slot"}
     reduced = build_learner(Settings(filters=4, inner="sgd", **terms), (1, 28, 28), 5)
     assert (reduced.inner, reduced.carry) == (il.SGD(lr=0.5, steps=3, weight_decay=0.05), "slot")
     assert build_learner(Settings(filters=4, start="prototypes", inner="sgd"), (1, 28, 28), 5).few_shot.start

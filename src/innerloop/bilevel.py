@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from innerloop.choices import choice
-from innerloop.curvature import fresh_seed, second_order_kernels
-from innerloop.engine import Way, choose
+from innerloop.compiled import Compiler
+from innerloop.curvature import dense, fresh_seed, second_order_kernels
+from innerloop.engine import Products, Way, choose, engine_of
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
 from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault, finite
-from innerloop.problem import Batch, End, Problem, Steps, Task, Tree
+from innerloop.problem import Batch, End, Engine, Problem, Steps, Task, Tree
 
 Out = TypeVar("Out")
 Carry = Literal["none", "slot", "task"]
@@ -27,7 +28,7 @@ def hypergradient(
     problem: Problem,
     meta: Tree,
     task: Task,
-    inner: InnerSolver,
+    inner: InnerSolver | str,
     estimator: MetaGradient | str | None = None,
     learned: Tree | None = None,
     *,
@@ -60,14 +61,14 @@ def hypergradient(
         >>> then = il.hypergradient(problem, meta, task, il.AdamW(lr=1e-3, steps=2), begin=first.end)
     """
     estimator = choice(estimator, "meta_gradient") if estimator is not None else Unrolled()
-    inner = choice(inner, "inner")
-    with torch.no_grad(), second_order_kernels():
+    solver: InnerSolver = choice(inner, "inner")
+    with torch.no_grad(), second_order_kernels(engine=problem.engine):
         if learned is None:
-            learned = inner.learned(begin.params if begin else problem.begin(meta, task.support))
-        estimator.check(inner, learns=bool(learned))
-        result = estimator.estimate(bind(problem, meta, task.support, inner, learned, begin), task.query, step_weights)
+            learned = solver.learned(begin.params if begin else problem.begin(meta, task.support))
+        estimator.check(solver, learns=bool(learned))
+        result = estimator.estimate(bind(problem, meta, task.support, solver, learned, begin), task.query, step_weights)
     _warn_of_zeros(problem, estimator, result.grad, stacklevel=3)
-    return result
+    return result._replace(grad=dense(result.grad), learned_grad=dense(result.learned_grad))
 
 
 class Metrics(NamedTuple):
@@ -127,6 +128,15 @@ class Bilevel(nn.Module):
         memory: bytes that a meta-step may take beyond model and tasks: whether the graphs of the inner steps are kept,
             and how many tasks are computed at once, follows from it. None takes 1 GiB on a CPU and half of what is free
             on a GPU; 0 keeps no graph. What was chosen is ``learner.way``, and logged.
+        products: how gradients and curvature products are computed. ``"autograd"``; ``"blocks"``: block by block, the
+            same numbers at a block's memory, for a problem with an ``inner_chain`` and one task at a time;
+            ``"differences"``: central differences of plain gradients, not exact, for models without a second derivative
+            (see `innerloop.differences`). ``"auto"`` takes blocks where a deep model's graphs are not kept and its
+            activations are large, and autograd elsewhere.
+        compile: True compiles the meta-step once for each shape of task, which pays for small kernels and long runs;
+            or name a backend of ``torch.compile``. The same numbers but for rounding. What the losses read beside their
+            arguments stays what it was in the first step. A problem that draws at random (dropout), or that cannot be
+            compiled, is computed as ever, with one warning. ``evaluate`` is not compiled. See `innerloop.compiled`.
 
     Raises:
         ValueError: choices that do not go together; the message says what does.
@@ -143,27 +153,31 @@ class Bilevel(nn.Module):
         self,
         problem: Problem,
         meta: nn.Module | Mapping[str, Tensor],
-        inner: InnerSolver | None = None,
+        inner: InnerSolver | str | None = None,
         meta_gradient: MetaGradient | str | None = None,
         *,
         carry: Carry = "none",
         stacked: bool = False,
         chunk_size: int | None = None,
         memory: int | None = None,
+        products: Products | Engine = "auto",
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         self.problem = problem
         self.meta = meta if isinstance(meta, nn.Module) else _parameters(meta)
-        self._bind(inner, meta_gradient, carry, stacked, chunk_size, memory, (), None)
+        self._bind(inner, meta_gradient, carry, stacked, chunk_size, memory, products, compile, (), None)
 
     def _bind(
         self,
-        inner: InnerSolver | None,
+        inner: InnerSolver | str | None,
         meta_gradient: MetaGradient | str | None,
         carry: Carry,
         stacked: bool,
         chunk_size: int | None,
         memory: int | None,
+        products: Products | Engine,
+        compile: bool | str,
         moves: Sequence[frozenset[str]],
         whole: bool | None,
     ) -> None:
@@ -174,6 +188,14 @@ class Bilevel(nn.Module):
             raise ValueError(f"memory={memory}: give how many bytes a meta-step may take, 0 or more, or None")
         if carry not in ("none", "slot", "task"):
             raise ValueError(f"carry={carry!r}: choose 'none', 'slot' or 'task'")
+        self.products, self.engine = products, engine_of(products)
+        if self.engine is not None:
+            self.engine.check(self.problem)
+            if (chunk_size or 1) > 1 and not self.engine.together:
+                raise ValueError(
+                    f"products={products!r} takes tasks one by one, and chunk_size={chunk_size} several at once: leave "
+                    "chunk_size out, or use products='autograd'"
+                )
         inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
         self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
         self.meta_gradient: MetaGradient = (
@@ -185,6 +207,12 @@ class Bilevel(nn.Module):
         self.meta_gradient.check(self.inner, learns=bool(learned), whole=whole)
         self.rates = _parameters(learned)
         self.carry, self.stacked, self.chunk_size, self.memory = carry, stacked, chunk_size, memory
+        if compile and self.engine is not None:
+            raise ValueError(
+                f"compile={compile!r} and products={products!r} do not go together: leave one out; what is compiled is "
+                "plain autograd's"
+            )
+        self.compiler = Compiler(*([compile] if isinstance(compile, str) else [])) if compile else None
         self.way: Way | None = None
         self._ways_of: dict[Any, Way] = {}
         self.carried = Carried()
@@ -231,17 +259,19 @@ class Bilevel(nn.Module):
         keep = keep_end or self.carry != "none"
         ways = self._ways(tasks)
 
-        def task_gradient(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
-            result = self._estimate(task, meta, learned, start, step_weights, seed, rows, ways)
+        def task_gradient(given: Any, task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
+            result = self._estimate(task, *given[:2], start, given[2], seed, rows, ways)
             accuracy = self._accuracy(result.extra, task, self.inner.steps - 1)
             end = (result.end.params, result.end.state, result.end.solution) if keep else ()
             return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
 
         total: Any = None
         found: list[tuple[list[int], Any, Any]] = []
-        with second_order_kernels(self.recurrent):
-            for places, (grads, numbers, left) in self._over_tasks(task_gradient, tasks, starts, self.inner.steps):
-                mean = _weighted(weights[places], grads)
+        with second_order_kernels(self.recurrent, self.engine):
+            given = meta, learned, None if step_weights is None else [float(weight) for weight in step_weights]
+            for places, (mean, numbers, left) in self._over_tasks(
+                task_gradient, given, tasks, starts, self.inner.steps, weights, (keep, ways)
+            ):
                 total = mean if total is None else pytree.tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
         losses, accuracies, diagnostics = _in_order(found, count)
@@ -282,7 +312,7 @@ class Bilevel(nn.Module):
             self.accepts(own)
         tasks, _ = self._checked([task])
         ways = self._ways(tasks)
-        with torch.no_grad(), second_order_kernels(self.recurrent):
+        with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             return self._estimate(
                 tasks[0], self.meta_tree(), self.learned(), begin, step_weights, fresh_seed(), None, ways, own
             )
@@ -290,7 +320,7 @@ class Bilevel(nn.Module):
     def loop(self, task: Task, begin: End | None = None) -> tuple[InnerLoop, Batch]:
         """The inner loop of one task and what its outer loss reads, for those who look inside; under ``no_grad``."""
         tasks, _ = self._checked([task])
-        stated = self._state(tasks[0], self.meta_tree(), self._ways(tasks), differentiate=False)
+        stated = self._posed(tasks[0], self.meta_tree(), self._ways(tasks), differentiate=False)
         loop = bind(stated.problem, stated.meta, stated.task.support, self.inner, self.learned(), begin)
         return loop, stated.task.query
 
@@ -322,12 +352,15 @@ class Bilevel(nn.Module):
         starts, _ = self._starts(count, task_ids, begin)
         ways = self._ways(tasks)
         found: dict[int, str] = {}
-        with torch.no_grad(), second_order_kernels(self.recurrent):
+        with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             for place in range(count):
                 one = _task(tasks, place)
 
                 def estimate(task: Task = one, start: End | None = starts[place]) -> Result:
-                    return self._estimate(task, meta, learned, start, step_weights, fresh_seed(), None, ways)
+                    # in place of the learner's own way, which may keep graphs and take no product
+                    return self._estimate(
+                        task, meta, learned, start, step_weights, fresh_seed(), None, ways, self.meta_gradient
+                    )
 
                 if reason := fault(estimate, one, self.inner.steps):
                     found[place] = reason
@@ -360,8 +393,9 @@ class Bilevel(nn.Module):
         meta, learned = self.meta_tree(), self.learned()
         ways = self._ways(tasks)
 
-        def one(task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
-            stated = self._state(task, meta, ways, inductive=inductive, differentiate=False)
+        def one(given: Any, task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
+            meta, learned = given
+            stated = self._posed(task, meta, ways, inductive=inductive, differentiate=False)
             problem = stated.problem if stated.problem.seed is not None else replace(stated.problem, seed=seed)
             loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows, steps)
             if isinstance(task.query, Steps):
@@ -383,10 +417,10 @@ class Bilevel(nn.Module):
             return torch.stack(losses), [torch.stack(accuracies)] if accuracies else [], found[0]
 
         alone = isinstance(tasks, list)
-        with second_order_kernels(self.recurrent):
+        with second_order_kernels(self.recurrent, self.engine):
             found = [
                 (places, out[:2] if alone else out, out[2])
-                for places, out in self._over_tasks(one, tasks, [None] * count, steps)
+                for places, out in self._over_tasks(one, (meta, learned), tasks, [None] * count, steps)
             ]
         losses, accuracies, *stacked = _in_order([(places, numbers, ()) for places, numbers, _ in found], count)
         outputs: Any = [pytree.tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
@@ -474,6 +508,14 @@ class Bilevel(nn.Module):
             raise ValueError("give a Task, or a list of one or more of them: il.Task(support=..., query=...)")
         return [self._moved(task) for task in tasks], len(tasks)
 
+    def _posed(self, task: Task, meta: Tree, ways: int, **settings: bool) -> Stated:
+        """The problem of a task, with the engine that was named."""
+        stated = self._state(task, meta, ways, **settings)
+        if self.engine is None:
+            return stated
+        self.engine.check(stated.problem)
+        return stated._replace(problem=replace(stated.problem, engine=self.engine))
+
     # Batches of tasks.
 
     def _estimate(
@@ -488,18 +530,30 @@ class Bilevel(nn.Module):
         ways: int,
         estimator: MetaGradient | None = None,
     ) -> Result:
-        problem, reduced, reduced_task, carry = self._state(task, meta, ways, differentiate=True)
+        problem, reduced, reduced_task, carry = self._posed(task, meta, ways, differentiate=True)
         problem = problem if problem.seed is not None else replace(problem, seed=seed)
         loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows)
         if estimator is None and self.way is not None:
-            loop = replace(loop, keep_graphs=self.way.keep_graphs)
+            engaged = replace(problem, engine=problem.engine or self.way.engine)
+            loop = replace(loop, problem=engaged, keep_graphs=self.way.keep_graphs)
         result = (estimator or self.meta_gradient).estimate(loop, reduced_task.query, step_weights)
-        return result if carry is None else result._replace(grad=carry(result.grad))
+        grad = result.grad if carry is None else carry(result.grad)
+        return result._replace(grad=dense(grad), learned_grad=dense(result.learned_grad))
 
     def _over_tasks(
-        self, function: Callable[..., Out], tasks: Task | list[Task], starts: Sequence[End | None], steps: int
+        self,
+        function: Callable[..., Out],
+        given: Any,
+        tasks: Task | list[Task],
+        starts: Sequence[End | None],
+        steps: int,
+        weights: Tensor | None = None,
+        key: Any = None,
     ) -> Iterator[tuple[list[int], Out]]:
-        """Map ``function(task, start, seed, rows)`` over tasks; yields places in the batch, and results stacked.
+        """Map ``function(given, task, start, seed, rows)`` over tasks; yields places in the batch, and results stacked.
+
+        With ``weights`` the first of three results is not stacked but summed by them, and the function is compiled
+        where the learner is to; ``key`` then is what it depends on beside its arguments.
 
         A batch is computed by chunks of tasks that are taken up at the same step. A model that vmap cannot take is
         computed task by task from then on, with one warning.
@@ -519,14 +573,12 @@ class Bilevel(nn.Module):
                 if len(places) > 1 and (listed or not self._vectorise):
                     todo[:0] = [[place] for place in places]
                     continue
+                if listed and weights is not None:  # each of its own size
+                    self._way([_task(tasks, places[0])], 1)
                 seed, mine = base + 1000 * places[0], [starts[place] for place in places]
+                shares = None if weights is None else weights[places]
                 try:
-                    if len(places) > 1:
-                        out = self._vectorised(function, tasks, places, mine, seed, rows)
-                    else:
-                        row = None if rows is None else rows[places[0]]
-                        one = function(_task(tasks, places[0]), mine[0], seed, row)
-                        out = pytree.tree_map(lambda value: value.unsqueeze(0), one)
+                    out = self._together(function, given, shares, tasks, places, mine, seed, rows, key)
                 except torch.OutOfMemoryError as error:
                     error.add_note(f"{len(places)} tasks were computed at once: give a smaller chunk_size")
                     raise
@@ -549,43 +601,69 @@ class Bilevel(nn.Module):
     def _way(self, tasks: Task | list[Task], count: int) -> Way:
         """How tasks of this shape are computed, measured when they are first seen."""
         one = _task(tasks, 0)
-        key = (*((leaf.shape, leaf.dtype) for leaf in _tensors(one)), count, self.training, torch.is_autocast_enabled())
+        compiled = self.compiler is not None and self.compiler.active
+        key = (
+            *((leaf.shape, leaf.dtype) for leaf in _tensors(one)),
+            count,
+            self.training,
+            torch.is_autocast_enabled(),
+            compiled,
+        )
         if key not in self._ways_of:
             meta, ways = self.meta_tree(), self._ways([one])
             with torch.no_grad():
-                loops = []
-                for reuse in (False, True):
-                    stated = self._state(one, meta, ways, reuse=reuse, differentiate=False)
-                    problem = replace(stated.problem, seed=0)
-                    loops.append(bind(problem, stated.meta, stated.task.support, self.inner, self.learned()))
-                self._ways_of[key] = choose(*loops, count, self.chunk_size, self.memory)
+                whole, reduced = (self._measured(one, meta, ways, reuse) for reuse in (False, True))
+                self._ways_of[key] = choose(
+                    whole, reduced, count, self.chunk_size, self.memory, self.products, compiled
+                )
         self.way = self._ways_of[key]
         return self.way
 
-    def _vectorised(
+    def _measured(self, task: Task, meta: Tree, ways: int, reuse: bool) -> InnerLoop:
+        stated = self._state(task, meta, ways, reuse=reuse, differentiate=False)
+        problem = replace(stated.problem, seed=0)
+        return bind(problem, stated.meta, stated.task.support, self.inner, self.learned())
+
+    def _together(
         self,
         function: Callable[..., Out],
+        given: Any,
+        shares: Tensor | None,
         tasks: Any,
         places: list[int],
         starts: list[End | None],
         seed: int,
         rows: Tensor | None,
+        key: Any,
     ) -> Out:
+        """One chunk: by vmap, and a lone task as it is."""
+        alone = len(places) == 1
         whole = places == list(range(places[0], places[-1] + 1))
-        part: Any = slice(places[0], places[-1] + 1) if whole else places
-        chunk = pytree.tree_map(lambda value: value[part], tasks)
+        part: Any = places[0] if alone else slice(places[0], places[-1] + 1) if whole else places
+        chunk = _task(tasks, part)
         known = [start for start in starts if start is not None]
         step = known[0].step if known else 0
-        begin = _stack([(start.params, start.state, start.solution) for start in known]) if known else None
+        left = [(start.params, start.state, start.solution) for start in known]
+        begin = None if not left else left[0] if alone else _stack(left)
+        mine = None if rows is None else rows[part]
 
-        def one(task: Task, begin: Any, row: Any) -> Out:
-            start = None if begin is None else End(begin[0], begin[1], step, begin[2])
-            return function(task, start, seed, row)
+        def computed(given: Any, shares: Tensor | None, chunk: Any, begin: Any, rows: Any) -> Any:
+            def one(task: Task, begin: Any, row: Any) -> Any:
+                start = None if begin is None else End(begin[0], begin[1], step, begin[2])
+                return function(given, task, start, seed, row)
 
-        dims = (0, None if begin is None else 0, None if rows is None else 0)
-        return torch.func.vmap(one, in_dims=dims, randomness="different")(
-            chunk, begin, None if rows is None else rows[part]
-        )
+            if alone:
+                out = pytree.tree_map(lambda value: value.unsqueeze(0), one(chunk, begin, rows))
+            else:
+                dims = (0, None if begin is None else 0, None if rows is None else 0)
+                out = torch.func.vmap(one, in_dims=dims, randomness="different")(chunk, begin, rows)
+            return out if shares is None else (_weighted(shares, out[0]), *out[1:])
+
+        arguments = given, shares, chunk, begin, mine
+        if shares is None or self.compiler is None:
+            return computed(*arguments)
+        facts = (*key, alone, 0 if self.inner.timeless else step, self.way and self.way.keep_graphs)
+        return self.compiler(computed, arguments, facts, self)
 
     def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:
         """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""

@@ -21,10 +21,10 @@ def chain_of(model: nn.Module) -> tuple[list[nn.Module], bool] | None:
     Returns:
         The parts, and whether that they are the whole forward pass still has to be seen on real inputs.
     """
-    plain = isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
     hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
-    if plain and not hooks and "forward" not in vars(model):
-        return list(model), False  # type: ignore[arg-type]
+    plain = type(model).forward is nn.Sequential.forward and "forward" not in vars(model)
+    if isinstance(model, nn.Sequential) and plain and not hooks:
+        return list(model), False
     declared = getattr(model, "blocks", None)
     if not isinstance(declared, (Sequence, nn.ModuleList, nn.Sequential)):
         return None
@@ -93,6 +93,7 @@ class Chain:
             for part in parts
         ]
         self.names = parameter_names(model, parts)
+        self.buffers = {names[id(buffer)] for part in parts for buffer in part.buffers()}
 
     def __call__(self, tree: Tree, inputs: Any) -> Any:
         """Pass the inputs through the parts; what the tree does not name keeps its own value."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from innerloop.problem import Batch, Problem, Tree
+from innerloop.problem import Batch, Engine, Problem, Tree
 
 Products = tuple[Tree, Tree]
 
@@ -47,6 +47,8 @@ def gradient(
     Returns:
         A tree like ``params``, and a scalar.
     """
+    if problem.engine is not None and not record:
+        return problem.engine.gradient(problem, params, meta, support, step)
     with replayed(problem.seed, step, params):
         if in_transform():
             return torch.func.grad_and_value(problem.inner_loss)(params, meta, support)
@@ -88,7 +90,7 @@ def linearised(
     mixed: bool = True,
     keep: bool = True,
 ) -> Callable[[Tree], Products]:
-    """``w -> (H w, B w)`` at one point: the gradient is taken once, and its graph kept between the products.
+    """``w -> (H w, B w)`` at one point; by autograd the gradient is taken once, and its graph kept between products.
 
     Args:
         problem: the bilevel problem.
@@ -103,7 +105,10 @@ def linearised(
     def grad(at: Tree, given: Tree) -> Tree:
         return gradient(problem, at, {**meta, **given}, support, step, record=True)[0]
 
-    pull = pullback(grad, params, meta if mixed else {}, keep=keep)[1]
+    if problem.engine is not None:
+        pull = problem.engine.products(problem, params, meta, support, step, mixed=mixed, keep=keep)
+    else:
+        pull = pullback(grad, params, meta if mixed else {}, keep=keep)[1]
 
     def product(direction: Tree) -> Products:
         products: Products = pull(direction)
@@ -113,6 +118,40 @@ def linearised(
         return products
 
     return product
+
+
+def judged(problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any, Tree, Tree]:
+    """The outer loss, what it returned beside it (None if nothing), and its gradients in params and in meta."""
+    if problem.engine is not None:
+        return problem.engine.judge(problem, params, meta, query)
+
+    def loss(params: Tree, meta: Tree) -> tuple[Tensor, Any]:
+        value, extra = parted(problem.outer_loss(params, meta, query))
+        return value, () if extra is None else extra  # torch.func takes no None beside a value
+
+    value, pull, extra = pullback(loss, params, meta, aux=True)
+    in_params, in_meta = pull(torch.ones_like(value))
+    return value, None if isinstance(extra, tuple) and not extra else extra, in_params, in_meta
+
+
+def nothing(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape that take no memory: one number, expanded. They cannot be changed in place."""
+    return like.detach().new_zeros(()).expand_as(like)
+
+
+def is_expanded(value: Tensor) -> bool:
+    """Whether a tensor is one number in memory."""
+    return value.numel() > 1 and not any(value.stride())
+
+
+def dense(tree: Any) -> Any:
+    """A tree in which every tensor has memory of its own shape."""
+    return pytree.tree_map(lambda value: value.clone() if is_expanded(value) else value, tree)
+
+
+def parted(value: Any) -> tuple[Tensor, Any]:
+    """An outer loss and what it returned beside it, None if nothing."""
+    return value if isinstance(value, tuple) else (value, None)
 
 
 def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep: bool = False) -> tuple[Any, ...]:
@@ -143,10 +182,11 @@ def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep:
             if out.requires_grad
         ]
         if not reached or not flat:
-            return pytree.tree_map(torch.zeros_like, trees)
+            return pytree.tree_map(nothing, trees)
         outs, given = zip(*reached, strict=True)
-        grads = torch.autograd.grad(outs, flat, given, retain_graph=keep, materialize_grads=True)
-        return pytree.tree_unflatten(grads, shape)
+        grads = torch.autograd.grad(outs, flat, given, retain_graph=keep, allow_unused=True)
+        found = [nothing(leaf) if grad is None else grad for leaf, grad in zip(flat, grads, strict=True)]
+        return pytree.tree_unflatten(found, shape)
 
     found = pytree.tree_map(torch.detach, value), pull
     return (*found, pytree.tree_map_only(Tensor, torch.detach, more)) if aux else found
@@ -189,23 +229,28 @@ def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
     if seed is None:
         yield
         return
+    states = random_states(like)
+    for generator, _ in states:
+        generator.manual_seed(seed + step)
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def random_states(like: Any) -> list[tuple[torch.Generator, Tensor]]:
+    """The generators that a computation draws from, the CPU's and that of a tree's device, and where each stands."""
     generators = [torch.default_generator]
     device = next((leaf.device for leaf in pytree.tree_leaves(like) if isinstance(leaf, Tensor)), torch.device("cpu"))
     if device.type == "cuda":
         place = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[place])
-    states = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed + step)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    return [(generator, generator.get_state()) for generator in generators]
 
 
 @contextlib.contextmanager
-def second_order_kernels(recurrent: bool = False) -> Iterator[None]:
+def second_order_kernels(recurrent: bool = False, engine: Engine | None = None) -> Iterator[None]:
     """Choose kernels that can be differentiated twice.
 
     Fused attention has neither a forward-mode rule nor a second derivative, so the math kernel is selected, and the
@@ -215,8 +260,17 @@ def second_order_kernels(recurrent: bool = False) -> Iterator[None]:
 
     Args:
         recurrent: the model holds recurrent layers.
+        engine: how derivatives are computed; where it takes no second ones, all kernels stay as they are.
     """
-    fast_path, casts = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    casts = torch.is_autocast_cache_enabled()
+    if engine is not None and not engine.second_order:
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(casts)
+        return
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     cudnn, mkldnn = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     torch.set_autocast_cache_enabled(False)

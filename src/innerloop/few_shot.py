@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ from torch.utils import _pytree as pytree
 
 from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, statistics_from_first
-from innerloop.blocks import Chain, blocks_of, call, chain_of, parameter_names
+from innerloop.blocks import Chain, blocks_of, call
 from innerloop.curvature import pullback, replayed
-from innerloop.problem import Batch, Problem, Steps, Task, Tree
+from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
 SUPPORT, QUERY, LOSS = "support features", "query features", "loss"
@@ -118,13 +119,17 @@ class FewShot:
         self._names = {name for name, _ in model.named_parameters()}
         self._moving_buffers: tuple[str, ...] = ()
         self._seen: dict[tuple[bool, ...], bool] = {}
-        self._to_compare = False
+        self._compared = False
         self.prefix: Chain | None = None
         self.suffix: Chain | None = None
-        if reuse_prefix:
-            self._split()
+        self.blocks: list[Chain] = []
+        self._lowest = 0
+        self._split(reuse_prefix)
         begin = self._from_prototypes if start else self._from_meta
         self.problem = Problem(begin, self._inner_loss, self._outer_loss)
+        if self.blocks:
+            inner, outer = (partial(self._stages, part) for part in (SUPPORT, QUERY))
+            self.problem = replace(self.problem, inner_chain=inner, outer_chain=outer)
 
     @property
     def unlearned(self) -> set[str]:
@@ -143,6 +148,11 @@ class FewShot:
         if name.startswith(f"{LOSS} ") and isinstance(self.loss, nn.Module):
             return self.loss.get_parameter(name.removeprefix(f"{LOSS} "))
         return self.model.get_parameter(name)
+
+    @property
+    def seen(self) -> bool:
+        """Whether ``look`` has run in this training mode."""
+        return tuple(module.training for module in self.model.modules()) in self._seen
 
     def look(self, inputs: Any) -> None:
         """Run the model on real inputs, once a training mode, and see what it is.
@@ -165,22 +175,28 @@ class FewShot:
             moving = (n for n, b in buffers.items() if passed[n] is not b or b._version != versions[n])
             self._moving_buffers = tuple(dict.fromkeys((*self._moving_buffers, *moving)))
             self.adapts.verify(self.model, order)
-            if self._to_compare:
+            if self.blocks and not self._compared:
                 self._compare(inputs, outputs)
             self._seen[mode] = self.prefix is None or _draws(partial(self.prefix, self._buffers(), inputs), inputs)
 
     def _compare(self, inputs: Any, outputs: Any) -> None:
-        """Do without a declared chain that does not give what the model gives."""
-        assert self.prefix is not None
-        assert self.suffix is not None
-        self._to_compare = False
+        """Do without a chain that does not give what the model gives, or whose blocks cannot be run one by one."""
+        self._compared = True
+        found, alone = inputs, True
         try:
             with replayed(0, 0, inputs):
-                found = self.suffix(self._buffers(), self.prefix(self._buffers(), inputs))
+                for block in self.blocks:
+                    entering = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+                    versions = [leaf._version for leaf in entering]
+                    found = block(self._buffers(), found)
+                    alone = alone and versions == [leaf._version for leaf in entering]
             same = all(torch.allclose(*pair) for pair in zip(*map(pytree.tree_leaves, (found, outputs)), strict=True))
         except (RuntimeError, TypeError, ValueError, AttributeError):
             same = False
-        if not same:
+        moved = [name for block in self.blocks for name in block.buffers.intersection(self._moving_buffers)]
+        if not same or not alone or len(moved) > len(set(moved)):
+            self.problem = replace(self.problem, inner_chain=None, outer_chain=None)
+        if not same and self.prefix is not None:
             self.prefix = self.suffix = None
             warnings.warn(
                 f"the blocks of {type(self.model).__name__}, one after the other, are not its forward pass: features "
@@ -192,16 +208,18 @@ class FewShot:
         """Copies of the buffers that a forward pass changes, so that the model's own never move."""
         return {name: self.model.get_buffer(name).clone() for name in self._moving_buffers}
 
-    def _split(self) -> None:
-        """The chains below and from the lowest adapted block, where there are such."""
-        blocks, chain = blocks_of(self.model), chain_of(self.model)
-        if blocks is None or chain is None:
+    def _split(self, reuse_prefix: bool) -> None:
+        """The model as a chain of blocks, and those below and from the lowest adapted one, where there are such."""
+        blocks = blocks_of(self.model)
+        if blocks is None:
             return
-        adapted = set(self.adapted)
-        lowest = next(place for place, block in enumerate(blocks) if adapted & set(parameter_names(self.model, block)))
-        below, above = ([part for block in some for part in block] for some in (blocks[:lowest], blocks[lowest:]))
-        if below:
-            self.prefix, self.suffix, self._to_compare = Chain(self.model, below), Chain(self.model, above), chain[1]
+        self.blocks = [Chain(self.model, block) for block in blocks]
+        self._lowest = next(place for place, block in enumerate(self.blocks) if {*self.adapted} & {*block.names})
+        below, above = (
+            [part for each in some for part in each] for some in (blocks[: self._lowest], blocks[self._lowest :])
+        )
+        if below and reuse_prefix:
+            self.prefix, self.suffix = Chain(self.model, below), Chain(self.model, above)
 
     # The losses.
 
@@ -228,12 +246,31 @@ class FewShot:
         tree = {name: value for name, value in {**meta, **params}.items() if name in self._names} | self._buffers()
         if self.suffix is None or f"{part} 0" not in meta:
             return call(self.model, tree, inputs)
-        features = []
-        while (name := f"{part} {len(features)}") in meta:
-            features.append(meta[name])
+        return self.suffix(tree, self._given(meta, inputs, part))
+
+    def _given(self, meta: Tree, inputs: Any, part: str) -> Any:
+        """What enters the blocks: the features of the frozen prefix, where there are some, or the inputs."""
+        if not (features := _features_in(meta, part)):
+            return inputs
         # of a stream, the inputs are the number of the row
-        rows = [value.index_select(0, inputs.view(1))[0] for value in features] if _is_place(inputs) else features
-        return self.suffix(tree, pytree.tree_unflatten(rows, self._shape))
+        rows = [meta[name].index_select(0, inputs.view(1))[0] if _is_place(inputs) else meta[name] for name in features]
+        return pytree.tree_unflatten(rows, self._shape)
+
+    def _stages(self, part: str, meta: Tree, batch: Batch, rows: int | None = None) -> list[Stage]:
+        """The inner loss (of SUPPORT) or the outer (of QUERY) as a chain."""
+        inputs, targets = batch
+        features = _features_in(meta, part)
+        stages = [Stage(features, lambda params, meta, value: self._given(meta, inputs, part))]
+        for block in self.blocks[self._lowest if features else 0 :]:
+            stages.append(Stage(block.names, partial(self._through, block, rows)))
+        own = [name for name in meta if name.startswith(f"{LOSS} ")]
+        if part == SUPPORT:
+            return [*stages, Stage(own, lambda params, meta, value: self._judged(meta, value, targets))]
+        return [*stages, Stage(own, lambda params, meta, value: self._with_outputs(meta, value, targets, rows))]
+
+    def _through(self, block: Chain, rows: int | None, params: Tree, meta: Tree, value: Any) -> Any:
+        with statistics_from_first(self.model, rows):
+            return block({**meta, **params, **self._buffers()}, value)
 
     def _judged(self, meta: Tree, outputs: Any, targets: Any) -> Tensor:
         loss = self.loss
@@ -251,6 +288,9 @@ class FewShot:
         inputs, targets = batch
         with statistics_from_first(self.model, rows):
             outputs = self._forward(params, meta, inputs, QUERY)
+        return self._with_outputs(meta, outputs, targets, rows)
+
+    def _with_outputs(self, meta: Tree, outputs: Any, targets: Any, rows: int | None) -> tuple[Tensor, Any]:
         if rows:
             outputs = pytree.tree_map(lambda value: value[rows:], outputs)
         return self._judged(meta, outputs, targets), pytree.tree_map(torch.detach, outputs)
@@ -292,7 +332,8 @@ class FewShot:
             rows = len(pytree.tree_leaves(inputs)[0])
             query = pytree.tree_map(lambda *pair: torch.cat(pair), inputs, task.query[0])
             task = task._replace(query=(query, task.query[1]))
-            problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows))
+            chain = problem.outer_chain and partial(self._stages, QUERY, rows=rows)
+            problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows), outer_chain=chain)
         mode = tuple(module.training for module in self.model.modules())
         unknown = any(stream and callable(part.rows) for stream, part in zip(streams, task, strict=True))
         if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(mode, True):
@@ -337,6 +378,11 @@ class FewShot:
     def _named(self, part: str, features: Any) -> Tree:
         values, self._shape = pytree.tree_flatten(features)
         return {f"{part} {number}": value for number, value in enumerate(values)}
+
+
+def _features_in(meta: Tree, part: str) -> list[str]:
+    """The names of the features of a part among the meta-parameters, in order."""
+    return list(takewhile(meta.__contains__, (f"{part} {number}" for number in range(len(meta)))))
 
 
 def _numbered(stream: Steps) -> Steps:

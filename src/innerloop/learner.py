@@ -16,10 +16,11 @@ from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
 from innerloop.choices import choice
 from innerloop.curvature import second_order_kernels
+from innerloop.engine import Products
 from innerloop.few_shot import FewShot, Prototypes, Stated
 from innerloop.inner import InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
-from innerloop.problem import Steps, Task, Tree
+from innerloop.problem import Engine, Steps, Task, Tree
 
 __all__ = ["Evaluation", "MetaLearner", "Metrics"]
 
@@ -53,6 +54,9 @@ class MetaLearner(Bilevel):
         chunk_size: how many tasks are computed at once; bounds memory and changes no result. None chooses by the bytes
             of one task; 1 computes task by task.
         memory: bytes that a meta-step may take beyond model and tasks; see `Bilevel`.
+        products: how gradients and curvature products are computed: ``"auto"``, ``"autograd"``, ``"blocks"`` (deep
+            models at a block's memory, where the blocks are known) or ``"differences"``; see `Bilevel`.
+        compile: True compiles the meta-step, which pays for small models and long runs; see `Bilevel`.
         reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left
             out by itself where the blocks are not known, or random (dropout).
 
@@ -79,6 +83,8 @@ class MetaLearner(Bilevel):
         carry: Carry = "none",
         chunk_size: int | None = None,
         memory: int | None = None,
+        products: Products | Engine = "auto",
+        compile: bool | str = False,
         reuse_prefix: bool = True,
     ) -> None:
         nn.Module.__init__(self)
@@ -93,7 +99,8 @@ class MetaLearner(Bilevel):
         begin: Prototypes | None = choice(start, "start") if start is not None else None
         self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix)
         self.problem = self.few_shot.problem
-        self._bind(inner, meta_gradient, carry, True, chunk_size, memory, self.few_shot.moves, self._whole())
+        moves, whole = self.few_shot.moves, self._whole()
+        self._bind(inner, meta_gradient, carry, True, chunk_size, memory, products, compile, moves, whole)
 
     @property
     def adapted(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -119,7 +126,7 @@ class MetaLearner(Bilevel):
             ValueError: inputs and targets of different lengths, or ``steps`` negative.
         """
         changed = self.adapted_parameters(inputs, targets, steps)
-        with torch.no_grad(), second_order_kernels(self.recurrent):
+        with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
 
             def shared(parameter: Tensor) -> nn.Parameter:
                 return nn.Parameter(parameter.detach(), requires_grad=False)
@@ -149,12 +156,12 @@ class MetaLearner(Bilevel):
             ValueError: inputs and targets of different lengths, or ``steps`` negative.
         """
         steps = self._steps(steps)
-        with torch.inference_mode(False), torch.no_grad(), second_order_kernels(self.recurrent):
+        with torch.inference_mode(False), torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             task, meta = self._single(inputs, targets), self.meta_tree()
             if not steps and self.few_shot.start is None:
                 return self.problem.start(meta)
             self._look([task])
-            problem, meta, task, _ = self._state(task, meta, self._ways([task]), differentiate=False)
+            problem, meta, task, _ = self._posed(task, meta, self._ways([task]), differentiate=False)
             loop = bind(problem, meta, task.support, self.inner, self.learned(), steps=steps)
             return loop.run(steps).params
 
@@ -226,7 +233,7 @@ class MetaLearner(Bilevel):
                 if isinstance(examples, Steps):
                     if callable(examples.rows):
                         continue
-                    examples = examples.rows  # noqa: PLW2901
+                    examples = examples.rows
                 if not isinstance(examples, (tuple, list)) or len(examples) != 2:
                     raise ValueError(
                         f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}"
@@ -245,9 +252,11 @@ class MetaLearner(Bilevel):
 
     def _look(self, tasks: Task | list[Task]) -> None:
         """Let the few-shot problem see what the model is, on the inputs of the first task."""
+        if self.few_shot.seen:
+            return
         first = tasks[0] if isinstance(tasks, list) else pytree.tree_map(lambda value: value[0], tasks)
         support = first.support.row(0, 0) if isinstance(first.support, Steps) else first.support
-        with torch.no_grad(), second_order_kernels(self.recurrent):
+        with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             self.few_shot.look(support[0])
 
     def _single(self, inputs: Any, targets: Any) -> Task:

@@ -9,10 +9,10 @@ What the inner solver lowers is ``inner_loss`` and the two terms that it names i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,9 +138,67 @@ class End(NamedTuple):
 
 @dataclass
 class Known:
-    """What was found out about a problem while computing with it; shared by all its copies."""
+    """What was found out about a problem while computing with it; shared by all its copies.
+
+    Attributes:
+        warned: of meta-gradients that are exactly zero.
+        chained: its chains were seen to be its losses.
+        differences: products that were taken by differences.
+        error: the last estimate of their relative error; None before the first.
+    """
 
     warned: bool = False
+    chained: bool = False
+    differences: int = 0
+    error: float | None = None
+
+
+class Stage(NamedTuple):
+    """One part of a loss that is a chain: it reads some parameters, and what the stage before it gave.
+
+    Attributes:
+        reads: the names that it reads, in either tree; it is given no others.
+        run: ``run(params, meta, value) -> value``; the first is given None, and the last gives the loss (of an outer
+            loss, or the pair that it returns). A value is any tree of tensors, and is not changed in place.
+    """
+
+    reads: Collection[str]
+    run: Callable[[Tree, Tree, Any], Any]
+
+
+Chain = Callable[[Tree, Batch], Sequence[Stage]]
+"""The stages of a loss, for these meta-parameters and this batch."""
+
+
+class Engine:
+    """How the derivatives of a problem's losses are computed. It never shows in a result beyond what it states."""
+
+    second_order: ClassVar[bool] = True
+    """Whether it needs kernels that have second derivatives."""
+
+    together: ClassVar[bool] = False
+    """Whether several tasks can be computed at once, by vmap."""
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a problem that it cannot take.
+
+        Raises:
+            ValueError: so; the message says what helps.
+        """
+
+    def gradient(self, problem: Problem, params: Tree, meta: Tree, support: Batch, step: int) -> tuple[Tree, Tensor]:
+        """Gradient of the inner loss in the parameters, and the loss; see `innerloop.curvature.gradient`."""
+        raise NotImplementedError
+
+    def products(
+        self, problem: Problem, params: Tree, meta: Tree, support: Batch, step: int, *, mixed: bool, keep: bool
+    ) -> Callable[[Tree], tuple[Tree, Tree]]:
+        """``w -> (H w, B w)`` at one point; see `innerloop.curvature.linearised`."""
+        raise NotImplementedError
+
+    def judge(self, problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any, Tree, Tree]:
+        """The outer loss, what it returned beside it, and its gradients in both trees."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -155,6 +213,10 @@ class Problem:
             ``(scalar, extra)`` instead; ``extra``, any tree of tensors, then comes back in the result.
         seed: fixes what the inner loss draws at random (dropout): step ``k`` always draws from ``seed + k``, so that a
             step recomputed is the same step. None takes a seed from torch's global generator for every estimate.
+        inner_chain: the inner loss as stages, one after the other, where it is a chain: ``inner_chain(meta, support)``
+            gives a list of `Stage`. With it products can be computed block by block.
+        outer_chain: the same of the outer loss.
+        engine: how derivatives are computed; None is plain autograd.
 
     Example:
         >>> problem = il.Problem(lambda meta: {"w": meta["w"]}, inner_loss, outer_loss)
@@ -166,6 +228,9 @@ class Problem:
     outer_loss: Callable[[Tree, Tree, Batch], Any]
     seed: int | None = None
     known: Known = field(default_factory=Known, repr=False, compare=False)
+    inner_chain: Chain | None = field(default=None, repr=False)
+    outer_chain: Chain | None = field(default=None, repr=False)
+    engine: Engine | None = field(default=None, repr=False)
 
     @cached_property
     def reads_support(self) -> bool:
@@ -180,3 +245,19 @@ class Problem:
     def begin(self, meta: Tree, support: Batch) -> Tree:
         """Where the inner solver begins."""
         return self.start(meta, support) if self.reads_support else self.start(meta)
+
+    def holding(self, fixed: Tree) -> Problem:
+        """The problem in which some parameters stand still: its inner loss is a function of the others."""
+
+        def inner_loss(moving: Tree, meta: Tree, support: Batch) -> Tensor:
+            return self.inner_loss({**fixed, **moving}, meta, support)
+
+        def held(stage: Stage) -> Stage:
+            own = {name: fixed[name] for name in stage.reads if name in fixed}
+            return Stage(stage.reads, lambda moving, meta, value: stage.run({**own, **moving}, meta, value))
+
+        def chain(meta: Tree, support: Batch) -> Sequence[Stage]:
+            assert self.inner_chain is not None
+            return [held(stage) for stage in self.inner_chain(meta, support)]
+
+        return replace(self, inner_loss=inner_loss, inner_chain=None if self.inner_chain is None else chain)

@@ -73,13 +73,18 @@ class InnerSolver:
     differentiable: ClassVar[bool] = True
     """Whether a step is an ``update``, which can be differentiated; if not, only its result can."""
 
+    counts: ClassVar[bool] = True
+    """Whether ``update`` reads the number of the step, but for the rate; a subclass with an ``update`` says so anew."""
+
     decoupled: ClassVar[bool] = False
     """Whether weight decay shrinks the parameters beside the gradient (AdamW) instead of being a term of the loss."""
 
     def __init_subclass__(cls) -> None:
         """Complete the docstring, and show what differs from the defaults."""
         if "__repr__" not in vars(cls):
-            cls.__repr__ = short_repr  # type: ignore[assignment]  # here, so that dataclass makes none
+            cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
+        if "update" in vars(cls) or "advance" in vars(cls):
+            cls.counts = vars(cls).get("counts", True)
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{_SHARED}"
 
     def __post_init__(self) -> None:
@@ -103,6 +108,12 @@ class InnerSolver:
     def needs_gradient(self) -> bool:
         """Whether going back through a step needs its gradient's value."""
         return not self.linear or self.clip is not None
+
+    @property
+    def timeless(self) -> bool:
+        """Whether all steps are alike, whatever their number."""
+        rates = self.lr.values() if isinstance(self.lr, Mapping) else [self.lr]
+        return not (self.counts or self.moves or any(callable(rate) for rate in rates))
 
     @property
     def adaptation_steps(self) -> int:

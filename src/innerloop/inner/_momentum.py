@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class Momentum(InnerSolver):
     """
 
     momentum: float = 0.9
+
+    counts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -45,11 +45,12 @@ class NewtonCG(InnerSolver):
         >>> il.MetaLearner(model, inner=il.NewtonCG(steps=3, proximal=2.0), meta_gradient=il.Implicit())
     """
 
-    lr: float = 1.0  # type: ignore[assignment]  # checked below
+    lr: float = 1.0  # checked below
     iterations: int = 5
     trials: int = 8
 
     differentiable: ClassVar[bool] = False
+    counts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from innerloop.inner._base import InnerSolver, State
 from innerloop.problem import Tree
@@ -20,6 +21,8 @@ class SGD(InnerSolver):
         >>> il.SGD(lr=0.1, steps=16, proximal=2.0)  # of iMAML
         >>> il.SGD(lr={"head.*": 0.1, "*": lambda step: 0.01 / (1 + step)}, steps=5, clip=1.0)
     """
+
+    counts: ClassVar[bool] = False
 
     def largest_rate(self, learned: Tree) -> float | None:
         """The largest of ``lr``."""

@@ -11,15 +11,16 @@ so only the parameters before each step have to be kept, never activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import pullback
+from innerloop.curvature import is_expanded, judged, nothing, parted, pullback
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Batch, End, Problem, Steps, Tree
@@ -54,35 +55,35 @@ class Outer(NamedTuple):
 
 def outer_value(problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any]:
     """The outer loss and what it returned beside it, None if nothing."""
-    value = problem.outer_loss(params, meta, query)
-    return value if isinstance(value, tuple) else (value, None)
+    return parted(problem.outer_loss(params, meta, query))
 
 
 def outer_gradient(problem: Problem, params: Tree, meta: Tree, query: Batch) -> Outer:
     """Partial gradients of the outer loss in the adapted parameters and in the meta-parameters."""
-
-    def loss(params: Tree, meta: Tree) -> tuple[Tensor, Any]:
-        value, extra = outer_value(problem, params, meta, query)
-        return value, () if extra is None else extra  # torch.func takes no None beside a value
-
-    value, pull, extra = pullback(loss, params, meta, aux=True)
-    in_params, in_meta = pull(torch.ones_like(value))
-    return Outer(value, in_params, in_meta, None if isinstance(extra, tuple) and not extra else extra)
+    value, extra, in_params, in_meta = judged(problem, params, meta, query)
+    return Outer(value, in_params, in_meta, extra)
 
 
 def zeros(tree: Any) -> Any:
-    """Zero tensors in the shape of a tree."""
-    return pytree.tree_map(torch.zeros_like, tree)
+    """Zero tensors in the shape of a tree, which take no memory."""
+    return pytree.tree_map(nothing, tree)
 
 
 def add(first: Any, second: Any) -> Any:
     """The sum of two trees."""
-    return pytree.tree_map(torch.add, first, second)
+    return pytree.tree_map(partial(_each, torch.add), first, second)
 
 
 def scale(tree: Any, weight: float) -> Any:
     """A tree times a number."""
-    return pytree.tree_map(lambda value: weight * value, tree)
+    return pytree.tree_map(partial(_each, partial(torch.mul, weight)), tree)
+
+
+def _each(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """An elementwise function, of one element where all are one number expanded."""
+    if not all(map(is_expanded, values)):
+        return function(*values)
+    return function(*(value[(0,) * value.ndim] for value in values)).expand_as(values[0])
 
 
 def judge(loop: InnerLoop, query: Batch, step: int, params: Tree, weight: float) -> tuple[Tensor, Cotangents, Any]:
@@ -182,7 +183,8 @@ class Trail:
             else:
                 last -= 1
                 # the first pass has left the last one
-                yield last, self._ready(last, self._kept.pop(last, None) or self._advanced(stored, first, last))
+                kept = last in self._kept
+                yield last, self._ready(last, self._kept.pop(last) if kept else self._advanced(stored, first, last))
         yield first, self._ready(first, stored)
 
     def _advanced(self, stored: Snapshot, first: int, step: int) -> Snapshot:

@@ -74,7 +74,7 @@ class MetaGradient:
     def __init_subclass__(cls) -> None:
         """Show what differs from the defaults."""
         if "__repr__" not in vars(cls):
-            cls.__repr__ = short_repr  # type: ignore[assignment]  # here, so that dataclass makes none
+            cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
 
     second_order: ClassVar[bool] = True
     """Whether second derivatives of the inner loss are used; if not, nothing reaches what only the inner loss reads."""

@@ -296,7 +296,7 @@ def _row(name: str, estimator: MetaGradient, adapted: Sequence[str], found: list
 
 def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
     """The smallest eigenvalue and the largest absolute eigenvalue of H that are seen on one task."""
-    with torch.no_grad(), second_order_kernels(learner.recurrent):
+    with torch.no_grad(), second_order_kernels(learner.recurrent, learner.engine):
         places = loop.begin.params, loop.run(learner.inner.steps).params
         if not finite(places):
             return math.nan, math.nan
@@ -307,7 +307,7 @@ def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
 
 def _unsolved(learner: Bilevel, loop: InnerLoop, solved: Tree) -> float:
     """Norm of the full inner gradient at the end over that at the beginning."""
-    with torch.no_grad(), second_order_kernels(learner.recurrent):
+    with torch.no_grad(), second_order_kernels(learner.recurrent, learner.engine):
         last, first = (
             learner.inner.full_gradient(params, loop.gradient(loop.steps.stop, params)[0], loop.start)
             for params in (solved, loop.begin.params)
