@@ -101,7 +101,9 @@ def refused(estimator: str, solver: str, subset: str) -> bool:
         return solver not in ("sgd", "minibatches")
     if family in ("implicit", "memory"):
         nothing_left = not partial and (family == "memory" or estimator == "implicit of what was given")
-        return rates or solver == "adamw" or nothing_left
+        # shortened gradients leave out the terms that the solver adds to them afterwards
+        clipped = solver == "clipped groups" and not estimator.endswith("of what was given")
+        return rates or solver == "adamw" or nothing_left or clipped
     return newton or (estimator == "unrolled from a fixed start" and not partial)
 
 
@@ -115,7 +117,7 @@ def build(estimator: str, solver: str, subset: str, chunk_size: int | None) -> i
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.filterwarnings("error::UserWarning")  # one of them says that vmap or forward mode was given up
+@pytest.mark.filterwarnings("error::UserWarning")  # one of them says that vmap was given up
 def test_works_or_is_refused_with_reason_and_alternative(estimator, solver, subset):
     if refused(estimator, solver, subset):
         with pytest.raises(ValueError, match=r"^[^\n]*(use|give) [^\n]*$") as error:

@@ -600,16 +600,12 @@ class Bilevel(nn.Module):
 
     def _way(self, tasks: Task | list[Task], count: int) -> Way:
         """How tasks of this shape are computed, measured when they are first seen."""
-        one = _task(tasks, 0)
         compiled = self.compiler is not None and self.compiler.active
-        key = (
-            *((leaf.shape, leaf.dtype) for leaf in _tensors(one)),
-            count,
-            self.training,
-            torch.is_autocast_enabled(),
-            compiled,
-        )
+        first = tasks[0] if isinstance(tasks, list) else tasks
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in _tensors(first))
+        key = (shapes, count, self.training, torch.is_autocast_enabled(), compiled)
         if key not in self._ways_of:
+            one = _task(tasks, 0)
             meta, ways = self.meta_tree(), self._ways([one])
             with torch.no_grad():
                 whole, reduced = (self._measured(one, meta, ways, reuse) for reuse in (False, True))
@@ -802,6 +798,8 @@ def _weighted(weights: Tensor, tree: Any) -> Any:
 
 def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
     """Numbers of all tasks, stacked in the batch's order."""
+    if len(found) == 1:
+        return found[0][1]
     order = torch.tensor([place for places, _, _ in found for place in places]).argsort()
     return pytree.tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *(each for _, each, _ in found))
 

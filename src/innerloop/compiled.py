@@ -69,24 +69,26 @@ class Compiler:
         full = (key, structure, shapes, modes, _settings())
         if full in self._compiled:
             return self._compiled[full](leaves)
-        expected = function(*arguments)  # an error of its own is the clearer one
+        result = function(*arguments)  # an error of its own is the clearer one
         try:
             if len(self._compiled) == SHAPES:
                 raise Refused(
                     f"it has compiled for {SHAPES} kinds of batch, and there is another: their shapes differ, or tasks "
                     "are taken up at ever new steps"
                 )
-            self._compiled[full] = self._compile(function, leaves, structure, module, expected)
+            run = self._compile(function, leaves, structure, module)
+            result = _same(run(leaves), result)
+            self._compiled[full] = run
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever torch's compiler meets
+        except Exception as error:  # whatever torch's compiler meets
             self.active = False
             self._compiled.clear()
-            warnings.warn(f"the meta-step is not compiled, same result, slower: {_cause(error)}", stacklevel=7)
-        return expected
+            warnings.warn(f"the meta-step is not compiled, same result, slower: {_cause(error)}", stacklevel=5)
+        return result
 
     def _compile(
-        self, function: Callable[..., Any], leaves: list[Any], structure: Any, module: nn.Module, expected: Any
+        self, function: Callable[..., Any], leaves: list[Any], structure: Any, module: nn.Module
     ) -> Callable[[list[Any]], Any]:
         if any(isinstance(x, Steps) and callable(x.rows) for x in _nodes(structure, leaves)):
             raise Refused("Steps of a function gives other batches in every step: give tensors")
@@ -121,7 +123,7 @@ class Compiler:
                 found = compiled(*values(leaves), *(getattr(owner, name).detach() for owner, name in live))
             return pytree.tree_unflatten(list(found), shape[0])
 
-        _compare(run(leaves), expected)
+        run(leaves)
         self.compilations += 1
         _log.info(
             "the meta-step is compiled: %d operations traced in %.1f s, compiled in %.1f s",
@@ -144,20 +146,18 @@ class Factor:
     __rmul__ = __mul__
 
 
-def pays(seconds: float, operations: int, remaining: int) -> bool:
-    """Whether compiling a meta-step of small kernels would save more time than it takes, as a rough guess.
+def proposal(seconds: float, operations: int, remaining: int) -> str | None:
+    """Whether to compile a meta-step of small kernels, in words; None where it would not pay.
 
     Args:
         seconds: that a meta-step takes.
-        operations: inner steps times tensors that move in them.
+        operations: inner steps times tensors that move in them, which the time to compile grows with.
         remaining: meta-steps still to be taken.
     """
-    return remaining * 0.75 * seconds > 2 * compile_seconds(operations)
-
-
-def compile_seconds(operations: int) -> float:
-    """How long compiling takes, roughly; measured on the MLPs of few-shot regression."""
-    return 10 + operations
+    compiling, saved = 10 + operations, 0.75 * seconds * remaining  # measured on the networks of few-shot regression
+    if saved < 2 * compiling:
+        return None
+    return f"compile=True would save some {saved / 60:.0f} of {seconds * remaining / 60:.0f} minutes, for {compiling} s"
 
 
 def _kind(leaf: Any) -> Any:
@@ -222,10 +222,10 @@ def _lift(graph: torch.fx.GraphModule, module: nn.Module) -> list[tuple[nn.Modul
     return found
 
 
-def _compare(found: Any, expected: Any) -> None:
-    """Refuse a result that is not that of the function itself."""
+def _same(found: Any, expected: Any) -> Any:
+    """A compiled result, refused where it is not that of the function itself."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return  # what is rounded when is the compiler's choice
+        return found  # what is rounded when is the compiler's choice
     pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
     apart, size = 0.0, 0.0
     for one, other in pairs:
@@ -233,6 +233,7 @@ def _compare(found: Any, expected: Any) -> None:
             apart, size = apart + float((one - other).square().sum()), size + float(other.square().sum())
     if not apart <= TOLERANCE**2 * size:
         raise Refused(f"compiled, its result differs by {(apart / size) ** 0.5 if size else apart:.1e}")
+    return found
 
 
 def _cause(error: Exception) -> str:

@@ -28,7 +28,7 @@ from innerloop.training.runs import SETTINGS, new_run, read_run
 from innerloop.training.settings import Settings, flag, read_config
 
 # What may be given anew when a run is continued: nothing that would have changed the steps already taken.
-FREE = ("steps", "minutes", "patience", "test_tasks", "device", "threads", "chunk_size")
+FREE = ("steps", "minutes", "patience", "test_tasks", "device", "threads", "chunk_size", "compile")
 
 USAGE = "[--out FOLDER] [options]"
 

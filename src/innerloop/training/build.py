@@ -62,6 +62,7 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
         start=settings.start,
         carry=settings.carry,  # type: ignore[arg-type]
         chunk_size=settings.chunk_size,
+        compile=settings.compile,
         memory=None if settings.memory is None else settings.memory * 2**20,
     )
     dtype = torch.float64 if settings.precision == "float64" else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
+from innerloop.compiled import proposal
 from innerloop.errors import Diverged
 from innerloop.problem import Task
 from innerloop.training import processes
@@ -27,6 +29,7 @@ from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, sav
 from innerloop.training.evaluation import Source, draw, evaluate
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
 
+TRIED = 20  # outer steps after which compiling is thought of
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
 
 
@@ -144,6 +147,7 @@ def fit(
     limit = math.inf if minutes is None else 60 * minutes
     share = tasks_per_batch // processes.world()
     late, warned = at.seconds >= limit, False
+    taken: list[float] = []
     with ExitStack() as stack, _deferred_interrupts() as interrupted:
         logs: list[Log] = [log] if log else []
         if processes.rank() == 0 and run.folder:
@@ -164,7 +168,11 @@ def fit(
             weights = multi_step_weights(learner.inner.steps, at.step, multi_step_loss) if multi_step_loss else None
             # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
             flags = [float(interrupted()), float(time.monotonic() - began >= limit)]
+            before = time.monotonic()
             record, flags = run.step(batch, weights, clip, flags)
+            taken.append(time.monotonic() - before)
+            if len(taken) == TRIED and processes.rank() == 0:
+                _propose(learner, min(taken), steps - at.step)
             if not warned and record.get("negative_curvature"):
                 warned = True
                 _warn_of_curvature(learner, at.step, record["negative_curvature"])
@@ -363,6 +371,15 @@ def _warn_of_curvature(learner: Bilevel, step: int, share: float) -> None:
         "are counted as negative_curvature in the log",
         stacklevel=3,
     )
+
+
+def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
+    """Log that compiling would pay, where kernels are small and many steps are left."""
+    if learner.compiler is not None or learner.engine is not None or learner.way is None or not learner.way.small:
+        return
+    moving = len(learner.adapted) or len(list(learner.parameters()))
+    if text := proposal(seconds, learner.inner.steps * moving, remaining):
+        logging.getLogger("innerloop").info("%s", text)
 
 
 def _check_positive(**settings: float | None) -> None:

@@ -163,6 +163,7 @@ class Settings:
     threads: int | None = option(None, "CPU threads; none: what torch takes", at_least=1)
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
     chunk_size: int | None = option(None, "tasks computed at once; fewer take less memory", at_least=1)
+    compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
     memory: int | None = option(None, "MiB for a meta-step; within it graphs are kept, which is faster", at_least=0)
 
     def __post_init__(self) -> None:
