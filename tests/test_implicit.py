@@ -681,6 +681,17 @@ def test_the_solution_is_that_of_all_examples_where_steps_see_minibatches(test_s
             lambda: Implicit().check(il.AdamW(lr=0.1, steps=1, weight_decay=0.1)),
             "AdamW's weight decay is no term: use Adam or SGD",
         ),
+        *(
+            (
+                lambda rule=rule, kind=kind: kind().check(rule),
+                r"SGD\(clip=\.\.\.\) misses: it shortens the loss's gradient but not.*Leave clip out, or use Unrolled",
+            )
+            for rule in (
+                il.SGD(lr=0.1, steps=1, clip=1.0, proximal=1.0),
+                il.SGD(lr=0.1, steps=1, clip=1.0, weight_decay=1),
+            )
+            for kind in (Implicit, il.MemoryReduced)
+        ),
         (lambda: Implicit().check(il.SGD(lr=0.1, steps=1), whole=True), r"give SGD\(proximal=2.0\), which is iMAML"),
         (
             lambda: Implicit(Nystrom(3)).check(il.SGD(lr=0.1, steps=1)),

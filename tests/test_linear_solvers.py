@@ -89,6 +89,11 @@ def test_negative_curvature_in_the_first_iteration_returns_the_right_hand_side()
     assert (info.negative_curvature, info.iterations) == (1, 0)
     start = torch.tensor([0.5, 0.5], dtype=torch.float64)
     assert torch.equal(solve(CG(5), matrix, b, start=start)[0], start)
+    # With something on the diagonal, the solution where there is nothing else.
+    assert torch.equal(solve(CG(5, damping=0.5), matrix, b)[0], b / 0.5)
+    x, info = solve(CG(5, damping=0.25), matrix, b, shift=0.5)
+    assert torch.equal(x, b / 0.75)
+    assert info.negative_curvature == 1
 
 
 def test_negative_curvature_later_keeps_what_was_found():

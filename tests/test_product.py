@@ -101,7 +101,7 @@ def refused(estimator: str, solver: str, subset: str) -> bool:
         return solver not in ("sgd", "minibatches")
     if family in ("implicit", "memory"):
         nothing_left = not partial and (family == "memory" or estimator == "implicit of what was given")
-        # shortened gradients leave out the terms that the solver adds to them afterwards
+        # the loss's gradient is shortened and those of the terms are not
         clipped = solver == "clipped groups" and not estimator.endswith("of what was given")
         return rates or solver == "adamw" or nothing_left or clipped
     return newton or (estimator == "unrolled from a fixed start" and not partial)

@@ -150,7 +150,8 @@ def meta_step(name: str, steps: int, ways: int, shots: int, filters: int) -> Cal
     support, query = ((torch.rand(1, len(labels), 1, 28, 28), labels[None]) for _ in range(2))
     model = il.models.Conv4(in_channels=1, ways=ways, filters=filters, downsample="stride")
     inner = il.SGD(lr=0.1, steps=steps, proximal=PROXIMAL if name.startswith("iMAML") else 0.0)
-    return partial(il.MetaLearner(model, inner=inner, meta_gradient=MEMORY[name], memory=0).meta_step, il.Task(support, query))
+    learner = il.MetaLearner(model, inner=inner, meta_gradient=MEMORY[name], memory=0)
+    return partial(learner.meta_step, il.Task(support, query))
 
 
 def quick_memory(_: argparse.Namespace) -> Results:

@@ -47,7 +47,8 @@ def images(size: int, device: str) -> il.Task:
 
 def learner(method: str, size: int, filters: int, steps: int, device: str) -> il.MetaLearner:
     inner = il.SGD(lr=0.1, steps=steps, weight_decay=0.05 if method == "Algorithm 1" else 0.0)
-    return il.MetaLearner(il.models.Conv4(filters=filters, size=size), inner=inner, memory=0, **METHODS[method]).to(device)
+    model = il.models.Conv4(filters=filters, size=size)
+    return il.MetaLearner(model, inner=inner, memory=0, **METHODS[method]).to(device)
 
 
 def cached_step(learner: il.MetaLearner, task: il.Task) -> None:

@@ -14,7 +14,7 @@ frozen    the model's stored running statistics   the same
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -115,24 +115,25 @@ def statistics_from_first(model: nn.Module, rows: int | None) -> Iterator[None]:
             layer.rows = None
 
 
-def to_torch(model: nn.Module, support: Tensor | None) -> None:
+def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: int = 0) -> None:
     """Put torch's own batch-norm layers back, in place, so that the model needs nothing of this library.
 
     Args:
         model: a converted model that may be changed.
-        support: inputs whose statistics the layers shall keep and use for everything that follows; None leaves the
-            layers without stored statistics, so that each batch is normalised by its own.
+        run: passes through the model the inputs whose statistics the layers shall keep and use for everything that
+            follows; None leaves the layers without stored statistics, so that each batch is normalised by its own.
+        rows: how many inputs those are.
     """
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, TaskBatchNorm)
     }
-    if support is not None and layers:
+    if run is not None and layers:
         for layer in layers.values():
-            layer.seen = (support, support)  # anything but None asks the layer to record
-        with torch.no_grad(), statistics_from_first(model, len(support)):
-            model(support)
+            layer.seen = (torch.zeros(()), torch.zeros(()))  # anything but None asks the layer to record
+        with torch.no_grad(), statistics_from_first(model, rows):
+            run()
     for name, layer in layers.items():
         norm = _torch_layer(layer)
         if layer.seen is not None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.choices import choice
 from innerloop.compiled import Compiler
-from innerloop.curvature import dense, fresh_seed, second_order_kernels
+from innerloop.curvature import dense, fresh_seed, in_transform, second_order_kernels, started
 from innerloop.engine import Products, Way, choose, engine_of
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
@@ -62,9 +62,18 @@ def hypergradient(
     """
     estimator = choice(estimator, "meta_gradient") if estimator is not None else Unrolled()
     solver: InnerSolver = choice(inner, "inner")
-    with torch.no_grad(), second_order_kernels(engine=problem.engine):
+    if isinstance(meta, nn.Module):
+        meta = dict(meta.named_parameters())
+    if not isinstance(task, Task) or not isinstance(begin, End | None):
+        raise ValueError("give the task as il.Task(support=..., query=...), and begin= the end of an earlier result")
+    if in_transform("Grad"):
+        raise ValueError(
+            "hypergradient inside torch.func.grad, vjp or jacrev would give zeros: take its own gradient, result.grad"
+        )
+    with torch.inference_mode(False), torch.no_grad(), second_order_kernels(engine=problem.engine):
+        task = task.to()
         if learned is None:
-            learned = solver.learned(begin.params if begin else problem.begin(meta, task.support))
+            learned = solver.learned(begin.params if begin else started(problem, meta, task.support))
         estimator.check(solver, learns=bool(learned))
         result = estimator.estimate(bind(problem, meta, task.support, solver, learned, begin), task.query, step_weights)
     _warn_of_zeros(problem, estimator, result.grad, stacklevel=3)
@@ -165,7 +174,10 @@ class Bilevel(nn.Module):
     ) -> None:
         super().__init__()
         self.problem = problem
+        self._named = not isinstance(meta, nn.Module)
         self.meta = meta if isinstance(meta, nn.Module) else _parameters(meta)
+        if not any(parameter.requires_grad for parameter in self.meta.parameters()):
+            raise ValueError("meta holds no parameter that learns: give a module or a dict of floating tensors")
         self._bind(inner, meta_gradient, carry, stacked, chunk_size, memory, products, compile, (), None)
 
     def _bind(
@@ -197,7 +209,17 @@ class Bilevel(nn.Module):
                     "chunk_size out, or use products='autograd'"
                 )
         inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
+        if moves and inner.moves:
+            raise ValueError(
+                f"both {type(inner).__name__}(moves=...) and what adapts say which parameters move in which step: "
+                "leave moves out, or use one pattern, such as Blocks('00011')"
+            )
         self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
+        if carry != "none" and whole and not self.inner.proximal:
+            raise ValueError(
+                f"carry={carry!r}: a task that is taken up no longer depends on the start, and all that could be "
+                f"learned here is that: give {type(inner).__name__}(proximal=2.0), or adapt less, as in adapts=Head()"
+            )
         self.meta_gradient: MetaGradient = (
             choice(meta_gradient, "meta_gradient") if meta_gradient is not None else Unrolled()
         )
@@ -237,7 +259,8 @@ class Bilevel(nn.Module):
             step_weights: weights of the outer loss after each inner step (the multi-step loss of MAML++); None puts all
                 weight on the last.
             task_ids: what names each task, for ``carry="task"`` alone.
-            task_weights: the weight of each task in the sum of losses and gradients, ``[tasks]``; None is 1 / tasks.
+            task_weights: the weight of each task in the sum of losses and gradients, ``[tasks]``, a constant; None is
+                1 / tasks.
             begin: where each task is taken up, as an earlier ``end`` gave it; None in the list begins one at the start.
             keep_end: whether to report where the tasks were left, which holds their parameters in memory; None does so
                 for a lone task and where ``begin`` is given.
@@ -450,7 +473,7 @@ class Bilevel(nn.Module):
 
     def meta_tree(self) -> Tree:
         """The meta-parameters as the problem's functions see them, by name, detached."""
-        if isinstance(self.meta, nn.ParameterDict):
+        if self._named:
             return _tree(self.meta)
         return {name: p.detach() for name, p in self.meta.named_parameters() if p.requires_grad}
 
@@ -466,8 +489,9 @@ class Bilevel(nn.Module):
 
     def _parameter(self, name: str) -> nn.Parameter | None:
         """The parameter whose gradient the meta-gradient of this name is; None where it is not learned."""
-        if isinstance(self.meta, nn.ParameterDict):
-            return self.meta[_key(name)]
+        if self._named:
+            found: nn.Parameter = self.meta[_key(name)]
+            return found
         return self.meta.get_parameter(name)
 
     def _first_params(self) -> Tree:
@@ -495,6 +519,11 @@ class Bilevel(nn.Module):
     def _checked(self, batch: Task | Sequence[Task]) -> tuple[Task | list[Task], int]:
         """The tasks on the learner's device, and how many there are."""
         if isinstance(batch, Task) and self.stacked:
+            if any(isinstance(part, Steps) and callable(part.rows) for part in batch):
+                raise ValueError(
+                    "Steps of a function gives the batches of one task, not of a batch of tasks: give a list of tasks, "
+                    "each with a function of its own"
+                )
             moved = self._moved(batch)
             lengths = {len(leaf) if leaf.ndim else 0 for leaf in _tensors(moved)}
             if len(lengths) != 1 or lengths == {0}:
@@ -559,7 +588,7 @@ class Bilevel(nn.Module):
         computed task by task from then on, with one warning.
         """
         listed, count = isinstance(tasks, list), len(starts)
-        size = 1 if listed else self._way(tasks, count).chunk
+        size = 1 if listed else self._way(tasks, count, starts[0]).chunk
         groups: dict[int | None, list[int]] = {}
         for place, start in enumerate(starts):
             groups.setdefault(None if start is None else start.step, []).append(place)
@@ -567,14 +596,14 @@ class Bilevel(nn.Module):
         rows = self._rows(tasks, base, count, steps)
         todo = [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
         refusal: Exception | None = None
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             while todo:
                 places = todo.pop(0)
-                if len(places) > 1 and (listed or not self._vectorise):
+                if len(places) > 1 and (listed or not self._vectorise or refusal is not None):
                     todo[:0] = [[place] for place in places]
                     continue
                 if listed and weights is not None:  # each of its own size
-                    self._way([_task(tasks, places[0])], 1)
+                    self._way([_task(tasks, places[0])], 1, starts[places[0]])
                 seed, mine = base + 1000 * places[0], [starts[place] for place in places]
                 shares = None if weights is None else weights[places]
                 try:
@@ -586,19 +615,20 @@ class Bilevel(nn.Module):
                     if len(places) == 1:
                         raise
                     # If the loop fails as well, the fault is not vmap's, and the loop's error is the clearer one.
-                    self._vectorise, refusal = False, error
+                    refusal = error
                     todo.insert(0, places)
                     continue
                 if refusal is not None:
+                    self._vectorise = False
                     warnings.warn(
                         f"{self._what()} is computed task by task, same result, slower, because vmap cannot take it: "
                         f"{str(refusal).splitlines()[0]}",
-                        stacklevel=4,
+                        stacklevel=3,
                     )
                     refusal = None
                 yield places, out
 
-    def _way(self, tasks: Task | list[Task], count: int) -> Way:
+    def _way(self, tasks: Task | list[Task], count: int, begin: End | None) -> Way:
         """How tasks of this shape are computed, measured when they are first seen."""
         compiled = self.compiler is not None and self.compiler.active
         first = tasks[0] if isinstance(tasks, list) else tasks
@@ -608,17 +638,17 @@ class Bilevel(nn.Module):
             one = _task(tasks, 0)
             meta, ways = self.meta_tree(), self._ways([one])
             with torch.no_grad():
-                whole, reduced = (self._measured(one, meta, ways, reuse) for reuse in (False, True))
+                whole, reduced = (self._measured(one, meta, ways, reuse, begin) for reuse in (False, True))
                 self._ways_of[key] = choose(
                     whole, reduced, count, self.chunk_size, self.memory, self.products, compiled
                 )
         self.way = self._ways_of[key]
         return self.way
 
-    def _measured(self, task: Task, meta: Tree, ways: int, reuse: bool) -> InnerLoop:
+    def _measured(self, task: Task, meta: Tree, ways: int, reuse: bool, begin: End | None) -> InnerLoop:
         stated = self._state(task, meta, ways, reuse=reuse, differentiate=False)
         problem = replace(stated.problem, seed=0)
-        return bind(problem, stated.meta, stated.task.support, self.inner, self.learned())
+        return bind(problem, stated.meta, stated.task.support, self.inner, self.learned(), begin)
 
     def _together(
         self,
@@ -677,6 +707,10 @@ class Bilevel(nn.Module):
                 f"task_ids {'are needed' if task_ids is None else 'have no use'} here: give them with carry='task' and "
                 "with nothing else"
             )
+        if isinstance(task_ids, Tensor):
+            task_ids = task_ids.tolist()
+        if task_ids is not None and len(set(task_ids)) < len(task_ids):
+            raise ValueError("task_ids names a task twice in one batch: give each its own name")
         keys: Sequence[Hashable] = range(count) if task_ids is None else task_ids
         given = [begin] if isinstance(begin, End) else begin
         for name, items in (("task_ids", keys), ("begin", given)):
@@ -686,7 +720,7 @@ class Bilevel(nn.Module):
             return list(given), keys
         if self.carry == "none":
             return [None] * count, keys
-        return self.carried.gather(keys, self._place()), keys
+        return self.carried.gather(keys, next(self.parameters())), keys
 
     def _ends(self, found: list[tuple[list[int], Any, Any]], starts: Sequence[End | None], count: int) -> list[End]:
         ends: list[End] = [None] * count  # type: ignore[list-item]
@@ -744,10 +778,14 @@ class Carried:
     def __init__(self) -> None:
         self._left: dict[Hashable, End] = {}
 
-    def gather(self, keys: Sequence[Hashable], device: torch.device) -> list[End | None]:
-        """Where the tasks were left, None for a key not seen."""
+    def gather(self, keys: Sequence[Hashable], like: Tensor) -> list[End | None]:
+        """Where the tasks were left, in the place and precision of a tensor; None for a key not seen."""
         found = [self._left.get(key) for key in keys]
-        return pytree.tree_map_only(Tensor, lambda value: value.to(device), found)
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+        return pytree.tree_map_only(Tensor, moved, found)
 
     def forget(self, *keys: Hashable) -> None:
         """Let the tasks of these keys begin at the start again; without keys all of them."""
@@ -771,20 +809,23 @@ class Carried:
 
 def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree, stacklevel: int) -> None:
     """Warn once where an estimator that leaves something out leaves meta-parameters without any gradient."""
-    if problem.known.warned or (estimator.second_order and estimator.learn_start):
+    if problem.known.warned or not grad or any(torch._C._functorch.is_batchedtensor(value) for value in grad.values()):
         return
-    values = list(grad.values())
-    if not values or any(torch._C._functorch.is_batchedtensor(value) for value in values):
-        return
-    problem.known.warned = True
     names = [name for name, value in grad.items() if not value.any()]
-    if names:
-        why = (
-            "takes no second derivative, so that nothing reaches what only the inner loss reads: use Unrolled() or "
-            "Truncated() for those"
-            if not estimator.second_order
-            else "does not learn the start: use learn_start=True for what only that reads"
-        )
+    everything = len(names) == len(grad)
+    if names and (everything or not estimator.second_order or not estimator.learn_start or not estimator.through_steps):
+        problem.known.warned = True
+        if not estimator.second_order:
+            why = (
+                "takes no second derivative, so that nothing reaches what only the inner loss reads: use Unrolled() or "
+                "Truncated() for those"
+            )
+        elif not estimator.learn_start:
+            why = "does not learn the start: use learn_start=True for what only that reads"
+        elif not estimator.through_steps:
+            why = "differentiates the solution, which without a proximal term does not depend on the start"
+        else:
+            why = "finds that neither loss depends on them: do the losses read them from their argument meta?"
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         text = f"the meta-gradient of {shown} is exactly zero. {type(estimator).__name__} {why}"
         warnings.warn(text, stacklevel=stacklevel)
@@ -819,12 +860,27 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # torch allows no dot in a parameter's own name
+    # torch allows no dot in a parameter's own name
+    return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
 
 
 def _parameters(tree: Mapping[str, Tensor]) -> nn.ParameterDict:
+    odd = [
+        n
+        for n, v in tree.items()
+        if not (isinstance(v, Tensor) and v.is_floating_point()) or n in dir(nn.ParameterDict)
+    ]
+    if odd:
+        raise ValueError(
+            f"meta: {', '.join(map(repr, odd))} is no floating tensor, or a name that torch keeps for itself: give a "
+            "flat dict of floating tensors by names of your own"
+        )
     return nn.ParameterDict({_key(name): nn.Parameter(value.detach().clone()) for name, value in tree.items()})
 
 
 def _tree(parameters: nn.ParameterDict) -> Tree:
-    return {name.replace("/", "."): value.detach() for name, value in parameters.items()}
+    return {_name(key): value.detach() for key, value in parameters.items()}
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".").replace("%2F", "/").replace("%25", "%")

@@ -12,26 +12,25 @@ from torch.func import functional_call
 from innerloop.problem import Tree
 
 
-def chain_of(model: nn.Module) -> tuple[list[nn.Module], bool] | None:
+def chain_of(model: nn.Module) -> list[nn.Module] | None:
     """The parts whose composition is the model, or None if it does not say which.
 
     Such are the children of an ``nn.Sequential`` whose forward pass is torch's own and has no hooks; and what any other
-    module names by an attribute ``blocks``, a sequence of sub-modules that hold all of its parameters.
-
-    Returns:
-        The parts, and whether that they are the whole forward pass still has to be seen on real inputs.
+    module names by an attribute ``blocks``, a sequence of sub-modules that hold all of its parameters and buffers. That
+    these are its whole forward pass still has to be seen on real inputs.
     """
     hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks
     plain = type(model).forward is nn.Sequential.forward and "forward" not in vars(model)
     if isinstance(model, nn.Sequential) and plain and not hooks:
-        return list(model), False
+        return list(model)
     declared = getattr(model, "blocks", None)
     if not isinstance(declared, (Sequence, nn.ModuleList, nn.Sequential)):
         return None
     parts = list(declared)
     if not all(isinstance(part, nn.Module) for part in parts):
         return None
-    return (parts, True) if len(parameter_names(model, parts)) == len(list(model.named_parameters())) else None
+    inside = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    return parts if all(id(tensor) in inside for tensor in (*model.parameters(), *model.buffers())) else None
 
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]] | None:
@@ -42,7 +41,7 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]] | None:
     chain = chain_of(model)
     blocks: list[list[nn.Module]] = []
     leading: list[nn.Module] = []
-    for part in chain[0] if chain else ():
+    for part in chain or ():
         if next(part.parameters(), None) is not None:
             blocks.append([*leading, part])
             leading = []
@@ -98,5 +97,6 @@ class Chain:
     def __call__(self, tree: Tree, inputs: Any) -> Any:
         """Pass the inputs through the parts; what the tree does not name keeps its own value."""
         for part, names in self._named:
-            inputs = call(part, {local: tree[name] for local, name in names.items() if name in tree}, inputs)
+            values = {local: tree[name] for local, name in names.items() if name in tree}
+            inputs = functional_call(part, values, (inputs,))
         return inputs

@@ -24,7 +24,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import gradient, in_transform, judged, linearised, nothing, parted, random_states, replayed
+from innerloop.curvature import (
+    OUTER,
+    gradient,
+    in_transform,
+    judged,
+    linearised,
+    nothing,
+    parted,
+    random_states,
+    replayed,
+)
 from innerloop.problem import Batch, Chain, Engine, Problem, Stage, Tree
 
 Cotangents = list[Tensor | None]
@@ -54,9 +64,10 @@ class Blockwise(Engine):
     def judge(self, problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any, Tree, Tree]:
         if in_transform() or problem.outer_chain is None:
             return judged(replace(problem, engine=None), params, meta, query)
-        run = _Run(problem.outer_chain, params, meta, query, mixed=True)
-        run.up()
-        (in_params, in_meta), value = run.down()
+        with replayed(problem.seed, OUTER, params):
+            run = _Run(problem.outer_chain, params, meta, query, mixed=True)
+            run.up()
+            (in_params, in_meta), value = run.down()
         loss, extra = parted(value)
         return loss, extra, in_params, in_meta
 
@@ -234,9 +245,7 @@ def _named(stage: Stage, tree: Tree) -> Tree:
 
 def _filled(found: Tree, like: Tree) -> Tree:
     """A tree like another, with zeros, which take no memory, for what was not reached."""
-    return {
-        name: found[name] if name in found else value.new_zeros(()).expand_as(value) for name, value in like.items()
-    }
+    return {name: found[name] if name in found else nothing(value) for name, value in like.items()}
 
 
 def _continuous(value: Any) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from innerloop.problem import Steps
@@ -92,6 +91,8 @@ class Compiler:
     ) -> Callable[[list[Any]], Any]:
         if any(isinstance(x, Steps) and callable(x.rows) for x in _nodes(structure, leaves)):
             raise Refused("Steps of a function gives other batches in every step: give tensors")
+        from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and seldom needed
+
         began = time.perf_counter()
         numbers = [place for place, x in enumerate(leaves) if isinstance(x, float)]
         fixed = {place: x for place, x in enumerate(leaves) if not isinstance(x, (float, Tensor))}
@@ -116,7 +117,9 @@ class Compiler:
         _refuse_draws(graph)
         live = _lift(graph, module)
         traced = time.perf_counter()
-        compiled = torch.compile(graph, backend=self.backend, dynamic=False, fullgraph=True)
+        compiled: Callable[..., Any] = graph  # which is what the backend "eager" makes of it
+        if self.backend != "eager":
+            compiled = torch.compile(graph, backend=self.backend, dynamic=False, fullgraph=True)
 
         def run(leaves: list[Any]) -> Any:
             with torch.autocast(device.type, enabled=False):  # the graph has its casts

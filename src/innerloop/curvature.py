@@ -28,6 +28,9 @@ from innerloop.problem import Batch, Engine, Problem, Tree
 
 Products = tuple[Tree, Tree]
 
+# Which numbers a start and an outer loss draw, beside those of the steps.
+START, OUTER = 2**40, 2**41
+
 _observer: ContextVar[Callable[[int, Tree, Products], None] | None] = ContextVar("observer", default=None)
 
 
@@ -58,7 +61,7 @@ def gradient(
                 name: p.view_as(p) if record and p.requires_grad else p.detach().requires_grad_()
                 for name, p in params.items()
             }
-            loss = problem.inner_loss(leaves, meta, support)
+            loss = scalar(problem.inner_loss(leaves, meta, support), "inner")
         grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=record, materialize_grads=True)
         return dict(zip(leaves, grads, strict=True)), loss.detach()
 
@@ -126,7 +129,7 @@ def judged(problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Te
         return problem.engine.judge(problem, params, meta, query)
 
     def loss(params: Tree, meta: Tree) -> tuple[Tensor, Any]:
-        value, extra = parted(problem.outer_loss(params, meta, query))
+        value, extra = outer(problem, params, meta, query)
         return value, () if extra is None else extra  # torch.func takes no None beside a value
 
     value, pull, extra = pullback(loss, params, meta, aux=True)
@@ -149,9 +152,47 @@ def dense(tree: Any) -> Any:
     return pytree.tree_map(lambda value: value.clone() if is_expanded(value) else value, tree)
 
 
+def started(problem: Problem, meta: Tree, support: Batch) -> Tree:
+    """Where the inner loop begins; a start that draws at random draws the same whenever it is asked."""
+    with replayed(problem.seed, START, (meta, support)):
+        return problem.begin(meta, support)
+
+
+def outer(problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any]:
+    """The outer loss and what it returned beside it; it draws from a seed of its own, the same after every step."""
+    with replayed(problem.seed, OUTER, params):
+        return parted(problem.outer_loss(params, meta, query))
+
+
 def parted(value: Any) -> tuple[Tensor, Any]:
-    """An outer loss and what it returned beside it, None if nothing."""
-    return value if isinstance(value, tuple) else (value, None)
+    """An outer loss and what it returned beside it, None if nothing; what is no tensor there is left out.
+
+    Raises:
+        ValueError: neither a scalar nor a pair of a scalar and something else.
+    """
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"the outer loss returned {len(value)} things: return a scalar, or (scalar, extra)")
+    loss, extra = value if isinstance(value, tuple) else (value, None)
+    return scalar(loss, "outer"), None if extra is None else only_tensors(extra)
+
+
+def only_tensors(tree: Any) -> Any:
+    """A tree of tensors as it is; of any other, its tensors in a tuple."""
+    leaves = pytree.tree_leaves(tree)
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return tree if len(tensors) == len(leaves) else tensors
+
+
+def scalar(value: Any, which: str) -> Tensor:
+    """A loss, checked.
+
+    Raises:
+        ValueError: it is no scalar tensor.
+    """
+    if not isinstance(value, Tensor) or value.ndim:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the {which} loss returned {what}: return one number, such as losses.mean()")
+    return value
 
 
 def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep: bool = False) -> tuple[Any, ...]:
@@ -202,15 +243,19 @@ def observed(observe: Callable[[int, Tree, Products], None]) -> Iterator[None]:
         _observer.reset(token)
 
 
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is active, under which values cannot be looked at."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def in_transform(kind: str | None = None) -> bool:
+    """Whether a transform of ``torch.func`` is active, or one of a kind ("Grad"); values cannot be looked at there."""
+    if kind is None or torch._C._functorch.peek_interpreter_stack() is None:
+        return torch._C._functorch.peek_interpreter_stack() is not None
+    return any(str(each.key()).endswith(kind) for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def fresh_seed() -> int:
     """A seed from torch's global generator, which moves on; under a transform, one that its state stands for."""
     if in_transform():
-        return zlib.crc32(torch.default_generator.get_state().numpy().tobytes())
+        with contextlib.suppress(RuntimeError):
+            return zlib.crc32(torch.default_generator.get_state().numpy().tobytes())
+        return torch.default_generator.initial_seed() % 2**31  # where values cannot be looked at
     return int(torch.randint(2**31, ()))
 
 

@@ -56,11 +56,12 @@ class Prototypes:
             ValueError: the model ends in no linear layer with a bias, or that does not adapt.
         """
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        last = next((name for name in reversed(names) if {f"{name}.weight", f"{name}.bias"} <= set(adapted)), None)
-        if last is None:
+        last = names[-1] if names else None
+        if last is None or not {f"{last}.weight", f"{last}.bias"} <= set(adapted):
             raise ValueError(
-                "Prototypes() sets weight and bias of the model's last linear layer, but no linear layer with both "
-                "adapts here: use adapts=Head() or Everything(), and a head nn.Linear(..., bias=True)"
+                "Prototypes() sets weight and bias of the model's last linear layer, but "
+                f"{'there is none' if last is None else f'{last} has no bias or does not adapt'}: use adapts=Head() or "
+                "Everything(), and a head nn.Linear(..., bias=True)"
             )
         return last
 
@@ -119,7 +120,6 @@ class FewShot:
         self._names = {name for name, _ in model.named_parameters()}
         self._moving_buffers: tuple[str, ...] = ()
         self._seen: dict[tuple[bool, ...], bool] = {}
-        self._compared = False
         self.prefix: Chain | None = None
         self.suffix: Chain | None = None
         self.blocks: list[Chain] = []
@@ -166,42 +166,66 @@ class FewShot:
         mode = tuple(module.training for module in self.model.modules())
         if mode in self._seen:
             return
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        before = dict(self.model.named_buffers())
+        buffers = {name: buffer.clone() for name, buffer in before.items()}
         versions = {name: buffer._version for name, buffer in buffers.items()}
         passed = dict(buffers)
         with torch.no_grad(), replayed(0, 0, inputs):
             with _order_of_use(self.model) as order:
-                outputs = call(self.model, passed, inputs)
-            moving = (n for n, b in buffers.items() if passed[n] is not b or b._version != versions[n])
+                call(self.model, passed, inputs)
+            moving = (
+                name
+                for name, buffer in buffers.items()
+                if passed[name] is not buffer or buffer._version != versions[name] or not _equal(buffer, before[name])
+            )
             self._moving_buffers = tuple(dict.fromkeys((*self._moving_buffers, *moving)))
             self.adapts.verify(self.model, order)
-            if self.blocks and not self._compared:
-                self._compare(inputs, outputs)
+            if self.layer is not None and order and order[-1] is not self.model.get_submodule(self.layer):
+                raise ValueError(
+                    f"Prototypes() takes {self.layer} for the head of {type(self.model).__name__}, but its forward "
+                    "pass does not end there: let the model end in its linear layer, or leave start out"
+                )
+            if self.blocks:
+                self._compare(inputs)
             self._seen[mode] = self.prefix is None or _draws(partial(self.prefix, self._buffers(), inputs), inputs)
 
-    def _compare(self, inputs: Any, outputs: Any) -> None:
-        """Do without a chain that does not give what the model gives, or whose blocks cannot be run one by one."""
-        self._compared = True
+    def _compare(self, inputs: Any) -> None:
+        """Do without a chain that does not give what the model gives, or whose blocks cannot be run one by one.
+
+        At parameters beside the model's own: a head that begins at zero makes all chains alike.
+        """
         found, alone = inputs, True
+        generator = torch.Generator().manual_seed(0)
+        beside = {
+            name: value + 0.1 * torch.randn(value.shape, generator=generator).to(value)
+            for name, value in self.model.named_parameters()
+            if value.is_floating_point()
+        }
         try:
+            with replayed(0, 0, inputs):
+                outputs = call(self.model, beside | self._buffers(), inputs)
             with replayed(0, 0, inputs):
                 for block in self.blocks:
                     entering = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
                     versions = [leaf._version for leaf in entering]
-                    found = block(self._buffers(), found)
+                    found = block(beside | self._buffers(), found)
                     alone = alone and versions == [leaf._version for leaf in entering]
-            same = all(torch.allclose(*pair) for pair in zip(*map(pytree.tree_leaves, (found, outputs)), strict=True))
+            pairs = zip(*map(pytree.tree_leaves, (found, outputs)), strict=True)
+            same = all(torch.allclose(*pair, equal_nan=True) for pair in pairs)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             same = False
         moved = [name for block in self.blocks for name in block.buffers.intersection(self._moving_buffers)]
         if not same or not alone or len(moved) > len(set(moved)):
             self.problem = replace(self.problem, inner_chain=None, outer_chain=None)
-        if not same and self.prefix is not None:
-            self.prefix = self.suffix = None
+        if same:
+            return
+        self.blocks, reused = [], self.prefix is not None
+        self.prefix = self.suffix = None
+        if reused:
             warnings.warn(
                 f"the blocks of {type(self.model).__name__}, one after the other, are not its forward pass: features "
                 "below what adapts are computed in every inner step; same result, slower",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -224,6 +248,8 @@ class FewShot:
     # The losses.
 
     def _from_meta(self, meta: Tree) -> Tree:
+        if frozen := [name for name in self.adapted if name not in meta]:
+            raise ValueError(f"{', '.join(frozen)} adapts, but was frozen since: make a new learner, or unfreeze it")
         return {name: meta[name] for name in self.adapted}
 
     def _from_prototypes(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
@@ -277,6 +303,7 @@ class FewShot:
         if not isinstance(loss, nn.Module):
             return loss(outputs, targets)
         own = {name.removeprefix(f"{LOSS} "): meta[name] for name in meta if name.startswith(f"{LOSS} ")}
+        own |= {name: buffer.clone() for name, buffer in loss.named_buffers()}  # the loss's own never move
         value: Tensor = functional_call(loss, own, (outputs, targets))
         return value
 
@@ -292,8 +319,14 @@ class FewShot:
 
     def _with_outputs(self, meta: Tree, outputs: Any, targets: Any, rows: int | None) -> tuple[Tensor, Any]:
         if rows:
-            outputs = pytree.tree_map(lambda value: value[rows:], outputs)
-        return self._judged(meta, outputs, targets), pytree.tree_map(torch.detach, outputs)
+            judged = len(pytree.tree_leaves(targets)[0])
+
+            def queries(value: Any) -> Any:
+                whole = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows + judged
+                return value[rows:] if whole else value
+
+            outputs = pytree.tree_map(queries, outputs)
+        return self._judged(meta, outputs, targets), pytree.tree_map_only(Tensor, torch.detach, outputs)
 
     # A task's problem.
 
@@ -378,6 +411,10 @@ class FewShot:
     def _named(self, part: str, features: Any) -> Tree:
         values, self._shape = pytree.tree_flatten(features)
         return {f"{part} {number}": value for number, value in enumerate(values)}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or bool((one.isnan() & other.isnan() | (one == other)).all())
 
 
 def _features_in(meta: Tree, part: str) -> list[str]:

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from innerloop.adapts import Adapts, Everything
 from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
+from innerloop.blocks import call
 from innerloop.choices import choice
-from innerloop.curvature import second_order_kernels
+from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
 from innerloop.few_shot import FewShot, Prototypes, Stated
 from innerloop.inner import InnerSolver, bind
@@ -88,6 +89,7 @@ class MetaLearner(Bilevel):
         reuse_prefix: bool = True,
     ) -> None:
         nn.Module.__init__(self)
+        _refuse(model, loss)
         if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
             raise ValueError("the model has lazy parameters: pass one batch of inputs through it first")
         self.adapts: Adapts = choice(adapts, "adapts") if adapts is not None else Everything()
@@ -139,7 +141,8 @@ class MetaLearner(Bilevel):
                 layer = adapted.get_submodule(self.few_shot.layer)
                 layer.out_features = len(layer.weight)  # type: ignore[assignment, arg-type]
             support = self._single(inputs, targets).support[0]
-            to_torch(adapted, support if inductive or self.batch_norm == "task" else None)
+            keep = inductive or self.batch_norm == "task"
+            to_torch(adapted, (lambda: call(adapted, {}, support)) if keep else None, len(_leaves(support)[0]))
         return adapted
 
     def adapted_parameters(self, inputs: Any, targets: Any, steps: int | None = None) -> Tree:
@@ -200,6 +203,8 @@ class MetaLearner(Bilevel):
         self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, reuse: bool = True, differentiate: bool
     ) -> Stated:
         transductive = not inductive and self.batch_norm != "task"
+        if isinstance(self.few_shot.start, Prototypes) and not in_transform():
+            ways = self._ways([task])  # of tasks in a list, each has its own
         # a minibatch has statistics of its own
         reuse = reuse and self.inner.minibatch is None
         return self.few_shot.state(
@@ -207,10 +212,27 @@ class MetaLearner(Bilevel):
         )
 
     def _ways(self, tasks: Task | list[Task]) -> int:
+        """How many classes the tasks have, for `Prototypes`, each of them with an example in every support set."""
         if self.few_shot.start is None:
             return 0
-        labels = [task.support[1] for task in ([tasks] if isinstance(tasks, Task) else tasks)]
-        return max(int(targets.max()) for targets in labels) + 1
+        ways = 0
+        for task in tasks if isinstance(tasks, list) else [tasks]:
+            labels = None if isinstance(task.support, Steps) else task.support[1]
+            if not isinstance(labels, Tensor) or labels.is_floating_point():
+                raise ValueError(
+                    "Prototypes() needs one support set with class numbers as targets, in a tensor of integers: leave "
+                    "start out for anything else"
+                )
+            rows, mine = labels.reshape(-1, labels.shape[-1]), int(labels.max()) + 1
+            there = (rows.unsqueeze(-1) == torch.arange(mine, device=rows.device)).any(1)
+            if not there.all() or labels.min() < 0:
+                gone = (~there).any(0).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"Prototypes() needs an example of every class below {mine} in every support set, and class "
+                    f"{gone or 'numbers from 0'} is missing in one: number the classes 0, 1, ..."
+                )
+            ways = max(ways, mine)
+        return ways
 
     def _accuracy(self, outputs: Any, task: Task, place: int) -> list[Tensor]:
         """The share of queries classified rightly, in a list that is empty where targets are not classes."""
@@ -223,7 +245,10 @@ class MetaLearner(Bilevel):
             return []
         if targets.is_floating_point() or scores.ndim != targets.ndim + 1:
             return []
-        return [(scores.argmax(-1) == targets).float().mean()]
+        # torch's cross-entropy has the classes in the second dimension, behind the examples
+        crossed = self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
+        guess = scores.argmax(1 if crossed and scores.ndim > 1 else -1)
+        return [(guess == targets).float().mean()] if guess.shape == targets.shape else []
 
     def _checked(self, batch: Any) -> tuple[Task | list[Task], int]:
         tasks, count = super()._checked(batch)
@@ -240,6 +265,8 @@ class MetaLearner(Bilevel):
                     )
                 leading = 1 if single else 2
                 sizes = {tuple(leaf.shape[:leading]) for leaf in _leaves(examples)}
+                if any(0 in size for size in sizes):
+                    raise ValueError(f"the {part} set of a task is empty: give one example or more")
                 if len(sizes) != 1 or len(sizes.pop()) < leading:
                     shown = ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(examples))
                     where = "no task dimension in a list" if single else "a task dimension (tensor.unsqueeze(0))"
@@ -280,6 +307,26 @@ class MetaLearner(Bilevel):
 
     def _what(self) -> str:
         return type(self.model).__name__
+
+
+def _refuse(model: nn.Module, loss: Any) -> None:
+    """Refuse a model or a loss that would be misread.
+
+    Raises:
+        ValueError: so; the message says what to give instead.
+    """
+    if not callable(loss) or isinstance(loss, type):
+        raise ValueError(f"loss={loss!r} is no function: give loss(output, target), such as F.cross_entropy")
+    own = {id(parameter) for parameter in model.parameters()}
+    if isinstance(loss, nn.Module) and any(id(parameter) in own for parameter in loss.parameters()):
+        raise ValueError("the loss holds parameters of the model, and a learner copies both: pass them by the output")
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):
+                raise ValueError(
+                    f"{name} has {type(hook).__name__} as a hook, whose result no copy can hold: use "
+                    "torch.nn.utils.parametrizations.spectral_norm or weight_norm"
+                )
 
 
 def _leaves(tree: Any) -> list[Tensor]:

@@ -56,9 +56,17 @@ class Task(NamedTuple):
         def move(tensor: Any) -> Any:
             if not isinstance(tensor, Tensor):
                 return tensor
+            if tensor.is_inference():  # autograd keeps no tensor that was made in inference mode
+                tensor = tensor.clone()
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=True)
 
-        return pytree.tree_map(move, self)
+        def moved(part: Any) -> Any:
+            if isinstance(part, Steps) and callable(part.rows):
+                return Steps(lambda step: pytree.tree_map(move, part.rows(step)))
+            return pytree.tree_map(move, part)
+
+        with torch.inference_mode(False):
+            return Task(*map(moved, self))
 
 
 class Steps:
@@ -235,12 +243,14 @@ class Problem:
     @cached_property
     def reads_support(self) -> bool:
         """Whether ``start`` takes the support set as well."""
+        start = self.start.forward if isinstance(self.start, torch.nn.Module) else self.start
         try:
-            parameters = inspect.signature(self.start).parameters.values()
+            parameters = inspect.signature(start).parameters.values()
         except (TypeError, ValueError):
             return False
         places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return sum(each.kind in places and each.default is each.empty for each in parameters) > 1
+        required = [each for each in parameters if each.kind in places and each.default is each.empty]
+        return len(required) > 1 or any(each.name == "support" for each in parameters)
 
     def begin(self, meta: Tree, support: Batch) -> Tree:
         """Where the inner solver begins."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -91,17 +93,19 @@ class InnerSolver:
         """Check the ranges."""
         name = type(self).__name__
         rates = list(self.lr.values()) if isinstance(self.lr, Mapping) else [self.lr]
-        if not rates or not all(callable(rate) or (isinstance(rate, (int, float)) and rate > 0) for rate in rates):
-            raise ValueError(f"{name}(lr={self.lr}): the inner rate must be above 0")
+        if not rates or not all(callable(rate) or (_number(rate) and rate > 0) for rate in rates):
+            raise ValueError(f"{name}(lr={self.lr!r}): the inner rate must be a number above 0, a schedule or a dict")
         for field, least in (("steps", 1), ("test_steps", 0), ("minibatch", 1)):
             value = getattr(self, field)
             if not (isinstance(value, int) and value >= least) and (value is not None or field == "steps"):
                 raise ValueError(f"{name}({field}={value!r}): give a whole number of {least} or more")
         for field in ("weight_decay", "proximal"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{name}({field}={getattr(self, field)}): must be 0 or more")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"{name}(clip={self.clip}): give the largest norm of a gradient, above 0, or None")
+            if not (_number(getattr(self, field)) and getattr(self, field) >= 0):
+                raise ValueError(f"{name}({field}={getattr(self, field)!r}): must be a number, 0 or more")
+        if self.clip is not None and not (_number(self.clip) and self.clip > 0):
+            raise ValueError(f"{name}(clip={self.clip!r}): give the largest norm of a gradient, above 0, or None")
+        if not all(self.moves):
+            raise ValueError(f"{name}(moves={self.moves!r}): a row in which nothing moves; name parameters in each")
         object.__setattr__(self, "moves", tuple(frozenset(row) for row in self.moves))
 
     @property
@@ -119,6 +123,22 @@ class InnerSolver:
     def adaptation_steps(self) -> int:
         """Inner steps outside meta-training."""
         return self.steps if self.test_steps is None else self.test_steps
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Refuse globs of ``lr`` that match no parameter, and parameters that no glob matches.
+
+        Raises:
+            ValueError: so.
+        """
+        if isinstance(self.lr, Mapping):
+            for name in names:
+                self.rate(0, name)
+            for glob in self.lr:
+                if not any(fnmatchcase(name, glob) for name in names):
+                    raise ValueError(
+                        f"{type(self).__name__}(lr=...): {glob!r} matches none of {', '.join(names)}: correct it, or "
+                        "leave it out"
+                    )
 
     def rates(self) -> list[float]:
         """The rates of all groups in all training steps."""
@@ -190,3 +210,8 @@ class InnerSolver:
         if self.proximal:
             grad = {name: g + self.proximal * (params[name] - start[name]) for name, g in grad.items()}
         return grad
+
+
+def _number(value: Any) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import curvature, fresh_seed, gradient, linearised, replayed
+from innerloop.curvature import curvature, fresh_seed, gradient, linearised, replayed, started
 from innerloop.inner._base import InnerSolver, Probe, State
 from innerloop.problem import Batch, End, Problem, Steps, Tree
 
@@ -160,13 +160,14 @@ def bind(
     if problem.seed is None:
         problem = replace(problem, seed=fresh_seed())
     if begin is None:
-        start = problem.begin(meta, support)
+        start = started(problem, meta, support)
         at = End(start, solver.init(start), 0)
     else:
         # Without a proximal term nothing reads the start.
-        start = problem.begin(meta, support) if solver.proximal else begin.params
+        start = started(problem, meta, support) if solver.proximal else begin.params
         at = begin
         _check_begin(solver, start, begin)
+    solver.check_names(at.params)
     for row in solver.moves:
         if unknown := row - at.params.keys():
             raise ValueError(f"moves names {', '.join(sorted(unknown))}, which is no parameter of the inner problem")
@@ -207,5 +208,8 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
 def _check_begin(solver: InnerSolver, start: Tree, begin: End) -> None:
     if begin.params.keys() != start.keys():
         raise ValueError(f"begin holds {', '.join(begin.params)}, but the inner problem has {', '.join(start)}")
+    shapes = {name: (tuple(begin.params[name].shape), tuple(value.shape)) for name, value in start.items()}
+    if odd := [f"{name}: {was} for {now}" for name, (was, now) in shapes.items() if was != now]:
+        raise ValueError(f"begin holds parameters of other shapes than the inner problem: {', '.join(odd)}")
     if pytree.tree_structure(solver.init(begin.params)) != pytree.tree_structure(begin.state):
         raise ValueError(f"begin was left by another solver than {type(solver).__name__}: go on with the same one")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import is_expanded, judged, nothing, parted, pullback
+from innerloop.curvature import is_expanded, judged, nothing, pullback, started
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Batch, End, Problem, Steps, Tree
@@ -51,11 +51,6 @@ class Outer(NamedTuple):
     params: Tree
     meta: Tree
     extra: Any
-
-
-def outer_value(problem: Problem, params: Tree, meta: Tree, query: Batch) -> tuple[Tensor, Any]:
-    """The outer loss and what it returned beside it, None if nothing."""
-    return parted(problem.outer_loss(params, meta, query))
 
 
 def outer_gradient(problem: Problem, params: Tree, meta: Tree, query: Batch) -> Outer:
@@ -269,7 +264,7 @@ def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad:
 
 def through_start(loop: InnerLoop, cotangent: Tree) -> Tree:
     """What reaches meta through the problem's start, from the cotangent of that."""
-    back = pullback(lambda meta: loop.problem.begin(meta, loop.support), loop.meta)[1]
+    back = pullback(lambda meta: started(loop.problem, meta, loop.support), loop.meta)[1]
     grad: Tree = back(cotangent)[0]
     return grad
 

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from innerloop.curvature import started
 from innerloop.inner import SGD, InnerLoop, InnerSolver
 from innerloop.linear import CG, Info, Product
 from innerloop.linear._base import relative_norm
@@ -83,7 +84,7 @@ class ReleasedIMAML(MetaGradient):
         end, support_loss = Trail(loop, loop.steps[:0]).adapt()
         loop = replace(loop, rows=None)  # the solution is that of all examples
         kept, divisor = 1 - loop.solver.rate(0, "") * self.proximal, self.proximal + _EXTRA
-        start = loop.problem.begin(loop.meta, loop.support)
+        start = started(loop.problem, loop.meta, loop.support)
         params = {name: value + kept * (end.params[name] - value) for name, value in start.items()}
         outer = outer_gradient(loop.problem, params, loop.meta, loop.judged(query, loop.steps[-1]))
         linear = _Unsolved() if self.linear_solver.iterations == 1 else self.linear_solver

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
+from innerloop.curvature import outer, started
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.meta_gradient._adjoint import Trail, outer_value, outer_weights, through_start
+from innerloop.meta_gradient._adjoint import Trail, outer_weights, through_start
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.problem import Batch
 
@@ -75,8 +76,8 @@ class Reptile(MetaGradient):
             )
         outer_weights(loop, query, None)  # refuses a stream that is too short
         end, support_loss = Trail(loop, loop.steps[:0]).adapt()
-        loss, extra = outer_value(loop.problem, end.params, loop.meta, loop.judged(query, loop.steps[-1]))
-        start = loop.problem.begin(loop.meta, loop.support)
+        loss, extra = outer(loop.problem, end.params, loop.meta, loop.judged(query, loop.steps[-1]))
+        start = started(loop.problem, loop.meta, loop.support)
         grad = through_start(loop, {name: value - end.params[name] for name, value in start.items()})
         diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
         return Result(grad, {}, loss, extra, diagnostics, end)

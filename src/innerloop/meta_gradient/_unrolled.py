@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop.curvature import pullback
+from innerloop.curvature import outer, pullback, started
 from innerloop.inner import InnerLoop
-from innerloop.meta_gradient._adjoint import outer_value, outer_weights, walk
+from innerloop.meta_gradient._adjoint import outer_weights, walk
 from innerloop.meta_gradient._base import MetaGradient, Result
 from innerloop.problem import Batch, End, Tree
 
@@ -91,7 +91,7 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
     def unrolled(meta: Tree, learned: Tree) -> tuple[Tensor, Any]:
         start, at = loop.start, loop.begin
         if learn_start and (loop.solver.proximal or not loop.resumed):
-            start = loop.problem.begin(meta, loop.support)
+            start = started(loop.problem, meta, loop.support)
             at = at if loop.resumed else at._replace(params=start)
         recording = replace(loop, meta=meta, learned=learned, start=start, begin=at, record=True)
         support_loss: list[Tensor] = []
@@ -101,7 +101,7 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
             weight = weights[step - first]
             if not weight and step != loop.steps[-1]:
                 return None
-            value, extra = outer_value(loop.problem, params, meta, loop.judged(query, step))
+            value, extra = outer(loop.problem, params, meta, loop.judged(query, step))
             judged.append(weight * value)
             return extra
 
