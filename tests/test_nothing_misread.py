@@ -479,3 +479,273 @@ def test_a_losss_own_parameters_are_meta_parameters():
     assert found == pytest.approx((value(1.5 + 1e-6) - value(1.5 - 1e-6)) / 2e-6, rel=1e-6)
     assert loss.temperature.item() == 1.5  # the user's own never moves
     assert loss.temperature.grad is None
+
+
+# What an attack found.
+
+
+def test_a_head_that_begins_at_zero_does_not_hide_another_forward_pass():
+    class Residual(Declared):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.two = nn.Linear(4, WAYS)
+            nn.init.zeros_(self.two.weight)
+            self.blocks = [self.one, self.two]
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.two(inputs + self.one(inputs))
+
+    batch = batch_of(4)
+    learner = il.MetaLearner(Residual().double(), il.Head(), il.SGD(lr=0.5, steps=3))
+    with pytest.warns(UserWarning, match="one after the other, are not its forward pass"):
+        found = grads(learner, batch)
+    assert relative_error(found, meta_gradient(learner, batch)[0]) < 1e-12
+
+
+class EvalOnly(Declared):
+    """A chain in training alone."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.two(self.one(inputs) if self.training else self.one(inputs).sin())
+
+
+def test_a_chain_is_compared_in_each_mode():
+    batch = batch_of(4)
+    learner = il.MetaLearner(EvalOnly().double(), il.Head(), il.SGD(lr=0.5, steps=3))
+    learner.meta_step(batch)
+    learner.eval()
+    with pytest.warns(UserWarning, match="are not its forward pass"):
+        found = learner.evaluate(batch).loss
+    plain = il.MetaLearner(learner.model, il.Head(), il.SGD(lr=0.5, steps=3), reuse_prefix=False).eval()
+    torch.testing.assert_close(found, plain.evaluate(batch).loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_start_that_draws_at_random_draws_the_same_everywhere(record):
+    problem = il.Problem(
+        lambda meta: {"w": meta["scale"] * torch.randn(3, dtype=torch.float64)},
+        lambda params, meta, _: (params["w"] ** 3).sum(),
+        lambda params, meta, _: (params["w"] ** 2).sum(),
+        seed=3,
+    )
+
+    def loss(scale: float) -> il.Result:
+        meta = {"scale": torch.tensor(scale, dtype=torch.float64)}
+        return il.hypergradient(problem, meta, il.Task((), ()), il.SGD(lr=0.1, steps=2), il.Unrolled(record=record))
+
+    expected = (loss(1 + 1e-6).loss - loss(1 - 1e-6).loss) / 2e-6
+    assert loss(1.0).grad["scale"].item() == pytest.approx(expected.item(), rel=1e-7)
+
+
+class OwnStatistics(nn.Module):
+    """Changes its buffers in a way that raises no version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("variance", torch.ones(6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.batch_norm(inputs, self.mean, self.variance, training=self.training)
+
+
+class Counting(nn.Module):
+    """A loss that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(output, target) * (1 + self.calls)
+
+
+def test_no_buffer_moves_of_layers_and_losses_of_a_users_own():
+    batch = batch_of(4)
+    model = nn.Sequential(nn.Linear(4, 6), OwnStatistics(), nn.Linear(6, WAYS)).double()
+    learner = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=2), loss=Counting(), chunk_size=1)
+    before = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    first = learner.meta_step(batch).loss
+    assert learner.meta_step(batch).loss == first
+    for name, buffer in learner.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_buffers_of_a_problems_own_module_are_put_back_and_named():
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)).double()
+
+    def loss(params, meta, batch):
+        return F.cross_entropy(functional_call(net, params, (batch[0],)), batch[1])
+
+    learner = il.Bilevel(il.Problem(lambda meta: dict(meta), loss, loss), net, il.SGD(lr=0.1, steps=2))
+    task = il.Task(*(tuple(value[0] for value in part) for part in batch_of(4)))
+    with pytest.raises(ValueError, match=r"the losses change the buffers meta\.1\.running_mean"):
+        learner.meta_step(task)
+    assert not net[1].running_mean.any()
+    net.eval()
+    learner.meta_step(task)
+
+
+def test_adapt_takes_trees_where_statistics_are_kept():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)
+
+        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+            return self.head(self.norm(self.body(pair[0] + pair[1])))
+
+    batch = batch_of(4)
+    paired = il.Task(*(((inputs, inputs * 2), targets) for inputs, targets in batch))
+    learner = il.MetaLearner(Pair().double(), il.Head(), il.SGD(lr=0.1, steps=2), batch_norm="task")
+    adapted = learner.adapt(*(torch.utils._pytree.tree_map(lambda value: value[0], part) for part in paired.support))
+    outputs = adapted(tuple(value[0] for value in paired.query[0]))
+    torch.testing.assert_close(outputs, learner.evaluate(paired).outputs[0], rtol=1e-10, atol=1e-12)
+
+
+def test_prototypes_of_tasks_in_a_list_have_their_own_ways():
+    learner = il.MetaLearner(Plain().double(), il.Head(), il.SGD(lr=0.1, steps=2), start=il.Prototypes())
+
+    def task(ways: int) -> il.Task:
+        labels = torch.arange(ways).repeat(2)
+        torch.manual_seed(ways)
+        return il.Task((torch.randn(2 * ways, 4).double(), labels), (torch.randn(2 * ways, 4).double(), labels))
+
+    together = learner.evaluate([task(2), task(6)])
+    assert [output.shape[-1] for output in together.outputs] == [2, 6]
+    assert together.loss[0] == learner.evaluate([task(2)]).loss[0]
+    odd = task(2)
+    for labels in (torch.tensor([3, 7, 3, 7]), torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0, 2, 0, 2])):
+        with pytest.raises(ValueError, match=r"Prototypes\(\) needs"):
+            learner.evaluate([odd._replace(support=(odd.support[0], labels))])
+    with pytest.raises(
+        ValueError, match=r"head has no bias or does not adapt|classifier has no bias or does not adapt"
+    ):
+        il.MetaLearner(Plain(), il.Body(), start=il.Prototypes())
+    first = il.MetaLearner(HeadFirst().double(), il.Everything(), il.SGD(lr=0.1, steps=1), start=il.Prototypes())
+    with pytest.raises(ValueError, match=r"takes body for the head of HeadFirst"):
+        first.evaluate([task(3)])
+
+
+def test_a_derivative_of_the_gradient_is_refused():
+    learner = data_weights(il.Unrolled())
+    task = il.Task(*(tuple(value[0] for value in part) for part in batch_of(4)))
+
+    def loss(meta):
+        return il.hypergradient(learner.problem, meta, task, learner.inner).loss
+
+    with pytest.raises(ValueError, match=r"would give zeros: take its own gradient, result\.grad"):
+        torch.func.grad(loss)(learner.meta_tree())
+
+
+@pytest.mark.parametrize(
+    ("outer", "message"),
+    [
+        (lambda params, meta, batch: (batch[0] @ params["w"]).sum(1), r"outer loss returned a tensor of shape \(6,\)"),
+        (lambda params, meta, batch: 3.0, r"outer loss returned float"),
+        (lambda params, meta, batch: (params["w"].sum(), 1, 2), r"outer loss returned 3 things"),
+    ],
+)
+def test_losses_are_scalars(outer, message):
+    learner = data_weights(il.Unrolled())
+    task = il.Task(*(tuple(value[0] for value in part) for part in batch_of(4)))
+    problem = il.Problem(learner.problem.start, learner.problem.inner_loss, outer)
+    for estimator in (il.Unrolled(), il.Unrolled(record=True), il.Reptile()):
+        with pytest.raises(ValueError, match=message):
+            il.hypergradient(problem, learner.meta_tree(), task, learner.inner, estimator)
+    vector = il.Problem(learner.problem.start, outer, learner.problem.outer_loss)
+    if "6," in message:
+        with pytest.raises(ValueError, match=r"inner loss returned a tensor of shape \(6,\)"):
+            il.hypergradient(vector, learner.meta_tree(), task, learner.inner)
+
+
+def test_names_of_meta_parameters_are_kept():
+    problem = il.Problem(
+        lambda meta: {"w": torch.zeros(2).double()},
+        lambda params, meta, _: ((params["w"] - meta["a/b"] - 2 * meta["a.b"] - meta["c%2F"]) ** 2).sum(),
+        lambda params, meta, _: params["w"].sum(),
+    )
+    learner = il.Bilevel(
+        problem, {name: torch.ones(2).double() for name in ("a/b", "a.b", "c%2F")}, il.SGD(lr=0.1, steps=2)
+    )
+    learner.meta_step(il.Task((), ()))
+    assert set(learner.meta_tree()) == {"a/b", "a.b", "c%2F"}
+    assert learner.meta[list(learner.meta)[1]].grad.tolist() == pytest.approx([0.72, 0.72])
+    with pytest.raises(ValueError, match=r"'keys' is no floating tensor, or a name that torch keeps"):
+        il.Bilevel(problem, {"keys": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"holds no parameter that learns"):
+        il.Bilevel(problem, nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: il.SGD(lr=0.1, steps=2, clip=float("inf")), r"give the largest norm"),
+        (lambda: il.SGD(lr=float("inf"), steps=2), r"inner rate must be a number above 0"),
+        (lambda: il.SGD(lr="0.1", steps=2), r"inner rate must be a number above 0"),
+        (lambda: il.SGD(lr=0.1, steps=2, proximal="2"), r"proximal='2'\): must be a number"),
+        (lambda: il.SGD(lr=0.1, steps=2, moves=[["a"], []]), r"a row in which nothing moves"),
+        (
+            lambda: il.MetaLearner(Plain(), inner=il.SGD(lr={"haed.*": 0.1, "*": 0.2}, steps=2)),
+            r"'haed\.\*' matches none",
+        ),
+        (lambda: il.MetaLearner(Plain(), inner=il.SGD(lr={"body.*": 0.1}, steps=2)), r"names no rate for 'classifier"),
+        (lambda: il.MetaLearner(Plain(), inner=il.SGD(lr=0.1, steps=2, moves=[["x"]])), r"moves names x"),
+        (lambda: il.MetaLearner(Plain(), loss=nn.CrossEntropyLoss), r"is no function"),
+        (lambda: il.MetaLearner(Plain(), carry="slot"), r"no longer depends on the start"),
+        (
+            lambda: il.MetaLearner(
+                nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)),
+                il.Blocks(["11", "01"]),
+                il.SGD(lr=0.1, steps=2, moves=[["0.weight"]]),
+            ),
+            r"both SGD\(moves=...\) and what adapts",
+        ),
+        (
+            lambda: il.MetaLearner(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)))),
+            r"parametrizations\.spectral_norm",
+        ),
+    ],
+)
+def test_nonsense_is_refused_at_construction(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_batch_is_checked():
+    learner, batch = il.MetaLearner(Plain().double(), il.Head(), il.SGD(lr=0.1, steps=1)), batch_of(4)
+    empty = batch._replace(support=tuple(value[:, :0] for value in batch.support))
+    with pytest.raises(ValueError, match=r"the support set of a task is empty"):
+        learner.meta_step(empty)
+    with pytest.raises(ValueError, match=r"Steps of a function gives the batches of one task"):
+        learner.meta_step(il.Task(il.Steps(lambda step: None), batch.query))
+    by_task = il.MetaLearner(Plain().double(), il.Head(), il.SGD(lr=0.1, steps=1), carry="task")
+    by_task.meta_step(batch, task_ids=torch.tensor([3, 4]))
+    assert set(by_task.carried.state_dict()) == {3, 4}
+    with pytest.raises(ValueError, match=r"names a task twice"):
+        by_task.meta_step(batch, task_ids=[1, 1])
+
+
+def test_inference_mode_changes_nothing():
+    learner, batch = il.MetaLearner(Plain().double(), il.Head(), il.SGD(lr=0.1, steps=2)), batch_of(4)
+    expected = learner.evaluate(batch).loss
+    with torch.inference_mode():
+        inside = batch_of(4)
+        assert torch.equal(learner.evaluate(inside).loss, expected)
+    assert torch.equal(learner.evaluate(inside).loss, expected)
+
+
+def test_outputs_may_hold_what_is_no_tensor():
+    class WithNone(Plain):
+        def forward(self, inputs: Tensor):
+            return super().forward(inputs), None
+
+    learner = il.MetaLearner(
+        WithNone().double(), il.Head(), il.SGD(lr=0.1, steps=2), loss=lambda o, t: F.cross_entropy(o[0], t)
+    )
+    batch = batch_of(4)
+    learner.meta_step(batch)
+    (outputs,) = learner.evaluate(batch).outputs
+    assert outputs.shape == (2, 6, WAYS)

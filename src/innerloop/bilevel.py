@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.choices import choice
 from innerloop.compiled import Compiler
-from innerloop.curvature import dense, fresh_seed, in_transform, second_order_kernels, started
+from innerloop.curvature import dense, fresh_seed, in_transform, outer, second_order_kernels, started
 from innerloop.engine import Products, Way, choose, engine_of
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
@@ -203,7 +203,7 @@ class Bilevel(nn.Module):
         self.products, self.engine = products, engine_of(products)
         if self.engine is not None:
             self.engine.check(self.problem)
-            if (chunk_size or 1) > 1 and not self.engine.together:
+            if (chunk_size or 1) > 1:
                 raise ValueError(
                     f"products={products!r} takes tasks one by one, and chunk_size={chunk_size} several at once: leave "
                     "chunk_size out, or use products='autograd'"
@@ -215,6 +215,8 @@ class Bilevel(nn.Module):
                 "leave moves out, or use one pattern, such as Blocks('00011')"
             )
         self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
+        if self.adapted:
+            self.inner.check_names(self.adapted)
         if carry != "none" and whole and not self.inner.proximal:
             raise ValueError(
                 f"carry={carry!r}: a task that is taken up no longer depends on the start, and all that could be "
@@ -275,6 +277,7 @@ class Bilevel(nn.Module):
         """
         tasks, count = self._checked(batch)
         meta, learned = self.meta_tree(), self.learned()
+        buffers = {} if self._looked_for_zeros else {name: buffer.clone() for name, buffer in self.named_buffers()}
         starts, keys = self._starts(count, task_ids, begin)
         weights = self._weights(count, task_weights)
         if keep_end is None:
@@ -297,6 +300,7 @@ class Bilevel(nn.Module):
             ):
                 total = mean if total is None else pytree.tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
+        _refuse_moved(self, buffers)
         losses, accuracies, diagnostics = _in_order(found, count)
         reached = self._ends(found, starts, count) if keep else None
         if self.carry != "none" and reached is not None:
@@ -430,8 +434,7 @@ class Bilevel(nn.Module):
             def judge(step: int, params: Tree, *_: object) -> None:
                 place = max(step - 1, 0)
                 query = loop.judged(stated.task.query, place)
-                value = problem.outer_loss(params, stated.meta, query)
-                loss, output = value if isinstance(value, tuple) else (value, None)
+                loss, output = outer(problem, params, stated.meta, query)
                 losses.append(loss)
                 accuracies.extend(self._accuracy(output, task, place))
                 found[:] = [() if output is None else output]
@@ -805,6 +808,22 @@ class Carried:
     def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Any]]) -> None:
         """Take over what ``state_dict`` gave, in place of what is held."""
         self._left = {key: End(**left) for key, left in state.items()}
+
+
+def _refuse_moved(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Put buffers back that the losses have changed, and say so: a step recomputed must be the same step.
+
+    Raises:
+        ValueError: some have changed.
+    """
+    odd = [name for name, value in before.items() if not torch.equal(value, module.get_buffer(name))]
+    for name in odd:
+        module.get_buffer(name).copy_(before[name])
+    if odd:
+        raise ValueError(
+            f"the losses change the buffers {', '.join(odd)}, so that a step recomputed is another step: call the module "
+            "in evaluation mode, or with copies, functional_call(module, (meta, copies), inputs)"
+        )
 
 
 def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree, stacklevel: int) -> None:

@@ -144,7 +144,7 @@ class Factor:
         self.value = value
 
     def __mul__(self, other: Tensor) -> Tensor:
-        return self.value * other
+        return self.value.to(other.dtype) * other
 
     __rmul__ = __mul__
 

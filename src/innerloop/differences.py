@@ -56,7 +56,6 @@ class Differences(Engine):
     step: float | None = None
 
     second_order: ClassVar[bool] = False
-    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the range."""

@@ -92,7 +92,7 @@ def choose(
         compiled: whether chunks are compiled: then they are large, even on a CPU, and all of one size.
     """
     named = engine_of(products)
-    if named is not None and not named.together:
+    if named is not None:  # which takes tasks one by one, and keeps no graph
         return Way(1, False, named)
     device = next(iter(whole.begin.params.values())).device
     if memory is None:
@@ -104,8 +104,6 @@ def choose(
             chunk = next(size for size in range(min(tasks, fits), 0, -1) if tasks % size == 0)
         else:
             chunk = 1 if device.type == "cpu" and activations > CACHE else min(tasks, fits)
-    if named is not None:
-        return Way(chunk, False, named)
     each = memory // (reduced.solver.steps * chunk)
     own, step = saved_bytes(reduced, mixed=False, most=each)
     keep = step is not None and step <= each

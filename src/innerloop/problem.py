@@ -184,9 +184,6 @@ class Engine:
     second_order: ClassVar[bool] = True
     """Whether it needs kernels that have second derivatives."""
 
-    together: ClassVar[bool] = False
-    """Whether several tasks can be computed at once, by vmap."""
-
     def check(self, problem: Problem) -> None:
         """Refuse a problem that it cannot take.
 

@@ -125,11 +125,13 @@ class InnerSolver:
         return self.steps if self.test_steps is None else self.test_steps
 
     def check_names(self, names: Collection[str]) -> None:
-        """Refuse globs of ``lr`` that match no parameter, and parameters that no glob matches.
+        """Refuse globs of ``lr`` that match no parameter, parameters that no glob matches, and unknown ``moves``.
 
         Raises:
             ValueError: so.
         """
+        if unknown := frozenset[str]().union(*map(frozenset, self.moves)) - frozenset(names):
+            raise ValueError(f"moves names {', '.join(sorted(unknown))}, which is no parameter of the inner problem")
         if isinstance(self.lr, Mapping):
             for name in names:
                 self.rate(0, name)

@@ -168,9 +168,6 @@ def bind(
         at = begin
         _check_begin(solver, start, begin)
     solver.check_names(at.params)
-    for row in solver.moves:
-        if unknown := row - at.params.keys():
-            raise ValueError(f"moves names {', '.join(sorted(unknown))}, which is no parameter of the inner problem")
     if solver.minibatch is not None and rows is None:
         rows = minibatches(solver, support, [problem.seed or 0], steps or solver.steps, at.step)[0]
     return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None)
