@@ -206,8 +206,8 @@ class Declared(nn.Module):
             super().__init__()
             self.linear = nn.Linear(inputs, outputs)
 
-        def forward(self, hidden: Tensor, mask: Tensor) -> dict[str, Tensor]:
-            return {"hidden": self.linear(hidden * mask).tanh(), "mask": mask}
+        def forward(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"hidden": self.linear(value["hidden"] * value["mask"]).tanh(), "mask": value["mask"]}
 
     class Read(nn.Linear):
         def forward(self, value: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
@@ -224,7 +224,7 @@ class Declared(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         value = {"hidden": hidden, "mask": mask}
         for part in self.parts:
-            value = part(**value)
+            value = part(value)
         if not self.honest:
             value["hidden"] = value["hidden"] + 1
         return self.head(value)
@@ -420,6 +420,20 @@ class OnceTanh(nn.Module):
 class Checkpointed(nn.Sequential):
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(super().forward, inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("products", ["autograd", "blocks", "differences"])
+@pytest.mark.parametrize("chosen", ["everything", "head"])
+def test_models_that_checkpoint_themselves(chosen, products):
+    """Their parts are run again in the backward pass, where the step's parameters have to be theirs."""
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, WAYS)]
+    plain = nn.Sequential(*parts).double()
+    batch = model_and_batch("mlp")[1]
+    expected, _ = gradients(il.MetaLearner(plain, chosen, il.SGD(lr=0.1, steps=3), chunk_size=1), batch)
+    again = nn.Sequential(Checkpointed(*parts[0]), Checkpointed(*parts[1]), parts[2])
+    learner = il.MetaLearner(again, chosen, il.SGD(lr=0.1, steps=3), memory=0, products=products)
+    assert relative_error(gradients(learner, batch)[0], expected) < (1e-7 if products == "differences" else 1e-10)
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, Checkpointed])

@@ -286,7 +286,8 @@ class Bilevel(nn.Module):
         ways = self._ways(tasks)
 
         def task_gradient(given: Any, task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
-            result = self._estimate(task, *given[:2], start, given[2], seed, rows, ways)
+            tree, rates, each = given
+            result = self._estimate(task, tree, rates, start, each, seed, rows, ways)
             accuracy = self._accuracy(result.extra, task, self.inner.steps - 1)
             end = (result.end.params, result.end.state, result.end.solution) if keep else ()
             return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.func import functional_call
 
@@ -58,14 +62,45 @@ def parameter_names(model: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
-def call(module: nn.Module, tree: Tree, inputs: Any) -> Any:
+def call(module: nn.Module, tree: Tree, inputs: Any, recomputes: bool = False) -> Any:
     """A module as a function of its parameters.
 
     A dict of inputs is given by keywords where the module's forward pass takes those; all else is its one argument.
+
+    Args:
+        module: the module.
+        tree: parameters and buffers by name; those left out are its own.
+        inputs: what it is given.
+        recomputes: it checkpoints itself, so that backward passes run parts of it again and read its parameters then.
     """
     if type(inputs) is dict and _takes(module, inputs):
-        return functional_call(module, tree, (), inputs)
-    return functional_call(module, tree, (inputs,))
+        return _applied(module, tree, (), inputs, recomputes)
+    return _applied(module, tree, (inputs,), {}, recomputes)
+
+
+def _applied(module: nn.Module, tree: Tree, args: tuple[Any, ...], keywords: dict[str, Any], recomputes: bool) -> Any:
+    if not recomputes:
+        return functional_call(module, tree, args, keywords)
+    # functional_call puts the module's own parameters back before the backward pass
+    named = (*module.named_parameters(), *module.named_buffers())
+    return copy.deepcopy(module, {id(value): tree.get(name, value) for name, value in named})(*args, **keywords)
+
+
+@contextlib.contextmanager
+def recomputation() -> Iterator[list[str]]:
+    """Collects something where a model checkpoints itself within the block (``use_reentrant=False``)."""
+    seen: list[str] = []
+    original = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        seen.append("checkpoint")
+        return original(*args, **keywords)
+
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = noted
+    try:
+        yield seen
+    finally:
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = original
 
 
 def _takes(module: nn.Module, keywords: dict[str, Any]) -> bool:
@@ -86,7 +121,7 @@ class Chain:
 
     def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        self.parts = parts
+        self.parts, self.recomputes = parts, False
         self._named = [
             (part, {local: names[id(tensor)] for local, tensor in (*part.named_parameters(), *part.named_buffers())})
             for part in parts
@@ -98,5 +133,5 @@ class Chain:
         """Pass the inputs through the parts; what the tree does not name keeps its own value."""
         for part, names in self._named:
             values = {local: tree[name] for local, name in names.items() if name in tree}
-            inputs = functional_call(part, values, (inputs,))
+            inputs = _applied(part, values, (inputs,), {}, self.recomputes)
         return inputs

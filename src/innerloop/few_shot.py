@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, statistics_from_first
-from innerloop.blocks import Chain, blocks_of, call
+from innerloop.blocks import Chain, blocks_of, call, recomputation
 from innerloop.curvature import pullback, replayed
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 
@@ -120,6 +120,7 @@ class FewShot:
         self._names = {name for name, _ in model.named_parameters()}
         self._moving_buffers: tuple[str, ...] = ()
         self._seen: dict[tuple[bool, ...], bool] = {}
+        self._recomputes = False
         self.prefix: Chain | None = None
         self.suffix: Chain | None = None
         self.blocks: list[Chain] = []
@@ -171,8 +172,12 @@ class FewShot:
         versions = {name: buffer._version for name, buffer in buffers.items()}
         passed = dict(buffers)
         with torch.no_grad(), replayed(0, 0, inputs):
-            with _order_of_use(self.model) as order:
+            with _order_of_use(self.model) as order, recomputation() as again:
                 call(self.model, passed, inputs)
+            self._recomputes = self._recomputes or bool(again)
+            for chain in (*self.blocks, self.prefix, self.suffix):
+                if chain is not None:
+                    chain.recomputes = self._recomputes
             moving = (
                 name
                 for name, buffer in buffers.items()
@@ -271,7 +276,7 @@ class FewShot:
     def _forward(self, params: Tree, meta: Tree, inputs: Any, part: str) -> Any:
         tree = {name: value for name, value in {**meta, **params}.items() if name in self._names} | self._buffers()
         if self.suffix is None or f"{part} 0" not in meta:
-            return call(self.model, tree, inputs)
+            return call(self.model, tree, inputs, self._recomputes)
         return self.suffix(tree, self._given(meta, inputs, part))
 
     def _given(self, meta: Tree, inputs: Any, part: str) -> Any:

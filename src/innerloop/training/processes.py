@@ -27,8 +27,12 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Dissolve the group."""
+    """Dissolve the group, once all are here.
+
+    One that ended while a thread of gloo still lets go of the last tensors would be aborted by Python.
+    """
     if joined():
+        dist.barrier()
         dist.destroy_process_group()
 
 
