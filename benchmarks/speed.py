@@ -381,7 +381,7 @@ def race(work: Work, seconds: float, least: int) -> dict[str, Any]:
     """Rounds in turns, after everyone has agreed."""
     runners, plain = work.build()
     reference: list[Tensor] | None = None
-    for step, left in runners.values():
+    for step, _ in runners.values():
         step()
     for name, (step, left) in runners.items():
         step()

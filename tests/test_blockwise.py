@@ -158,6 +158,8 @@ def test_dropout_is_replayed_block_by_block(chosen):
 class Counting(nn.Module):
     """A part with a buffer that every pass changes and reads."""
 
+    passes: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(8))
@@ -268,7 +270,7 @@ def test_refusals_name_the_cure():
     with pytest.raises(ValueError, match="leave chunk_size out"):
         il.MetaLearner(model_and_batch("mlp")[0], products="blocks", chunk_size=4)
     with pytest.raises(ValueError, match="choose 'auto', 'autograd', 'blocks', 'differences'"):
-        il.MetaLearner(model, products="forward")  # type: ignore[arg-type]
+        il.MetaLearner(model, products="forward")
     with pytest.raises(ValueError, match=r"give Problem\(inner_chain=...\)"):
         il.Bilevel(replace(weighing()[0], inner_chain=None), weighing()[1], products="blocks")
     with pytest.raises(ValueError, match="give a share above 0"):
@@ -469,7 +471,8 @@ class Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
             for part in self.mixed(self.before(hidden)).chunk(3, -1)
         )
-        attended = F.scaled_dot_product_attention(*parts, is_causal=True)
+        query, key, value = parts
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden = hidden + self.out(attended.transpose(-3, -2).flatten(-2))
         return hidden + self.down(F.gelu(self.up(self.between(hidden))))
 

@@ -57,6 +57,7 @@ def assert_same(one: il.MetaLearner, other: il.MetaLearner, batch: il.Task, **ar
         if theirs.grad is None:
             assert mine.grad is None
         else:
+            assert mine.grad is not None
             scale = float(theirs.grad.abs().max().clamp(min=1.0))
             assert (mine.grad - theirs.grad).abs().max() <= 1e-5 * scale, name
     torch.testing.assert_close(found[0].losses, found[1].losses, rtol=1e-5, atol=1e-5)

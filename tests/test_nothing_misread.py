@@ -541,6 +541,9 @@ def test_a_start_that_draws_at_random_draws_the_same_everywhere(record):
 class OwnStatistics(nn.Module):
     """Changes its buffers in a way that raises no version."""
 
+    mean: Tensor
+    variance: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(6))
@@ -552,6 +555,8 @@ class OwnStatistics(nn.Module):
 
 class Counting(nn.Module):
     """A loss that counts its calls."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -684,8 +689,14 @@ def test_names_of_meta_parameters_are_kept():
     [
         (lambda: il.SGD(lr=0.1, steps=2, clip=float("inf")), r"give the largest norm"),
         (lambda: il.SGD(lr=float("inf"), steps=2), r"inner rate must be a number above 0"),
-        (lambda: il.SGD(lr="0.1", steps=2), r"inner rate must be a number above 0"),
-        (lambda: il.SGD(lr=0.1, steps=2, proximal="2"), r"proximal='2'\): must be a number"),
+        (
+            lambda: il.SGD(**{"lr": "0.1", "steps": 2}),  # type: ignore[arg-type]
+            r"inner rate must be a number above 0",
+        ),
+        (
+            lambda: il.SGD(**{"lr": 0.1, "steps": 2, "proximal": "2"}),  # type: ignore[arg-type]
+            r"proximal='2'\): must be a number",
+        ),
         (lambda: il.SGD(lr=0.1, steps=2, moves=[["a"], []]), r"a row in which nothing moves"),
         (
             lambda: il.MetaLearner(Plain(), inner=il.SGD(lr={"haed.*": 0.1, "*": 0.2}, steps=2)),
@@ -693,7 +704,10 @@ def test_names_of_meta_parameters_are_kept():
         ),
         (lambda: il.MetaLearner(Plain(), inner=il.SGD(lr={"body.*": 0.1}, steps=2)), r"names no rate for 'classifier"),
         (lambda: il.MetaLearner(Plain(), inner=il.SGD(lr=0.1, steps=2, moves=[["x"]])), r"moves names x"),
-        (lambda: il.MetaLearner(Plain(), loss=nn.CrossEntropyLoss), r"is no function"),
+        (
+            lambda: il.MetaLearner(Plain(), loss=nn.CrossEntropyLoss),  # type: ignore[arg-type]
+            r"is no function",
+        ),
         (lambda: il.MetaLearner(Plain(), carry="slot"), r"no longer depends on the start"),
         (
             lambda: il.MetaLearner(

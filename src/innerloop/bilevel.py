@@ -478,7 +478,7 @@ class Bilevel(nn.Module):
     def meta_tree(self) -> Tree:
         """The meta-parameters as the problem's functions see them, by name, detached."""
         if self._named:
-            return _tree(self.meta)
+            return _tree(self.meta)  # type: ignore[arg-type]
         return {name: p.detach() for name, p in self.meta.named_parameters() if p.requires_grad}
 
     def learned(self) -> Tree:
@@ -494,7 +494,7 @@ class Bilevel(nn.Module):
     def _parameter(self, name: str) -> nn.Parameter | None:
         """The parameter whose gradient the meta-gradient of this name is; None where it is not learned."""
         if self._named:
-            found: nn.Parameter = self.meta[_key(name)]
+            found: nn.Parameter = self.meta[_key(name)]  # type: ignore[index]
             return found
         return self.meta.get_parameter(name)
 
@@ -712,7 +712,7 @@ class Bilevel(nn.Module):
                 "with nothing else"
             )
         if isinstance(task_ids, Tensor):
-            task_ids = task_ids.tolist()
+            task_ids = task_ids.tolist()  # type: ignore[unreachable]  # of which every one would be another
         if task_ids is not None and len(set(task_ids)) < len(task_ids):
             raise ValueError("task_ids names a task twice in one batch: give each its own name")
         keys: Sequence[Hashable] = range(count) if task_ids is None else task_ids

@@ -216,7 +216,7 @@ class FewShot:
                     found = block(beside | self._buffers(), found)
                     alone = alone and versions == [leaf._version for leaf in entering]
             pairs = zip(*map(pytree.tree_leaves, (found, outputs)), strict=True)
-            same = all(torch.allclose(*pair, equal_nan=True) for pair in pairs)
+            same = all(torch.allclose(one, other, equal_nan=True) for one, other in pairs)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             same = False
         moved = [name for block in self.blocks for name in block.buffers.intersection(self._moving_buffers)]

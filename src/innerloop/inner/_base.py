@@ -216,4 +216,4 @@ class InnerSolver:
 
 def _number(value: Any) -> bool:
     """Whether a setting is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
