@@ -430,8 +430,8 @@ def page(record: dict[str, Any]) -> str:
     gone = "\n".join(f"* {name} {why}." for name, why in record["absent"].items())
     return f"""# Time
 
-Processor time on one thread, in turns, medians; below 1 we are faster. The unit of the last column is one plain gradient
-of the query images of all tasks.
+Processor time on one thread, in turns, medians; below 1 we are faster. The unit of the last column is one plain
+gradient of the query images of all tasks.
 
 {body}
 
@@ -439,8 +439,8 @@ Not raced:
 
 {gone}
 
-Made by `{record["command"]}` at commit {record["commit"]}, {record["time"]}, torch {record["versions"]["torch"]}, Python
-{record["versions"]["python"]}, {record["machine"]["processor"]}.
+Made by `{record["command"]}` at commit {record["commit"]}, {record["time"]}, torch {record["versions"]["torch"]},
+Python {record["versions"]["python"]}, {record["machine"]["processor"]}.
 """
 
 

@@ -822,8 +822,8 @@ def _refuse_moved(module: nn.Module, before: Mapping[str, Tensor]) -> None:
         module.get_buffer(name).copy_(before[name])
     if odd:
         raise ValueError(
-            f"the losses change the buffers {', '.join(odd)}, so that a step recomputed is another step: call the module "
-            "in evaluation mode, or with copies, functional_call(module, (meta, copies), inputs)"
+            f"the losses change the buffers {', '.join(odd)}, so that a step recomputed is another step: call the "
+            "module in evaluation mode, or with copies, functional_call(module, (meta, copies), inputs)"
         )
 
 
