@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step
 
-.PHONY: setup train test experiments-quick clean
+.PHONY: setup train test experiments-quick bench-quick clean
 
 setup: .venv/.installed
 
@@ -25,6 +25,10 @@ test: setup
 # The claims of the five papers, each in the direction that it has on a small task.
 experiments-quick: setup
 	set -e; for each in $(EXPERIMENTS); do OMP_NUM_THREADS=1 $(BIN)/python experiments/$$each/run.py --quick; done
+
+# Ratios beside their committed bounds, in under two minutes.
+bench-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --quick
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -337,6 +337,29 @@ def test_a_chain_that_is_not_the_loss_is_refused():
         il.hypergradient(other, meta, task, il.SGD(lr=0.1, steps=2))
 
 
+class First(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 0]
+
+
+def test_a_vision_transformer_of_transformers():
+    """Its parts in a row are the model, and then a chain."""
+    library = pytest.importorskip("transformers")
+    config = library.ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    whole = library.ViTForImageClassification(config).double().eval()
+    layers = whole.vit.layers if hasattr(whole.vit, "layers") else whole.vit.encoder.layer
+    model = nn.Sequential(whole.vit.embeddings, *layers, whole.vit.layernorm, First(), whole.classifier)
+    images, query = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(images), whole(images).logits)
+    task = il.Task((images, torch.arange(4) % 2), (query, torch.arange(4) % 2))
+    for chosen in ("everything", "head", il.Named("4.*", "6.*")):
+        blocks, plain = pair(model, chosen, il.SGD(lr=0.1, steps=2))
+        assert relative_error(gradients(blocks, [task])[0], gradients(plain, [task])[0]) < 1e-10
+
+
 # Differences.
 
 

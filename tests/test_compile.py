@@ -102,8 +102,8 @@ def test_equal_on_the_sinusoid_mlp(choices):
 
 @pytest.mark.parametrize(
     "choices",
-    [{}, {"meta_gradient": il.FirstOrder()}, {"inner": il.LearnedRates(lr=0.1, steps=2)}, {"adapts": "head"},
-     {"batch_norm": "task"}, {"adapts": "head", "start": il.Prototypes()}],
+    [{}, {"meta_gradient": il.FirstOrder()}, {"inner": il.LearnedRates(lr=0.1, steps=1)}, {"adapts": "head"},
+     {"batch_norm": "task", "inner": il.SGD(lr=0.1, steps=1)}, {"adapts": "head", "start": il.Prototypes()}],
     ids=["exact", "first order", "learned rates", "head", "task statistics", "prototypes"],
 )  # fmt: skip
 def test_equal_on_conv4(choices):
@@ -139,6 +139,24 @@ def test_compiles_once_a_shape_and_mode():
     other.meta_step(sinusoids(4, 5))
     assert other.compiler is not None
     assert other.compiler.compilations == 1
+
+
+def test_choices_that_are_changed_are_compiled_anew():
+    eager, compiled = mlp(), mlp(compile=TRACED)
+    for estimator in (il.Unrolled(), il.FirstOrder(), il.Truncated(1)):
+        eager.meta_gradient = compiled.meta_gradient = estimator
+        assert_same(compiled, eager, sinusoids())
+    assert compiled.compiler is not None
+    assert compiled.compiler.compilations == 3
+
+
+def test_mixed_precision():
+    eager, compiled = mlp(), mlp(compile=TRACED)
+    for seed in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(compiled, eager, sinusoids(seed=seed))
+    assert compiled.compiler is not None
+    assert compiled.compiler.active
 
 
 def test_carried_tasks_are_taken_up():
@@ -194,33 +212,10 @@ def test_a_stream_and_any_bilevel_problem():
         learner.meta_step(streamed)
 
 
-class Untraceable(nn.Module):
-    """Looks at the value of a number, which no graph can hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.one: Tensor
-        self.register_buffer("one", torch.ones(()))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.layer(inputs)
-        return outputs if float(self.one) > 0 else -outputs
-
-
-@pytest.mark.parametrize(
-    ("model", "cause"),
-    [
-        (nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1)), "random numbers"),
-        (Untraceable(), "Error"),
-    ],
-    ids=["dropout", "a value looked at"],
-)
-def test_falls_back_with_one_warning(model, cause):
-    inner = il.SGD(lr=0.01, steps=2)
-    eager, compiled = (
-        il.MetaLearner(model, inner=inner, loss=F.mse_loss, compile=compile) for compile in (False, TRACED)
-    )
+def test_dropout_is_not_compiled_and_warns_once():
+    model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    choices: dict[str, Any] = {"inner": il.SGD(lr=0.01, steps=2), "loss": F.mse_loss}
+    eager, compiled = (il.MetaLearner(model, **choices, compile=compile) for compile in (False, TRACED))
     losses = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -231,14 +226,33 @@ def test_falls_back_with_one_warning(model, cause):
             theirs = eager.meta_step(sinusoids())
             assert torch.equal(mine.losses, theirs.losses)
             losses.append(mine.loss)
-    said = [str(each.message) for each in caught if "not compiled" in str(each.message)]
+    assert losses[0] != losses[1]  # drawn anew
+    assert_told_once(caught, "draws random numbers", compiled)
+
+
+def test_a_value_looked_at_is_not_compiled_and_warns_once():
+    def loss(params: dict[str, Tensor], meta: dict[str, Tensor], batch: Tensor) -> Tensor:
+        value = ((params["w"] - batch) ** 2).sum()
+        return 2 * value if float(value.detach()) > 0.5 else value
+
+    problem = il.Problem(lambda meta: {"w": meta["w"]}, loss, loss)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learner = il.Bilevel(problem, {"w": torch.ones(3)}, il.SGD(lr=0.1, steps=2), compile=TRACED)
+        eager = il.Bilevel(problem, {"w": torch.ones(3)}, il.SGD(lr=0.1, steps=2))
+        for scale in range(3):
+            task = il.Task(torch.zeros(3), scale * torch.ones(3))
+            assert learner.meta_step(task).loss == eager.meta_step(task).loss
+    assert_told_once(caught, "Error", learner)
+
+
+def assert_told_once(caught: list[warnings.WarningMessage], cause: str, learner: il.Bilevel) -> None:
+    said = [each for each in caught if "not compiled" in str(each.message)]
     assert len(said) == 1
-    assert cause in said[0]
-    assert caught[0].filename == __file__
-    assert compiled.compiler is not None
-    assert not compiled.compiler.active
-    if cause == "random numbers":
-        assert losses[0] != losses[1]  # drawn anew
+    assert cause in str(said[0].message)
+    assert said[0].filename == __file__
+    assert learner.compiler is not None
+    assert not learner.compiler.active
 
 
 def test_a_dropout_that_is_off_is_compiled():

@@ -163,7 +163,7 @@ def test_a_head_that_is_read_off_the_support_set_is_kept_and_leaves_no_choice() 
     trained, given = il.MetaLearner(conv4(), inner=il.SGD(lr=LR, steps=STEPS), start=il.Prototypes()).eval(), support()
     found, expected = (each.adapted_parameters(*given) for each in (with_pattern(trained, il.Blocks("11111")), trained))
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    with pytest.raises(ValueError, match="the model's last linear layer, but no linear layer with both adapts here"):
+    with pytest.raises(ValueError, match="the model's last linear layer, but head has no bias or does not adapt"):
         with_pattern(trained, il.Blocks("11110"))
     with pytest.raises(ValueError, match="the head is made anew for every task"):
         movable_blocks(trained)

@@ -611,7 +611,7 @@ class Bilevel(nn.Module):
                 seed, mine = base + 1000 * places[0], [starts[place] for place in places]
                 shares = None if weights is None else weights[places]
                 try:
-                    out = self._together(function, given, shares, tasks, places, mine, seed, rows, key)
+                    out = self._together(function, given, shares, tasks, places, count, mine, seed, rows, key)
                 except torch.OutOfMemoryError as error:
                     error.add_note(f"{len(places)} tasks were computed at once: give a smaller chunk_size")
                     raise
@@ -661,6 +661,7 @@ class Bilevel(nn.Module):
         shares: Tensor | None,
         tasks: Any,
         places: list[int],
+        count: int,
         starts: list[End | None],
         seed: int,
         rows: Tensor | None,
@@ -670,7 +671,7 @@ class Bilevel(nn.Module):
         alone = len(places) == 1
         whole = places == list(range(places[0], places[-1] + 1))
         part: Any = places[0] if alone else slice(places[0], places[-1] + 1) if whole else places
-        chunk = _task(tasks, part)
+        chunk = tasks if whole and not alone and len(places) == count else _task(tasks, part)
         known = [start for start in starts if start is not None]
         step = known[0].step if known else 0
         left = [(start.params, start.state, start.solution) for start in known]
@@ -692,7 +693,11 @@ class Bilevel(nn.Module):
         arguments = given, shares, chunk, begin, mine
         if shares is None or self.compiler is None:
             return computed(*arguments)
-        facts = (*key, alone, 0 if self.inner.timeless else step, self.way and self.way.keep_graphs)
+        choices = (
+            self.inner.update,
+            self.meta_gradient.estimate,
+        )  # bound methods, which are equal where the objects are one
+        facts = (*key, *choices, alone, 0 if self.inner.timeless else step, self.way and self.way.keep_graphs)
         return self.compiler(computed, arguments, facts, self)
 
     def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:
