@@ -35,6 +35,7 @@ import innerloop as il
 from innerloop.blockwise import Blockwise
 from innerloop.curvature import curvature, gradient, second_order_kernels
 from innerloop.differences import Differences
+from innerloop.studies.measure import quiet_environment
 
 WAYS = 5
 
@@ -147,13 +148,74 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return (apart / sum(float(other.double().square().sum()) for other in expected)) ** 0.5
 
 
-def measured(rows: dict[str, Callable[[], list[Tensor]]], reference: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Peak, time and distance to the reference of each row, in turns."""
-    expected = rows[reference]()
-    found = {name: {"distance": distance(row(), expected)} for name, row in rows.items()}
-    for name, row in rows.items():
-        assert found[name]["distance"] < (1e-2 if "differences" in name else 1e-4), (name, found[name])
-        found[name]["mib"] = peak(row, args.device)
+Rows = dict[str, Callable[[], list[Tensor]]]
+
+
+def tables(args: argparse.Namespace) -> dict[str, Rows]:
+    """What is measured: of each table, the first row is what the others are compared with."""
+    model, task = build(args)
+    learner = il.MetaLearner(model, inner=il.SGD(lr=args.rate, steps=1))
+    loop, _ = learner.loop(task)
+    params = loop.begin.params
+    generator = torch.Generator().manual_seed(1)
+    direction = [torch.randn(p.shape, generator=generator).to(p) for p in params.values()]
+    tree = dict(zip(params, direction, strict=True))
+
+    def product(engine: Any) -> list[Tensor]:
+        problem = replace(loop.problem, engine=engine)
+        with second_order_kernels(engine=engine):
+            return list(curvature(problem, params, loop.meta, loop.support, tree)[0].values())
+
+    def blocks() -> list[Tensor]:
+        problem = replace(loop.problem, engine=Blockwise())
+        with second_order_kernels():
+            return list(gradient(problem, params, loop.meta, loop.support)[0].values())
+
+    found: dict[str, Rows] = {
+        "gradient": {"plain gradient": lambda: plain_gradient(model, task), "gradient, blocks": blocks},
+        "product": {
+            "product, autograd": lambda: product(None),
+            "product, blocks": lambda: product(Blockwise()),
+            "product, differences": lambda: product(Differences()),
+            "product, jvp of grad": lambda: forward_over_reverse(model, task, direction),
+        },
+    }
+    for steps in args.steps:
+        given = (model, task, steps, args.rate)
+        found[str(steps)] = {
+            "plain unroll": lambda given=given: plain_unroll(*given),
+            "innerloop, as chosen": ours(*given),
+            "innerloop, memory=0": ours(*given, memory=0),
+            "innerloop, blocks": ours(*given, products="blocks"),
+            "innerloop, autograd, memory=0": ours(*given, products="autograd", memory=0),
+            "innerloop, differences": ours(*given, products="differences"),
+        }
+    return found
+
+
+def peaks(found: dict[str, Rows], device: str) -> dict[str, dict[str, float]]:
+    """The peak of every row, on its second call."""
+    result: dict[str, dict[str, float]] = {}
+    for table, rows in found.items():
+        for name, row in rows.items():
+            row()
+            result.setdefault(table, {})[name] = peak(row, device)
+    return result
+
+
+def peaks_in_fresh_process() -> dict[str, dict[str, float]]:
+    """The same in another process, since what records allocations keeps freed memory from going back."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peaks"]
+    done = subprocess.run(command, env=quiet_environment(), check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(rows: Rows, mib: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
+    """Distance to the first row, peak, and time of each row, in turns."""
+    expected = next(iter(rows.values()))()
+    found = {name: {"distance": distance(row(), expected), "mib": mib[name]} for name, row in rows.items()}
+    for name, row in found.items():
+        assert row["distance"] < (1e-2 if "differences" in name else 1e-4), (name, row)
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(args.repeats):
         for name, row in rows.items():
@@ -169,32 +231,6 @@ def measured(rows: dict[str, Callable[[], list[Tensor]]], reference: str, args: 
             found[name]["ms"] = 1000 * statistics.median(each)
         print(name, found[name], flush=True)
     return found
-
-
-def singles(model: nn.Module, task: il.Task, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Gradients, and products."""
-    learner = il.MetaLearner(model, inner=il.SGD(lr=args.rate, steps=1))
-    loop, _ = learner.loop(task)
-    params = loop.begin.params
-    generator = torch.Generator().manual_seed(1)
-    direction = [torch.randn(p.shape, generator=generator).to(p) for p in params.values()]
-    tree = dict(zip(params, direction, strict=True))
-    ways = {"autograd": None, "blocks": Blockwise(), "differences": Differences()}
-
-    def product(way: str) -> list[Tensor]:
-        problem = replace(loop.problem, engine=ways[way])
-        with second_order_kernels(engine=ways[way]):
-            return list(curvature(problem, params, loop.meta, loop.support, tree)[0].values())
-
-    def blocks() -> list[Tensor]:
-        problem = replace(loop.problem, engine=Blockwise())
-        with second_order_kernels():
-            return list(gradient(problem, params, loop.meta, loop.support)[0].values())
-
-    gradients = {"plain gradient": lambda: plain_gradient(model, task), "gradient, blocks": blocks}
-    products = {f"product, {way}": (lambda way=way: product(way)) for way in ways}
-    products["product, jvp of grad"] = lambda: forward_over_reverse(model, task, direction)
-    return measured(gradients, "plain gradient", args), measured(products, "product, autograd", args)
 
 
 def markdown(rows: dict[str, Any], first: str, unit: dict[str, float]) -> str:
@@ -230,6 +266,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="narrow, 1 and 4 steps, no times")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.steps, args.width, args.tokens, args.repeats = [1, 4], 32, 64, 0
@@ -241,20 +278,14 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     with torch.no_grad():
-        model, task = build(args)
-        gradients, products = singles(model, task, args)
-        loops = {}
-        for steps in args.steps:
-            given = (model, task, steps, args.rate)
-            rows = {
-                "plain unroll": lambda given=given: plain_unroll(*given),
-                "innerloop, as chosen": ours(*given),
-                "innerloop, memory=0": ours(*given, memory=0),
-                "innerloop, blocks": ours(*given, products="blocks"),
-                "innerloop, autograd, memory=0": ours(*given, products="autograd", memory=0),
-                "innerloop, differences": ours(*given, products="differences"),
-            }
-            loops[str(steps)] = measured(rows, "plain unroll", args)
+        rows = tables(args)
+        if args.peaks:
+            print(json.dumps(peaks(rows, args.device)))
+            return
+        mib = peaks_in_fresh_process()
+        results = {table: measured(rows[table], mib[table], args) for table in rows}
+    gradients, products = results.pop("gradient"), results.pop("product")
+    parameters = sum(p.numel() for p in build(args)[0].parameters())
     accelerator = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     record = {
         "command": shlex.join(["python", "benchmarks/transformer.py", *sys.argv[1:]]),
@@ -262,11 +293,11 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
         "setting": f"{args.depth} pre-norm blocks of width {args.width}, {args.sequences} sequences of {args.tokens} "
-        f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, all adapted, SGD inside, float32, "
+        f"tokens, {parameters:,} parameters, all adapted, SGD inside, float32, "
         "math attention (fused under differences)",
         "gradients": gradients,
         "products": products,
-        "meta_gradients": loops,
+        "meta_gradients": results,
     }
     unit = gradients["plain gradient"]
     text = f"""# A transformer: gradients, products, meta-gradients
@@ -277,7 +308,7 @@ autograd, relative. "As chosen" is by default: graphs are kept within 1 GiB on a
 
 {markdown({**gradients, **products}, "one", unit)}
 """
-    for steps, rows in loops.items():
+    for steps, rows in results.items():
         text += f"\n## {steps} inner step{'s' * (steps != '1')}\n\n{markdown(rows, 'meta-gradient', unit)}\n"
     text += f"""
 Made by `{record["command"].strip()}` at commit {record["commit"]}, Python {platform.python_version()}, torch

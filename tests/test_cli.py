@@ -259,15 +259,15 @@ def test_dark_ink_on_light_paper_is_turned_round(tmp_path: Path) -> None:
 
 
 def test_several_processes_train_the_same_learner(tmp_path: Path) -> None:
-    command = ["-m", "innerloop", "train", "--dataset=sinusoid", "--model=mlp", "--filters=8", "--precision=float64"]
+    command = ["train", "--dataset=sinusoid", "--model=mlp", "--filters=8", "--precision=float64"]
     command += ["--inner-lr=0.01", "--steps=5", "--tasks-per-batch=4", "--validate-every=3", "--validation-tasks=40"]
     command += ["--test-tasks=40", "--device=cpu", "--threads=1", "--clip=5"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    main([*command, f"--out={tmp_path / 'one'}"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "innerloop"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, prefix in {"one": [], "two": launch}.items():
-        line = [sys.executable, *prefix, *command, f"--out={tmp_path / name}"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    line = [*launch, *command, f"--out={tmp_path / 'two'}"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:

@@ -20,7 +20,8 @@ class Result(NamedTuple):
         loss: outer loss at the adapted parameters, a scalar.
         extra: what the outer loss returned beside its value; None if nothing.
         diagnostics: tensors by name, among them ``support_loss`` (the inner loss where each inner gradient was
-            taken, ``[steps]``; ``[windows]`` for frozen windows) and ``curvature_products`` (how many were, a scalar).
+            taken, ``[steps]``; ``[windows]`` for frozen windows) and ``curvature_products`` (how many were, a scalar; 0
+            where the graphs of the steps were kept).
         end: where the task was left; what ``begin=`` takes.
     """
 

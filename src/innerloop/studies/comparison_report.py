@@ -70,7 +70,8 @@ MEASURES = {
     "logging come on top in training, much the same for all methods; no number here holds them.",
     "memory": "Peak memory of one meta-step in a fresh process, above what model, tasks and libraries take: on a GPU "
     "what torch has allocated, otherwise what is resident.",
-    "products": "Curvature products in the meta-gradient of one task: Hessian-vector products and their like.",
+    "products": "Curvature products in the meta-gradient of one task: Hessian-vector products and their like. 0 where "
+    "it is exact and the graphs of the inner steps are kept instead.",
     "adaptation": "Time of adapting to one task, with no meta-gradient, the median of repetitions in the same process.",
     "outer steps": "Steps of training that the budget allowed.",
     "each seed": "Test accuracy of each seed, %: how much the training itself varies.",
