@@ -65,6 +65,28 @@ class Prototypes:
             )
         return last
 
+    def ways(self, task: Task) -> int:
+        """How many classes a task, or each of a batch, has, all of them with an example in every support set.
+
+        Raises:
+            ValueError: targets that are no class numbers, or a class without an example.
+        """
+        labels = None if isinstance(task.support, Steps) else task.support[1]
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise ValueError(
+                "Prototypes() needs one support set with class numbers as targets, in a tensor of integers: leave "
+                "start out for anything else"
+            )
+        rows, mine = labels.reshape(-1, labels.shape[-1]), int(labels.max()) + 1
+        there = (rows.unsqueeze(-1) == torch.arange(mine, device=rows.device)).any(1)
+        if not there.all() or labels.min() < 0:
+            gone = (~there).any(0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Prototypes() needs an example of every class below {mine} in every support set, and class "
+                f"{gone or 'numbers from 0'} is missing in one: number the classes 0, 1, ..."
+            )
+        return mine
+
     def head(self, features: Tensor, targets: Tensor, ways: int) -> tuple[Tensor, Tensor]:
         """Weight ``[ways, width]`` and bias ``[ways]`` from features ``[examples, width]`` and their classes."""
         member = (targets.unsqueeze(-1) == torch.arange(ways, device=targets.device)).to(features.dtype)
@@ -471,3 +493,32 @@ def _order_of_use(model: nn.Module) -> Iterator[list[nn.Module]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def refuse_misread(model: nn.Module, loss: Any) -> None:
+    """Refuse a model or a loss that would be misread.
+
+    Raises:
+        ValueError: so; the message says what to give instead.
+    """
+    if not callable(loss) or isinstance(loss, type):
+        raise ValueError(f"loss={loss!r} is no function: give loss(output, target), such as F.cross_entropy")
+    own = {id(parameter) for parameter in model.parameters()}
+    if isinstance(loss, nn.Module) and any(id(parameter) in own for parameter in loss.parameters()):
+        raise ValueError("the loss holds parameters of the model, and a learner copies both: pass them by the output")
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):
+                raise ValueError(
+                    f"{name} has {type(hook).__name__} as a hook, whose result no copy can hold: use "
+                    "torch.nn.utils.parametrizations.spectral_norm or weight_norm"
+                )
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """``F.mse_loss`` in plain operations: torch's own has no forward-mode rule for its derivative."""
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the model gives {tuple(output.shape)} for targets {tuple(target.shape)}: make the shapes equal"
+        )
+    return (output - target).square().mean()

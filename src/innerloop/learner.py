@@ -18,7 +18,7 @@ from innerloop.blocks import call
 from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
-from innerloop.few_shot import FewShot, Prototypes, Stated
+from innerloop.few_shot import FewShot, Prototypes, Stated, refuse_misread, squared_error
 from innerloop.inner import InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
@@ -89,13 +89,13 @@ class MetaLearner(Bilevel):
         reuse_prefix: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        _refuse(model, loss)
+        refuse_misread(model, loss)
         if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
             raise ValueError("the model has lazy parameters: pass one batch of inputs through it first")
         self.adapts: Adapts = choice(adapts, "adapts") if adapts is not None else Everything()
         self.batch_norm = batch_norm
         self.model = copy.deepcopy(model)
-        self.loss: Any = _squared_error if loss is F.mse_loss else copy.deepcopy(loss)
+        self.loss: Any = squared_error if loss is F.mse_loss else copy.deepcopy(loss)
         convert(self.model, batch_norm)
         freeze(self.model)
         begin: Prototypes | None = choice(start, "start") if start is not None else None
@@ -215,24 +215,7 @@ class MetaLearner(Bilevel):
         """How many classes the tasks have, for `Prototypes`, each of them with an example in every support set."""
         if self.few_shot.start is None:
             return 0
-        ways = 0
-        for task in tasks if isinstance(tasks, list) else [tasks]:
-            labels = None if isinstance(task.support, Steps) else task.support[1]
-            if not isinstance(labels, Tensor) or labels.is_floating_point():
-                raise ValueError(
-                    "Prototypes() needs one support set with class numbers as targets, in a tensor of integers: leave "
-                    "start out for anything else"
-                )
-            rows, mine = labels.reshape(-1, labels.shape[-1]), int(labels.max()) + 1
-            there = (rows.unsqueeze(-1) == torch.arange(mine, device=rows.device)).any(1)
-            if not there.all() or labels.min() < 0:
-                gone = (~there).any(0).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"Prototypes() needs an example of every class below {mine} in every support set, and class "
-                    f"{gone or 'numbers from 0'} is missing in one: number the classes 0, 1, ..."
-                )
-            ways = max(ways, mine)
-        return ways
+        return max(map(self.few_shot.start.ways, tasks if isinstance(tasks, list) else [tasks]))
 
     def _accuracy(self, outputs: Any, task: Task, place: int) -> list[Tensor]:
         """The share of queries classified rightly, in a list that is empty where targets are not classes."""
@@ -309,35 +292,6 @@ class MetaLearner(Bilevel):
         return type(self.model).__name__
 
 
-def _refuse(model: nn.Module, loss: Any) -> None:
-    """Refuse a model or a loss that would be misread.
-
-    Raises:
-        ValueError: so; the message says what to give instead.
-    """
-    if not callable(loss) or isinstance(loss, type):
-        raise ValueError(f"loss={loss!r} is no function: give loss(output, target), such as F.cross_entropy")
-    own = {id(parameter) for parameter in model.parameters()}
-    if isinstance(loss, nn.Module) and any(id(parameter) in own for parameter in loss.parameters()):
-        raise ValueError("the loss holds parameters of the model, and a learner copies both: pass them by the output")
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):
-                raise ValueError(
-                    f"{name} has {type(hook).__name__} as a hook, whose result no copy can hold: use "
-                    "torch.nn.utils.parametrizations.spectral_norm or weight_norm"
-                )
-
-
 def _leaves(tree: Any) -> list[Tensor]:
     leaves: list[Tensor] = pytree.tree_leaves(tree)
     return leaves
-
-
-def _squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """``F.mse_loss`` in plain operations: torch's own has no forward-mode rule for its derivative."""
-    if output.shape != target.shape:
-        raise ValueError(
-            f"the model gives {tuple(output.shape)} for targets {tuple(target.shape)}: make the shapes equal"
-        )
-    return (output - target).square().mean()
