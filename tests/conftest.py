@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Every test draws the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def log_is_heard(monkeypatch):
+    """Other libraries' set-up of logging, import-linter's for one, turns loggers off that are there already."""
+    monkeypatch.setattr(logging.getLogger("innerloop"), "disabled", False)
