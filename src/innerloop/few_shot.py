@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
-from innerloop.curvature import pullback, replayed
+from innerloop.curvature import pullback, random_states, replayed
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
@@ -175,7 +175,12 @@ class FewShot:
     @property
     def seen(self) -> bool:
         """Whether ``look`` has run in this training mode."""
-        return tuple(module.training for module in self.model.modules()) in self._seen
+        return self._mode in self._seen
+
+    @property
+    def _mode(self) -> tuple[bool, ...]:
+        """Which modules are in training."""
+        return tuple(module.training for module in self.model.modules())
 
     def look(self, inputs: Any) -> None:
         """Run the model on real inputs, once a training mode, and see what it is.
@@ -186,7 +191,7 @@ class FewShot:
         Raises:
             ValueError: the choice of what adapts turns out wrong.
         """
-        mode = tuple(module.training for module in self.model.modules())
+        mode = self._mode
         if mode in self._seen:
             return
         before = dict(self.model.named_buffers())
@@ -394,7 +399,7 @@ class FewShot:
             task = task._replace(query=(query, task.query[1]))
             chain = problem.outer_chain and partial(self._stages, QUERY, rows=rows)
             problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows), outer_chain=chain)
-        mode = tuple(module.training for module in self.model.modules())
+        mode = self._mode
         unknown = any(stream and callable(part.rows) for stream, part in zip(streams, task, strict=True))
         if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(mode, True):
             return Stated(problem, meta, task, None)
@@ -462,18 +467,10 @@ def _is_place(inputs: Any) -> bool:
 
 def _draws(function: Callable[[], Any], like: Any) -> bool:
     """Whether a function draws random numbers; their generators are left as they were."""
-    device = pytree.tree_leaves(like)[0].device
     with replayed(0, 0, like):
-        before = _states(device)
+        before = random_states(like)
         function()
-        return any(not torch.equal(one, other) for one, other in zip(before, _states(device), strict=True))
-
-
-def _states(device: torch.device) -> list[Tensor]:
-    states = [torch.default_generator.get_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+        return any(not torch.equal(generator.get_state(), state) for generator, state in before)
 
 
 @contextlib.contextmanager
@@ -516,7 +513,7 @@ def refuse_misread(model: nn.Module, loss: Any) -> None:
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """``F.mse_loss`` in plain operations: torch's own has no forward-mode rule for its derivative."""
+    """``F.mse_loss``, which refuses shapes that would only broadcast."""
     if output.shape != target.shape:
         raise ValueError(
             f"the model gives {tuple(output.shape)} for targets {tuple(target.shape)}: make the shapes equal"
