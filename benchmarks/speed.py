@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
+from innerloop import pooling
 from innerloop.training.allocator import keep_freed_memory
 from innerloop.training.runs import provenance
 
@@ -121,6 +122,13 @@ def gradients(model: nn.Module) -> Callable[[], list[Tensor]]:
     return lambda: [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def ordinary(model: nn.Module) -> nn.Module:
+    """A model as others take it: batch norm without running statistics, and torch's own layers otherwise."""
+    model = il.MetaLearner(model).model
+    pooling.to_torch(model)
+    return model
+
+
 def maml(
     model: nn.Module,
     batch: il.Task,
@@ -131,11 +139,11 @@ def maml(
     **ours: Any,
 ) -> tuple[dict[str, tuple[Step, Callable[[], list[Tensor]]]], Step]:
     """MAML by everyone."""
-    shared = il.MetaLearner(model).model  # batch norm without running statistics
+    shared = ordinary(model)
     runners: dict[str, tuple[Step, Callable[[], list[Tensor]]]] = {}
     skipped = absent()
     for name, run in {PLAIN: by_autograd, **PEERS}.items():
-        if name in skipped or (name == "torchopt" and not second):  # it has no first-order way
+        if name in skipped or (name in ("higher", "torchopt") and not second):  # they have no first-order way
             continue
         mine = deepcopy(shared)
 
@@ -209,7 +217,7 @@ def anil(steps: int) -> Callable[[], Any]:
     def build() -> Any:
         batch, lr = images(8, 1, 28, 15), 0.1
         model = il.models.Conv4(in_channels=1, filters=64)
-        shared = il.MetaLearner(model).model
+        shared = ordinary(model)
 
         def by_hand(net: Any, cached: bool) -> Step:
             def step() -> None:
@@ -247,7 +255,7 @@ def implicit() -> Any:
     """iMAML, 16 inner steps and 5 products, beside plain autograd with one graph for all five."""
     batch, lr, proximal = images(4, 1, 28, 15), 0.05, 2.0
     model = il.models.Conv4(in_channels=1, filters=64)
-    shared = il.MetaLearner(model).model
+    shared = ordinary(model)
     net = deepcopy(shared)
 
     def by_hand() -> None:
@@ -303,7 +311,7 @@ def adaptation(model: nn.Module, task: tuple[Tensor, Tensor], head: bool, loss: 
     """One task adapted to, five steps: what is compared are the parameters."""
 
     def build() -> Any:
-        shared = il.MetaLearner(model).model
+        shared = ordinary(model)
         learner = il.MetaLearner(model, il.Head() if head else il.Everything(), il.SGD(lr=0.01, steps=5), loss=loss)
         left: dict[str, list[Tensor]] = {}
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from innerloop.choices import choice
 from innerloop.compiled import Compiler
@@ -19,6 +18,7 @@ from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
 from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault, finite
 from innerloop.problem import Batch, End, Engine, Problem, Steps, Task, Tree
+from innerloop.trees import tensors, tree_map
 
 Out = TypeVar("Out")
 Carry = Literal["none", "slot", "task"]
@@ -299,7 +299,7 @@ class Bilevel(nn.Module):
             for places, (mean, numbers, left) in self._over_tasks(
                 task_gradient, given, tasks, starts, self.inner.steps, weights, (keep, ways)
             ):
-                total = mean if total is None else pytree.tree_map(torch.add, total, mean)
+                total = mean if total is None else tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
         _refuse_moved(self, buffers)
         losses, accuracies, diagnostics = _in_order(found, count)
@@ -450,7 +450,7 @@ class Bilevel(nn.Module):
                 for places, out in self._over_tasks(one, (meta, learned), tasks, [None] * count, steps)
             ]
         losses, accuracies, *stacked = _in_order([(places, numbers, ()) for places, numbers, _ in found], count)
-        outputs: Any = [pytree.tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
+        outputs: Any = [tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
         accuracy = accuracies[0] if accuracies else None
         return Evaluation(
             losses[:, -1],
@@ -529,7 +529,7 @@ class Bilevel(nn.Module):
                     "each with a function of its own"
                 )
             moved = self._moved(batch)
-            lengths = {len(leaf) if leaf.ndim else 0 for leaf in _tensors(moved)}
+            lengths = {len(leaf) if leaf.ndim else 0 for leaf in tensors(moved)}
             if len(lengths) != 1 or lengths == {0}:
                 raise ValueError(
                     "a batch of tasks has the same leading task dimension in every tensor, but theirs are "
@@ -636,7 +636,7 @@ class Bilevel(nn.Module):
         """How tasks of this shape are computed, measured when they are first seen."""
         compiled = self.compiler is not None and self.compiler.active
         first = tasks[0] if isinstance(tasks, list) else tasks
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in _tensors(first))
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(first))
         key = (shapes, count, self.training, torch.is_autocast_enabled(), compiled)
         if key not in self._ways_of:
             one = _task(tasks, 0)
@@ -684,7 +684,7 @@ class Bilevel(nn.Module):
                 return function(given, task, start, seed, row)
 
             if alone:
-                out = pytree.tree_map(lambda value: value.unsqueeze(0), one(chunk, begin, rows))
+                out = tree_map(lambda value: value.unsqueeze(0), one(chunk, begin, rows))
             else:
                 dims = (0, None if begin is None else 0, None if rows is None else 0)
                 out = torch.func.vmap(one, in_dims=dims, randomness="different")(chunk, begin, rows)
@@ -735,7 +735,7 @@ class Bilevel(nn.Module):
         ends: list[End] = [None] * count  # type: ignore[list-item]
         for places, _, left in found:
             for row, place in enumerate(places):
-                params, state, solution = pytree.tree_map(lambda value, row=row: value[row], left)
+                params, state, solution = tree_map(lambda value, row=row: value[row], left)
                 start = starts[place]
                 ends[place] = End(params, state, self.inner.steps + (0 if start is None else start.step), solution)
         return ends
@@ -791,10 +791,12 @@ class Carried:
         """Where the tasks were left, in the place and precision of a tensor; None for a key not seen."""
         found = [self._left.get(key) for key in keys]
 
-        def moved(value: Tensor) -> Tensor:
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
-        return pytree.tree_map_only(Tensor, moved, found)
+        return tree_map(moved, found)
 
     def forget(self, *keys: Hashable) -> None:
         """Let the tasks of these keys begin at the start again; without keys all of them."""
@@ -805,7 +807,7 @@ class Carried:
         """Keep where tasks were left; one in which something is not finite stays where it was."""
         for key, end in zip(keys, ends, strict=True):
             if finite((end.params, end.state, end.solution)):
-                self._left[key] = pytree.tree_map_only(Tensor, torch.clone, end)
+                self._left[key] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, end)
 
     def state_dict(self) -> dict[Hashable, dict[str, Any]]:
         """Where every task was left, in dicts and tensors alone."""
@@ -859,7 +861,7 @@ def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree, stackl
 def _weighted(weights: Tensor, tree: Any) -> Any:
     """The weighted sum over the first dimension, in the tree's own precision, whatever autocast would make of it."""
     with torch.autocast(weights.device.type, enabled=False):
-        return pytree.tree_map(lambda value: torch.tensordot(weights.to(value), value, 1), tree)
+        return tree_map(lambda value: torch.tensordot(weights.to(value), value, 1), tree)
 
 
 def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
@@ -867,21 +869,17 @@ def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
     if len(found) == 1:
         return found[0][1]
     order = torch.tensor([place for places, _, _ in found for place in places]).argsort()
-    return pytree.tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *(each for _, each, _ in found))
+    return tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *(each for _, each, _ in found))
 
 
 def _task(tasks: Any, place: int) -> Task:
     """One task of a batch."""
-    found: Task = tasks[place] if isinstance(tasks, list) else pytree.tree_map(lambda value: value[place], tasks)
+    found: Task = tasks[place] if isinstance(tasks, list) else tree_map(lambda value: value[place], tasks)
     return found
 
 
 def _stack(trees: list[Any]) -> Any:
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *trees)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return tree_map(lambda *parts: torch.stack(parts), *trees)
 
 
 def _key(name: str) -> str:

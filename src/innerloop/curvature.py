@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from innerloop.problem import Batch, Engine, Problem, Tree
+from innerloop.trees import detached, tensors, tree_leaves, tree_map, unflatten
 
 Products = tuple[Tree, Tree]
 
@@ -149,7 +149,7 @@ def is_expanded(value: Tensor) -> bool:
 
 def dense(tree: Any) -> Any:
     """A tree in which every tensor has memory of its own shape."""
-    return pytree.tree_map(lambda value: value.clone() if is_expanded(value) else value, tree)
+    return tree_map(lambda value: value.clone() if is_expanded(value) else value, tree)
 
 
 def started(problem: Problem, meta: Tree, support: Batch) -> Tree:
@@ -178,9 +178,8 @@ def parted(value: Any) -> tuple[Tensor, Any]:
 
 def only_tensors(tree: Any) -> Any:
     """A tree of tensors as it is; of any other, its tensors in a tuple."""
-    leaves = pytree.tree_leaves(tree)
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return tree if len(tensors) == len(leaves) else tensors
+    found = tuple(tensors(tree))
+    return tree if len(found) == len(tree_leaves(tree)) else found
 
 
 def scalar(value: Any, which: str) -> Tensor:
@@ -210,27 +209,27 @@ def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep:
     """
     if in_transform():
         return torch.func.vjp(function, *trees, has_aux=aux)
-    leaves = pytree.tree_map(lambda value: value.detach().requires_grad_(), trees)
+    leaves = tree_map(lambda value: value.detach().requires_grad_(), trees)
     with torch.enable_grad():
         value = function(*leaves)
     value, more = value if aux else (value, ())
-    flat, shape = pytree.tree_flatten(leaves)
+    flat = tree_leaves(leaves)
 
     def pull(cotangent: Any) -> Any:
         reached = [
             (out, given)
-            for out, given in zip(pytree.tree_leaves(value), pytree.tree_leaves(cotangent), strict=True)
+            for out, given in zip(tree_leaves(value), tree_leaves(cotangent), strict=True)
             if out.requires_grad
         ]
         if not reached or not flat:
-            return pytree.tree_map(nothing, trees)
+            return tree_map(nothing, trees)
         outs, given = zip(*reached, strict=True)
         grads = torch.autograd.grad(outs, flat, given, retain_graph=keep, allow_unused=True)
         found = [nothing(leaf) if grad is None else grad for leaf, grad in zip(flat, grads, strict=True)]
-        return pytree.tree_unflatten(found, shape)
+        return unflatten(trees, found)
 
-    found = pytree.tree_map(torch.detach, value), pull
-    return (*found, pytree.tree_map_only(Tensor, torch.detach, more)) if aux else found
+    found = tree_map(torch.detach, value), pull
+    return (*found, tree_map(detached, more)) if aux else found
 
 
 @contextlib.contextmanager
@@ -287,7 +286,7 @@ def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
 def random_states(like: Any) -> list[tuple[torch.Generator, Tensor]]:
     """The generators that a computation draws from, the CPU's and that of a tree's device, and where each stands."""
     generators = [torch.default_generator]
-    device = next((leaf.device for leaf in pytree.tree_leaves(like) if isinstance(leaf, Tensor)), torch.device("cpu"))
+    device = next((leaf.device for leaf in tensors(like)), torch.device("cpu"))
     if device.type == "cuda":
         place = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[place])

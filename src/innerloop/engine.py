@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.blockwise import Blockwise
 from innerloop.curvature import replayed
 from innerloop.differences import Differences
 from innerloop.inner import InnerLoop
 from innerloop.problem import Engine
+from innerloop.trees import tensors
 
 CACHE = 2**18  # bytes of activations up to which several tasks at once are faster on a CPU
 # Products go block by block from so many stages that move, none of them with more than this share of the activations
@@ -133,7 +133,7 @@ def saved_bytes(loop: InnerLoop, mixed: bool, most: int | None = None) -> tuple[
         most: where the first is more than so many, the second, which is larger, is not measured, and is None.
     """
     held: dict[int, int] = {}
-    own = {_place(leaf) for leaf in pytree.tree_leaves((loop.begin.params, loop.meta, loop.support)) if _is(leaf)}
+    own = {_place(leaf) for leaf in tensors((loop.begin.params, loop.meta, loop.support))}
 
     def pack(tensor: Tensor) -> Tensor:
         if _place(tensor) not in own:
@@ -161,7 +161,7 @@ def _deep(loop: InnerLoop) -> bool:
     held: dict[int, int] = {}
     stages = chain(loop.meta, loop.batch(loop.begin.step))
     params = {name: value.detach().requires_grad_() for name, value in loop.begin.params.items()}
-    own = {_place(leaf) for leaf in pytree.tree_leaves((loop.begin.params, loop.meta)) if _is(leaf)}
+    own = {_place(leaf) for leaf in tensors((loop.begin.params, loop.meta))}
 
     def pack(tensor: Tensor) -> Tensor:
         if _place(tensor) not in own:
@@ -185,7 +185,3 @@ def _deep(loop: InnerLoop) -> bool:
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _is(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)

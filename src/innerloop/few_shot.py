@@ -26,6 +26,7 @@ from innerloop.batch_norm import BatchNormMode, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
 from innerloop.curvature import pullback, random_states, replayed
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
+from innerloop.trees import detached, tensors, tree_leaves, tree_map
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
 SUPPORT, QUERY, LOSS = "support features", "query features", "loss"
@@ -238,11 +239,11 @@ class FewShot:
                 outputs = call(self.model, beside | self._buffers(), inputs)
             with replayed(0, 0, inputs):
                 for block in self.blocks:
-                    entering = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+                    entering = tensors(found)
                     versions = [leaf._version for leaf in entering]
                     found = block(beside | self._buffers(), found)
                     alone = alone and versions == [leaf._version for leaf in entering]
-            pairs = zip(*map(pytree.tree_leaves, (found, outputs)), strict=True)
+            pairs = zip(*map(tree_leaves, (found, outputs)), strict=True)
             same = all(torch.allclose(one, other, equal_nan=True) for one, other in pairs)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             same = False
@@ -351,14 +352,14 @@ class FewShot:
 
     def _with_outputs(self, meta: Tree, outputs: Any, targets: Any, rows: int | None) -> tuple[Tensor, Any]:
         if rows:
-            judged = len(pytree.tree_leaves(targets)[0])
+            judged = len(tree_leaves(targets)[0])
 
             def queries(value: Any) -> Any:
                 whole = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows + judged
                 return value[rows:] if whole else value
 
-            outputs = pytree.tree_map(queries, outputs)
-        return self._judged(meta, outputs, targets), pytree.tree_map_only(Tensor, torch.detach, outputs)
+            outputs = tree_map(queries, outputs)
+        return self._judged(meta, outputs, targets), tree_map(detached, outputs)
 
     # A task's problem.
 
@@ -394,8 +395,8 @@ class FewShot:
                     "batch_norm='batch' and leave inductive out, or batch_norm='frozen'"
                 )
             inputs = task.support[0]
-            rows = len(pytree.tree_leaves(inputs)[0])
-            query = pytree.tree_map(lambda *pair: torch.cat(pair), inputs, task.query[0])
+            rows = len(tree_leaves(inputs)[0])
+            query = tree_map(lambda *pair: torch.cat(pair), inputs, task.query[0])
             task = task._replace(query=(query, task.query[1]))
             chain = problem.outer_chain and partial(self._stages, QUERY, rows=rows)
             problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows), outer_chain=chain)
@@ -436,9 +437,9 @@ class FewShot:
     def _features(self, prefix: Chain, tree: Tree, inputs: Any, stream: bool) -> Any:
         if not stream:
             return prefix(tree, inputs)
-        count = len(pytree.tree_leaves(inputs)[0])
-        each = [prefix(tree, pytree.tree_map(lambda value, row=row: value[row], inputs)) for row in range(count)]
-        return pytree.tree_map(lambda *values: torch.stack(values), *each)
+        count = len(tree_leaves(inputs)[0])
+        each = [prefix(tree, tree_map(lambda value, row=row: value[row], inputs)) for row in range(count)]
+        return tree_map(lambda *values: torch.stack(values), *each)
 
     def _named(self, part: str, features: Any) -> Tree:
         values, self._shape = pytree.tree_flatten(features)
@@ -457,7 +458,7 @@ def _features_in(meta: Tree, part: str) -> list[str]:
 def _numbered(stream: Steps) -> Steps:
     """A stream whose inputs are the number of their row."""
     inputs, targets = stream.rows
-    first = pytree.tree_leaves(inputs)[0]
+    first = tree_leaves(inputs)[0]
     return Steps((torch.arange(len(first), device=first.device), targets))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from innerloop import pooling
 from innerloop.adapts import Adapts, Everything
 from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
@@ -22,6 +22,7 @@ from innerloop.few_shot import FewShot, Prototypes, Stated, refuse_misread, squa
 from innerloop.inner import InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
+from innerloop.trees import tree_leaves, tree_map
 
 __all__ = ["Evaluation", "MetaLearner", "Metrics"]
 
@@ -97,6 +98,7 @@ class MetaLearner(Bilevel):
         self.model = copy.deepcopy(model)
         self.loss: Any = squared_error if loss is F.mse_loss else copy.deepcopy(loss)
         convert(self.model, batch_norm)
+        pooling.convert(self.model)
         freeze(self.model)
         begin: Prototypes | None = choice(start, "start") if start is not None else None
         self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix)
@@ -140,9 +142,10 @@ class MetaLearner(Bilevel):
             if self.few_shot.layer is not None:
                 layer = adapted.get_submodule(self.few_shot.layer)
                 layer.out_features = len(layer.weight)  # type: ignore[assignment, arg-type]
+            pooling.to_torch(adapted)
             support = self._single(inputs, targets).support[0]
             keep = inductive or self.batch_norm == "task"
-            to_torch(adapted, (lambda: call(adapted, {}, support)) if keep else None, len(_leaves(support)[0]))
+            to_torch(adapted, (lambda: call(adapted, {}, support)) if keep else None, len(tree_leaves(support)[0]))
         return adapted
 
     def adapted_parameters(self, inputs: Any, targets: Any, steps: int | None = None) -> Tree:
@@ -247,11 +250,11 @@ class MetaLearner(Bilevel):
                         f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}"
                     )
                 leading = 1 if single else 2
-                sizes = {tuple(leaf.shape[:leading]) for leaf in _leaves(examples)}
+                sizes = {tuple(leaf.shape[:leading]) for leaf in tree_leaves(examples)}
                 if any(0 in size for size in sizes):
                     raise ValueError(f"the {part} set of a task is empty: give one example or more")
                 if len(sizes) != 1 or len(sizes.pop()) < leading:
-                    shown = ", ".join(str(tuple(leaf.shape)) for leaf in _leaves(examples))
+                    shown = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(examples))
                     where = "no task dimension in a list" if single else "a task dimension (tensor.unsqueeze(0))"
                     raise ValueError(
                         f"the {part} set has inputs and targets of shapes {shown}: give as many inputs as targets, "
@@ -264,7 +267,7 @@ class MetaLearner(Bilevel):
         """Let the few-shot problem see what the model is, on the inputs of the first task."""
         if self.few_shot.seen:
             return
-        first = tasks[0] if isinstance(tasks, list) else pytree.tree_map(lambda value: value[0], tasks)
+        first = tasks[0] if isinstance(tasks, list) else tree_map(lambda value: value[0], tasks)
         support = first.support.row(0, 0) if isinstance(first.support, Steps) else first.support
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             self.few_shot.look(support[0])
@@ -276,11 +279,11 @@ class MetaLearner(Bilevel):
                 "adapt() takes one support set, not a batch for every step (Steps): for a stream write "
                 "learner.loop(il.Task(support, query))[0].run(steps).params"
             )
-        given, wanted = (len(_leaves(each)[0]) for each in (inputs, targets))
+        given, wanted = (len(tree_leaves(each)[0]) for each in (inputs, targets))
         if given != wanted:
             raise ValueError(f"adapt() was given {given} inputs and {wanted} targets: give one target an input")
         # autograd keeps no tensor that was made in inference mode
-        support = pytree.tree_map(lambda part: part.clone() if part.is_inference() else part, (inputs, targets))
+        support = tree_map(lambda part: part.clone() if part.is_inference() else part, (inputs, targets))
         support = self._moved(Task(support, ())).support
         return Task(support, support)
 
@@ -290,8 +293,3 @@ class MetaLearner(Bilevel):
 
     def _what(self) -> str:
         return type(self.model).__name__
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    leaves: list[Tensor] = pytree.tree_leaves(tree)
-    return leaves

@@ -193,6 +193,14 @@ class InnerSolver:
         """
         raise NotImplementedError
 
+    def pull_back(self, step: int, cotangent: Tree) -> tuple[Tree, Tree, Tree] | None:
+        """Cotangents of parameters, gradient and start from that of the new parameters.
+
+        An update that is linear and has no state may write this, which spares recording it. The start's are ``{}``
+        where nothing reaches it. None leaves all to autograd.
+        """
+        return None
+
     def advance(
         self, step: int, params: Tree, grad: Tree, state: State, learned: Tree, start: Tree, probe: Probe
     ) -> tuple[Tree, State]:

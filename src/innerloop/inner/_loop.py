@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from innerloop.curvature import curvature, fresh_seed, gradient, linearised, replayed, started
 from innerloop.inner._base import InnerSolver, Probe, State
 from innerloop.problem import Batch, End, Problem, Steps, Tree
+from innerloop.trees import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class InnerLoop:
             return self.support.row(place, step)
         if self.rows is None or place >= len(self.rows):  # beyond the last step lies the solution, of all examples
             return self.support
-        return pytree.tree_map(lambda value, rows=self.rows[place]: value[rows], self.support)
+        return tree_map(lambda value, rows=self.rows[place]: value[rows], self.support)
 
     def judged(self, query: Batch, step: int) -> Batch:
         """What the outer loss reads after a step."""
@@ -191,7 +192,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
     size = solver.minibatch or 0
     if isinstance(support, Steps):
         raise ValueError("minibatch= draws from one support set, and Steps is a batch for every step: leave one out")
-    examples = len(pytree.tree_leaves(support)[0])
+    examples = len(tree_leaves(support)[0])
     if size > examples:
         raise ValueError(f"minibatch={size} is more than the {examples} support examples: give fewer")
     drawn = []

@@ -34,3 +34,12 @@ class SGD(InnerSolver):
         """One step of gradient descent."""
         grad = self.full_gradient(params, grad, start)
         return {name: p - self.rate(step, name) * grad[name] for name, p in params.items()}, state
+
+    def pull_back(self, step: int, cotangent: Tree) -> tuple[Tree, Tree, Tree] | None:
+        """In closed form, unless the gradient is clipped."""
+        if self.clip is not None or type(self).update is not SGD.update:
+            return None
+        grad = {name: -self.rate(step, name) * value for name, value in cotangent.items()}
+        pulled = self.weight_decay + self.proximal
+        params = {name: value + pulled * grad[name] for name, value in cotangent.items()} if pulled else cotangent
+        return params, grad, {name: -self.proximal * value for name, value in grad.items()} if self.proximal else {}

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.curvature import is_expanded, judged, nothing, pullback, started
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Batch, End, Problem, Steps, Tree
+from innerloop.trees import tree_map
 
 
 class Snapshot(NamedTuple):
@@ -61,17 +61,17 @@ def outer_gradient(problem: Problem, params: Tree, meta: Tree, query: Batch) -> 
 
 def zeros(tree: Any) -> Any:
     """Zero tensors in the shape of a tree, which take no memory."""
-    return pytree.tree_map(nothing, tree)
+    return tree_map(nothing, tree)
 
 
 def add(first: Any, second: Any) -> Any:
     """The sum of two trees."""
-    return pytree.tree_map(partial(_each, torch.add), first, second)
+    return tree_map(partial(_each, torch.add), first, second)
 
 
 def scale(tree: Any, weight: float) -> Any:
     """A tree times a number."""
-    return pytree.tree_map(partial(_each, partial(torch.mul, weight)), tree)
+    return tree if weight == 1.0 else tree_map(partial(_each, partial(torch.mul, weight)), tree)
 
 
 def _each(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Trail:
         return self._moved(snapshot, next(iter(self.loop.begin.params.values())).device)
 
     def _moved(self, snapshot: Snapshot, device: torch.device) -> Snapshot:
-        return pytree.tree_map_only(Tensor, lambda value: value.to(device), snapshot)
+        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, snapshot)
 
 
 def _split(length: int, copies: int) -> int:
@@ -234,6 +234,10 @@ def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangen
     Returns:
         The cotangents before the first of them, with the gradient held constant, and the cotangent of that gradient.
     """
+    if len(steps) == 1 and not loop.solver.moves and (closed := loop.solver.pull_back(steps.start, cotangents.params)):
+        params, grad, start = closed
+        centre = add(cotangents.start, start) if start else cotangents.start
+        return cotangents._replace(params=params, start=centre), grad
 
     def updates(params: Tree, grad: Tree, state: Any, learned: Tree, start: Tree) -> tuple[Tree, Any]:
         for step in steps:

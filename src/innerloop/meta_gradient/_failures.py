@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop.curvature import observed
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Task, Tree
+from innerloop.trees import tree_leaves
 
 
 class _Product(NamedTuple):
@@ -23,7 +24,7 @@ class _Product(NamedTuple):
 
 def finite(tree: Any) -> Tensor:
     """Whether all numbers in a tree are finite, a scalar."""
-    flags = [value.isfinite().all() for value in torch.utils._pytree.tree_leaves(tree)]
+    flags = [value.isfinite().all() for value in tree_leaves(tree)]
     return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
@@ -46,7 +47,7 @@ def fault(estimate: Callable[[], Result], task: Task, steps: int) -> str | None:
     def observe(step: int, direction: Tree, found: tuple[Tree, Tree]) -> None:
         values = [torch.func.debug_unwrap(value) for value in direction.values()]
         norm = torch.nn.utils.get_total_norm(values).item()
-        products.append(_Product(step, norm, all(bool(finite(torch.func.debug_unwrap(x))) for x in _leaves(found))))
+        products.append(_Product(step, norm, all(bool(finite(torch.func.debug_unwrap(x))) for x in tree_leaves(found))))
 
     with observed(observe):
         result = estimate()
@@ -95,11 +96,6 @@ def _in_a_product(products: list[_Product], solve: bool) -> str | None:
 def _in_the_gradient(result: Result) -> str:
     names = [name for name, value in (result.grad | result.learned_grad).items() if not finite(value)]
     return f"the query loss is {result.loss.item():.4g}, but its gradient is not finite in {_list(names)}"
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    leaves: list[Tensor] = torch.utils._pytree.tree_leaves(tree)
-    return leaves
 
 
 def _list(names: list[str]) -> str:
