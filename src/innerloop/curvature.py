@@ -92,8 +92,10 @@ def linearised(
     *,
     mixed: bool = True,
     keep: bool = True,
-) -> Callable[[Tree], Products]:
+) -> Callable[..., Products]:
     """``w -> (H w, B w)`` at one point; by autograd the gradient is taken once, and its graph kept between products.
+
+    By autograd, a product called with ``only=0`` leaves ``B w`` empty, and one with ``only=1`` ``H w``.
 
     Args:
         problem: the bilevel problem.
@@ -108,13 +110,14 @@ def linearised(
     def grad(at: Tree, given: Tree) -> Tree:
         return gradient(problem, at, {**meta, **given}, support, step, record=True)[0]
 
+    pull: Any
     if problem.engine is not None:
         pull = problem.engine.products(problem, params, meta, support, step, mixed=mixed, keep=keep)
     else:
         pull = pullback(grad, params, meta if mixed else {}, keep=keep)[1]
 
-    def product(direction: Tree) -> Products:
-        products: Products = pull(direction)
+    def product(direction: Tree, only: int | None = None) -> Products:
+        products: Products = pull(direction) if only is None else pull(direction, only)
         observe = _observer.get()
         if observe is not None:
             observe(step, direction, products)
@@ -205,7 +208,7 @@ def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep:
 
     Returns:
         The value, the function from a cotangent like it to a tuple of trees like the arguments, and with ``aux`` the
-        second part.
+        second part. By autograd that function also takes the place of the one argument it is to go back to.
     """
     if in_transform():
         return torch.func.vjp(function, *trees, has_aux=aux)
@@ -213,20 +216,21 @@ def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep:
     with torch.enable_grad():
         value = function(*leaves)
     value, more = value if aux else (value, ())
-    flat = tree_leaves(leaves)
 
-    def pull(cotangent: Any) -> Any:
+    def pull(cotangent: Any, only: int | None = None) -> Any:
+        wanted = tuple(leaf if only in (None, place) else {} for place, leaf in enumerate(leaves))
+        flat = tree_leaves(wanted)
         reached = [
             (out, given)
             for out, given in zip(tree_leaves(value), tree_leaves(cotangent), strict=True)
             if out.requires_grad
         ]
         if not reached or not flat:
-            return tree_map(nothing, trees)
+            return tree_map(nothing, wanted)
         outs, given = zip(*reached, strict=True)
         grads = torch.autograd.grad(outs, flat, given, retain_graph=keep, allow_unused=True)
         found = [nothing(leaf) if grad is None else grad for leaf, grad in zip(flat, grads, strict=True)]
-        return unflatten(trees, found)
+        return unflatten(wanted, found)
 
     found = tree_map(torch.detach, value), pull
     return (*found, tree_map(detached, more)) if aux else found

@@ -14,7 +14,7 @@ from innerloop import pooling
 from innerloop.adapts import Adapts, Everything
 from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
-from innerloop.blocks import call
+from innerloop.blocks import call, twin
 from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
@@ -138,7 +138,7 @@ class MetaLearner(Bilevel):
             own: dict[int, Any] = {id(parameter): shared(parameter) for parameter in self.model.parameters()}
             own |= {id(self.model.get_parameter(name)): shared(value) for name, value in changed.items()}
             own |= {id(buffer): buffer for buffer in self.model.buffers()}
-            adapted = copy.deepcopy(self.model, own).eval()
+            adapted = twin(self.model, own).eval()
             if self.few_shot.layer is not None:
                 layer = adapted.get_submodule(self.few_shot.layer)
                 layer.out_features = len(layer.weight)  # type: ignore[assignment, arg-type]

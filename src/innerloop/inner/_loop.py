@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import curvature, fresh_seed, gradient, linearised, replayed, started
+from innerloop.curvature import curvature, fresh_seed, gradient, in_transform, linearised, replayed, started
 from innerloop.inner._base import InnerSolver, Probe, State
 from innerloop.problem import Batch, End, Problem, Steps, Tree
 from innerloop.trees import tree_leaves, tree_map
@@ -78,6 +78,13 @@ class InnerLoop:
     def products(self, step: int, params: Tree) -> Callable[[Tree], tuple[Tree, Tree]]:
         """``w -> (H w, B w)``, for several products at one point."""
         return linearised(self.problem, params, self.meta, self.batch(step), step)
+
+    def parts(self, step: int, params: Tree) -> tuple[Callable[[Tree], Tree], Callable[[Tree], Tree]]:
+        """``w -> H w`` for many products, and ``w -> B w`` for one; by autograd one graph serves both."""
+        if self.problem.engine is not None or in_transform():
+            return self.hessian(step, params), lambda direction: self.curvature(step, params, direction)[1]
+        product = linearised(self.problem, params, self.meta, self.batch(step), step)
+        return lambda direction: product(direction, only=0)[0], lambda direction: product(direction, only=1)[1]
 
     def hessian(self, step: int, params: Tree) -> Callable[[Tree], Tree]:
         """``w -> H w`` alone, which spares the way back to the meta-parameters."""

@@ -140,8 +140,7 @@ class Implicit(MetaGradient):
         loop = replace(loop, rows=None)  # the solution is that of all examples
         outer = outer_gradient(loop.problem, end.params, loop.meta, loop.judged(query, loop.steps[-1]))
         shift = loop.solver.weight_decay + loop.solver.proximal
-        solution, diagnostics = respond(loop, end.params, outer, self.linear_solver, shift)
-        _, mixed = loop.curvature(loop.steps.stop, end.params, solution)
+        solution, mixed, diagnostics = respond(loop, end.params, outer, self.linear_solver, shift)
         grad = {name: value - mixed[name] for name, value in outer.meta.items()}
         if self.learn_start and loop.solver.proximal:
             grad = add(grad, through_start(loop, scale(solution, loop.solver.proximal)))
@@ -169,21 +168,21 @@ def MemoryReduced(linear_solver: LinearSolver | None = None) -> Implicit:  # the
 
 def respond(
     loop: InnerLoop, params: Tree, outer: Outer, linear_solver: LinearSolver, shift: float, divisor: float = 1.0
-) -> tuple[Tree, dict[str, Tensor]]:
+) -> tuple[Tree, Tree, dict[str, Tensor]]:
     """Solve ``(H / divisor + shift I) v = d outer_loss / d params``.
 
     Returns:
-        ``v``, a tree like ``params``, and the diagnostics of the solve: ``residual``, ``iterations`` and
-        ``negative_curvature`` as in ``innerloop.linear.Info``, ``solution_norm``, which is that of ``v``, and
-        ``curvature_products``, the one with the mixed derivative among them.
+        ``v``, a tree like ``params``; ``B v``, a tree like meta; and the diagnostics of the solve: ``residual``,
+        ``iterations`` and ``negative_curvature`` as in ``innerloop.linear.Info``, ``solution_norm``, which is that of
+        ``v``, and ``curvature_products``, the one with the mixed derivative among them.
     """
-    hessian = loop.hessian(loop.steps.stop, params)
+    hessian, mixed = loop.parts(loop.steps.stop, params)
 
     def product(direction: Tree) -> Tree:
         return hessian(direction) if divisor == 1 else scale(hessian(direction), 1 / divisor)
 
     solution, info = solve_tree(linear_solver, product, outer.params, shift, loop.begin.solution or None)
-    return solution, diagnose_solve(solution, info)
+    return solution, mixed(solution), diagnose_solve(solution, info)
 
 
 def diagnose_solve(solution: Tree, info: Info) -> dict[str, Tensor]:

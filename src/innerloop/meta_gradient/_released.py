@@ -89,8 +89,7 @@ class ReleasedIMAML(MetaGradient):
         outer = outer_gradient(loop.problem, params, loop.meta, loop.judged(query, loop.steps[-1]))
         linear = _Unsolved() if self.linear_solver.iterations == 1 else self.linear_solver
         shift = 1 + loop.solver.weight_decay / divisor
-        solution, diagnostics = respond(loop, params, outer, linear, shift, divisor)
-        _, mixed = loop.curvature(loop.steps.stop, params, solution)
+        solution, mixed, diagnostics = respond(loop, params, outer, linear, shift, divisor)
         grad = {name: value - mixed[name] / divisor for name, value in outer.meta.items()}
         grad = add(grad, through_start(loop, solution))
         end = end._replace(params=params, solution=solution)
