@@ -7,7 +7,7 @@
 Everything runs on one CPU thread, in turns, and the median of the rounds counts, in processor time. Before a clock
 starts, all that are raced must have given the same meta-gradient. The unit is one plain gradient of the same batch: the
 faster of one pass over all tasks and a loop over them. Peers that are not installed are left out, with the reason.
-learn2learn has no wheel for Python 3.11 and newer: put the folder that holds its source on PYTHONPATH.
+See peers.py for those that need their source on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peers import EXACT, FIRST_ORDER, PEERS, PLAIN, absent, ordinary
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop import pooling
 from innerloop.training.allocator import keep_freed_memory
 from innerloop.training.runs import provenance
 
@@ -45,88 +45,19 @@ class Work(NamedTuple):
         against: whose time ours is divided by, the fastest of those present.
         bound: what that ratio must stay below.
         build: makes the runners by name, each with the meta-gradient that it leaves behind, and the plain gradient.
+        own: which runner is ours.
     """
 
     title: str
     against: tuple[str, ...]
     bound: float
     build: Callable[[], tuple[dict[str, tuple[Step, Callable[[], list[Tensor]]]], Step]]
-
-
-# What is raced: each leaves the mean meta-gradient of a batch in a model's .grad.
-
-
-def by_autograd(model: nn.Module, loss: Any, batch: il.Task, lr: float, steps: int, second: bool) -> None:
-    (x, y), (a, b) = batch
-    for task in range(len(y)):
-        params = dict(model.named_parameters())
-        for _ in range(steps):
-            value = loss(functional_call(model, params, (x[task],)), y[task])
-            grads = torch.autograd.grad(value, list(params.values()), create_graph=second)
-            params = {name: p - lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
-        (loss(functional_call(model, params, (a[task],)), b[task]) / len(y)).backward()
-
-
-def by_learn2learn(model: nn.Module, loss: Any, batch: il.Task, lr: float, steps: int, second: bool) -> None:
-    maml = import_module("learn2learn.algorithms").MAML(model, lr, first_order=not second)
-    (x, y), (a, b) = batch
-    for task in range(len(y)):
-        learner = maml.clone()
-        for _ in range(steps):
-            learner.adapt(loss(learner(x[task]), y[task]))
-        (loss(learner(a[task]), b[task]) / len(y)).backward()
-
-
-def by_higher(model: nn.Module, loss: Any, batch: il.Task, lr: float, steps: int, second: bool) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    (x, y), (a, b) = batch
-    for task in range(len(y)):
-        loop = import_module("higher").innerloop_ctx(
-            model, optimizer, copy_initial_weights=False, track_higher_grads=second
-        )
-        with loop as (adapted, inner):
-            for _ in range(steps):
-                inner.step(loss(adapted(x[task]), y[task]))
-            (loss(adapted(a[task]), b[task]) / len(y)).backward()
-
-
-def by_torchopt(model: nn.Module, loss: Any, batch: il.Task, lr: float, steps: int, second: bool) -> None:
-    torchopt = import_module("torchopt")
-    (x, y), (a, b) = batch
-    inner = torchopt.MetaSGD(model, lr=lr)
-    start = torchopt.extract_state_dict(model, by="reference")
-    for task in range(len(y)):
-        for _ in range(steps):
-            inner.step(loss(model(x[task]), y[task]))
-        (loss(model(a[task]), b[task]) / len(y)).backward()
-        torchopt.recover_state_dict(model, start)
-
-
-PEERS = {"learn2learn": by_learn2learn, "higher": by_higher, "torchopt": by_torchopt}
-PLAIN = "plain autograd"
-
-
-def absent() -> dict[str, str]:
-    """The peers that cannot be raced here, and why."""
-    found = {"parallel-metalearn": "needs losses and wrappers of its own; it maps torch.func.grad over tasks"}
-    for name in PEERS:
-        try:
-            import_module("learn2learn.algorithms" if name == "learn2learn" else name)
-        except ImportError as error:
-            found[name] = f"is not installed ({error})"
-    return found
+    own: str = OURS
 
 
 def gradients(model: nn.Module) -> Callable[[], list[Tensor]]:
     """Reads a model's gradients."""
     return lambda: [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def ordinary(model: nn.Module) -> nn.Module:
-    """A model as others take it: batch norm without running statistics, and torch's own layers otherwise."""
-    model = il.MetaLearner(model).model
-    pooling.to_torch(model)
-    return model
 
 
 def maml(
@@ -142,14 +73,14 @@ def maml(
     shared = ordinary(model)
     runners: dict[str, tuple[Step, Callable[[], list[Tensor]]]] = {}
     skipped = absent()
-    for name, run in {PLAIN: by_autograd, **PEERS}.items():
-        if name in skipped or (name in ("higher", "torchopt") and not second):  # they have no first-order way
+    for name, run in (EXACT if second else FIRST_ORDER).items():
+        if name in skipped:
             continue
         mine = deepcopy(shared)
 
         def step(run: Any = run, mine: nn.Module = mine) -> None:
             mine.zero_grad()
-            run(mine, loss, batch, lr, steps, second)
+            run(mine, loss, batch, lr, steps, *([] if second else [False]))
 
         runners[name] = step, gradients(mine)
     estimator = il.Unrolled() if second else il.FirstOrder()
@@ -350,8 +281,11 @@ COMPILED = compiles()
 FIRST_TASK = tuple(part[0] for part in images(1, 1, 28, 1).support)
 LINE = torch.linspace(-5, 5, 10).unsqueeze(1), torch.linspace(-5, 5, 10).unsqueeze(1).sin()
 EVERYONE = (PLAIN, *PEERS)
+ONE_BY_ONE = tuple(name for name in EVERYONE if name != "parallel-metalearn")
 WORKS = {
-    "mlp": Work("sinusoid MLP, 25 tasks, K = 5, exact", EVERYONE, 0.2, sinusoid),
+    "mlp": Work("sinusoid MLP, 25 tasks, K = 5, exact", ONE_BY_ONE, 1 / 5, sinusoid),
+    "mlp-all": Work("the same, beside those that take all tasks at once", ("parallel-metalearn",), 1.0, sinusoid),
+    "mlp-compiled": Work("the same, compiled", ("learn2learn",), 1 / 40, sinusoid, f"{OURS}, compiled"),
     "conv": Work("Conv4-64, 28x28, 16 tasks, K = 5, exact", EVERYONE, 1.0, conv(16, 5, True)),
     "conv-first": Work("Conv4-64, 28x28, 16 tasks, K = 5, first order", EVERYONE, 1.0, conv(16, 5, False)),
     "conv-1": Work("Conv4-64, 28x28, 16 tasks, K = 1, exact", EVERYONE, 1.0, conv(16, 1, True)),
@@ -376,7 +310,7 @@ WORKS = {
         adaptation(il.models.MLP([1, 40, 40, 1]), LINE, True, squared),
     ),
 }  # fmt: skip
-QUICK = ("mlp", "conv-1", "anil-20", "anil-20-cached", "adapt-head", "adapt-mlp")
+QUICK = ("mlp", "mlp-all", "conv-1", "anil-20", "anil-20-cached", "adapt-head", "adapt-mlp")
 
 
 def clocked(step: Step) -> float:
@@ -416,16 +350,15 @@ def rows(results: dict[str, Any]) -> Iterator[list[str]]:
         work, seconds, unit = WORKS[key], found["seconds"], found["plain gradient"]
         rivals = {name: seconds[name] for name in work.against if name in seconds}
         best = min(rivals, key=rivals.__getitem__) if rivals else None
-        own = min((name for name in seconds if name.startswith(OURS)), key=seconds.__getitem__)
-        ratio = seconds[OURS] / rivals[best] if best else None
+        ratio = seconds[work.own] / rivals[best] if best else None
         everyone = ", ".join(
             f"{name} {value / unit:.3g}" for name, value in sorted(seconds.items(), key=lambda x: x[1])
         )
         yield [
             work.title,
-            f"{1e3 * seconds[OURS]:.3g} ms" + (f" ({1e3 * seconds[own]:.3g} compiled)" if own != OURS else ""),
-            "-" if ratio is None else f"{ratio:.2f} of {best}",
-            f"{work.bound:.2f}",
+            f"{1e3 * seconds[work.own]:.3g} ms",
+            "-" if ratio is None else f"{ratio:.3g} of {best}",
+            f"{work.bound:.3g}",
             "-" if ratio is None else ("yes" if ratio <= work.bound else "no"),
             everyone,
         ]
