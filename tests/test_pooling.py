@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ def images(*shape: int, ties: bool = False) -> Tensor:
     "settings",
     [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 2, "ceil_mode": True}],
 )
-def test_values_and_two_derivatives_are_torchs(shape: tuple[int, ...], settings: dict[str, int], ties: bool) -> None:
+def test_values_and_two_derivatives_are_torchs(shape: tuple[int, ...], settings: dict[str, Any], ties: bool) -> None:
     inputs = images(*shape, ties=ties)
     assert inputs.numel() >= pooling.LEAST
 

@@ -684,10 +684,11 @@ class Bilevel(nn.Module):
                 return function(given, task, start, seed, row)
 
             if alone:
-                out = tree_map(lambda value: value.unsqueeze(0), one(chunk, begin, rows))
-            else:
-                dims = (0, None if begin is None else 0, None if rows is None else 0)
-                out = torch.func.vmap(one, in_dims=dims, randomness="different")(chunk, begin, rows)
+                first, *others = one(chunk, begin, rows)
+                stacked = tree_map(lambda value: value.unsqueeze(0), others if shares is not None else [first, *others])
+                return tuple(stacked) if shares is None else (_scaled(shares[0], first), *stacked)
+            dims = (0, None if begin is None else 0, None if rows is None else 0)
+            out = torch.func.vmap(one, in_dims=dims, randomness="different")(chunk, begin, rows)
             return out if shares is None else (_weighted(shares, out[0]), *out[1:])
 
         arguments = given, shares, chunk, begin, mine
@@ -862,6 +863,11 @@ def _weighted(weights: Tensor, tree: Any) -> Any:
     """The weighted sum over the first dimension, in the tree's own precision, whatever autocast would make of it."""
     with torch.autocast(weights.device.type, enabled=False):
         return tree_map(lambda value: torch.tensordot(weights.to(value), value, 1), tree)
+
+
+def _scaled(weight: Tensor, tree: Any) -> Any:
+    """A tree times a number, in the tree's own precision."""
+    return tree_map(lambda value: value * weight.to(value), tree)
 
 
 def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:

@@ -185,17 +185,13 @@ class Chain:
 
     def __init__(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        self.parts, self.recomputes = parts, False
-        self._named = [
-            (part, {local: names[id(tensor)] for local, tensor in (*part.named_parameters(), *part.named_buffers())})
-            for part in parts
-        ]
+        self.recomputes, self._chain = False, nn.Sequential(*parts)
+        own = (*self._chain.named_parameters(), *self._chain.named_buffers())
+        self._named = {local: names[id(tensor)] for local, tensor in own}
         self.names = parameter_names(model, parts)
         self.buffers = {names[id(buffer)] for part in parts for buffer in part.buffers()}
 
     def __call__(self, tree: Tree, inputs: Any) -> Any:
         """Pass the inputs through the parts; what the tree does not name keeps its own value."""
-        for part, names in self._named:
-            values = {local: tree[name] for local, name in names.items() if name in tree}
-            inputs = _applied(part, values, (inputs,), {}, self.recomputes)
-        return inputs
+        values = {local: tree[name] for local, name in self._named.items() if name in tree}
+        return _applied(self._chain, values, (inputs,), {}, self.recomputes)
