@@ -173,6 +173,10 @@ def check(
     """
     if count < 1:
         raise ValueError(f"count={count}: a check needs 1 task or more")
+    if not learner.inner.steps:
+        raise ValueError(
+            "this learner takes no inner step, so that every estimator is exact: there is nothing to check"
+        )
     chosen: dict[str, MetaGradient] = {str(each): choice(each, "meta_gradient") for each in estimators}
     refused = {name: reason for name, each in chosen.items() if (reason := _refused(learner, each))}
     exact = Unrolled()
