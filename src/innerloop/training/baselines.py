@@ -110,9 +110,9 @@ def accuracies(
             for inductive, (support, query) in ((False, together), (True, alone)):
                 for name, recipe in RECIPES.items():
                     scores = recipe(support, batch.support[1].to(support.device), query, tasks.ways or 0)
-                    each[inductive][name] = (scores.argmax(-1).cpu() == batch.query[1]).double().mean(-1)
+                    each[inductive][name] = (scores.argmax(-1).cpu() == batch.query[1]).float().mean(-1)
         for way in each.values():
-            way[PIXELS] = nearest_neighbour(batch).double()
+            way[PIXELS] = nearest_neighbour(batch)
         found.append((start, each))
     parts = [part for _, part in sorted(processes.gather(found), key=lambda pair: pair[0])]
     names = parts[0][True]
