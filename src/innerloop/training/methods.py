@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
     ),
     "pretrained": Method(
         "pretrained, class means", "2003.04390",
-        f"the paper's procedure, without its augmentation; {OWN_RATE}",
+        f"class means by the cosine are the paper's; optimiser and augmentation are not: {OWN_RATE}",
         Head(), STILL, Supervised(), OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
     ),
     "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
