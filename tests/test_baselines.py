@@ -24,13 +24,13 @@ def test_the_linear_probe_is_regularised_logistic_regression():
 
         def loss(x=x, w=w, place=place):
             w.grad = None
-            value = F.cross_entropy(x @ w, labels[place], reduction="sum") + 0.5 * w.square().sum()
+            value = 10 * F.cross_entropy(x @ w, labels[place], reduction="sum") + 0.5 * w.square().sum()
             value.backward()
             return value
 
         for _ in range(5):
             solver.step(loss)
-        torch.testing.assert_close(found[place], z @ w.detach(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(found[place], z @ w.detach(), rtol=0, atol=5e-4)
 
 
 def model(norm: bool = True) -> nn.Sequential:

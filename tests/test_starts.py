@@ -203,5 +203,5 @@ def test_supervised_refuses_what_it_cannot_learn_from():
         narrow.meta_step(images().single_images().batch("train", 0, 4))
     with pytest.raises(ValueError, match="single images"):
         il.fit(narrow, il.tasks.sinusoid(), steps=1, progress=False)
-    with pytest.raises(ValueError, match="nothing to check"):
+    with pytest.raises(ValueError, match="takes no inner step"):
         il.check(narrow, images())

@@ -1,7 +1,7 @@
 """What a user would write in forty lines: classifiers on the run's own frozen features, and on the raw inputs.
 
     nearest class mean    argmax_c  cos(x, mean of the support features of class c)
-    linear probe          argmin_W  sum_i cross_entropy(W x_i, y_i) + 1/2 |W|^2,    x of length 1, then a constant 1
+    linear probe          argmin_W  10 sum_i cross_entropy(W x_i, y_i) + 1/2 |W|^2,    x of length 1, then a constant 1
     pixels                the class of the support example nearest by cosine on the raw inputs
 
 Features are what enters the head, as `innerloop.Head` finds it, under the run's own batch norm.
@@ -27,6 +27,7 @@ from innerloop.training import processes
 
 MEAN, PROBE, PIXELS = "nearest class mean", "linear probe", "pixels"
 BATCH = 32  # tasks at once
+WEIGHT = 10.0  # of the losses of the linear probe
 
 WHAT = {
     MEAN: "Nearest class mean on this run's own features",
@@ -58,22 +59,25 @@ def nearest_class_mean(support: Tensor, labels: Tensor, query: Tensor, ways: int
 
 
 def linear_probe(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
-    """Logistic regression on features of length 1 with a regularisation of 1, solved to some 1e-8.
+    """Logistic regression on features of length 1, each loss at a weight of 10, as in the file's head.
 
-    This is the recipe of Tian et al. 2020, arXiv 2003.11539 (scikit-learn's, with C = 1), but that the constant is
-    regularised too. W is a combination of the support features, so its coefficients ``[examples, ways]`` are what is
-    solved for, in float64, by Nesterov's method. The curvature lies between 1 and 1 + the number of examples.
-    Arguments and result as in `nearest_class_mean`.
+    Like Tian et al. 2020, arXiv 2003.11539, who take scikit-learn's with a weight of 1; 10 was better on validation
+    tasks of CIFAR-FS. W is a combination of the support features: its coefficients ``[examples, ways]`` are solved for,
+    in float64, by Nesterov's method. The curvature lies between 1 and 1 + 10 examples. Arguments and result as in
+    `nearest_class_mean`.
     """
     x, z = (F.normalize(each.double(), dim=-1) for each in (support, query))
-    gram, across = x @ x.mT + 1, z @ x.mT + 1
+    gram, across = WEIGHT * (x @ x.mT + 1), WEIGHT * (z @ x.mT + 1)
     target = F.one_hot(labels, ways).double()
-    largest = 1.0 + x.shape[1]
+    largest = 1 + WEIGHT * x.shape[1]
     momentum = (math.sqrt(largest) - 1) / (math.sqrt(largest) + 1)
     found = ahead = torch.zeros_like(target)
     for _ in range(math.ceil(20 * math.sqrt(largest))):
         after = ahead - ((gram @ ahead).softmax(-1) - target + ahead) / largest
-        found, ahead = after, after + momentum * (after - found)
+        change, found = after - found, after
+        if change.abs().max() < 1e-6:  # scores are right to some 1e-4
+            break
+        ahead = after + momentum * change
     return across @ found
 
 
