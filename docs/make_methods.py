@@ -11,7 +11,7 @@ from innerloop.training.settings import Settings, flag
 PAGE = Path(__file__).with_name("methods.md")
 CHARACTERS, PICTURES = INK[0], "cifar_fs"  # one data set of each of the two variants
 INNER = {"inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal"}
-SHOWN = {"adapts", *INNER, "meta_gradient", "optimizer", "outer_lr"}
+SHOWN = {"adapts", "start", *INNER, "meta_gradient", "optimizer", "outer_lr"}
 
 INTRO = """# The named methods
 
@@ -23,7 +23,15 @@ innerloop train --method anil --dataset fc100 --data DATA            # other opt
 innerloop compare --methods maml,anil,window:5,lambda:00001 --dataset cifar_fs --data DATA --budget 10m
 ```
 
-A name with a colon takes an argument: `window:5`. In Python:
+A name with a colon takes an argument: `window:5`. Any method may begin with the weights of another run, so that
+pretraining and then meta-training is two lines:
+
+```
+innerloop train --method pretrained --dataset cifar_fs --data DATA --shots 5 --out runs/features
+innerloop train --method proto-anil --dataset cifar_fs --data DATA --shots 5 --start-from runs/features
+```
+
+In Python:
 
 ```python
 from innerloop.training.methods import method_settings
@@ -41,8 +49,9 @@ Window(size=5)
 0.001
 ```
 
-`il.MetaLearner` takes the first three, and an outer optimiser takes the rate. `il.compare(["anil", "window:5"],
-folder="study", minutes=10)` compares methods. The script `docs/make_methods.py` makes this page.
+`il.MetaLearner` takes the first three, `settings.start` and `settings.batch_norm`. An outer optimiser takes the rate.
+`il.compare(["anil", "window:5"], folder="study", minutes=10)` compares methods. The script `docs/make_methods.py` makes
+this page.
 """
 
 
@@ -56,9 +65,10 @@ def _settings() -> list[str]:
         "## What they set",
         "",
         f"Some cells have two lines: the first is for {' and '.join(INK)}, the second for all other tasks.",
-        "The words are those of the settings. *inner* gives the solver, its rate and steps, the steps of evaluation",
-        "where they differ, and its weight decay or proximal weight. *outer* gives the optimiser, its rate and what",
-        "else is set. A name with a second form takes an argument, and its row shows the bare name.",
+        "The words are those of the settings. *adapts* gives the start too, where that makes the head. *inner* gives",
+        "the solver, its rate and steps, the steps of evaluation where they differ, and its weight decay or proximal",
+        "weight. *outer* gives the optimiser, its rate and what else is set. A name with a second form takes an",
+        "argument, and its row shows the bare name.",
         "",
         "| name | method | paper | adapts | inner | meta-gradient | outer |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -70,7 +80,7 @@ def _row(name: str, each: Method) -> str:
     variants = [Settings(**{"dataset": each_set, **each.settings_for(each_set)}) for each_set in (CHARACTERS, PICTURES)]
     rest = sorted(each.settings_for(CHARACTERS).keys() - SHOWN)
     cells = [
-        [f"`{settings.adapts}`" for settings in variants],
+        [f"`{settings.adapts}`" + (f" from `{settings.start}`" if settings.start else "") for settings in variants],
         [_inner(settings) for settings in variants],
         [f"`{settings.meta_gradient}`" for settings in variants],
         [_outer(settings, rest) for settings in variants],
@@ -82,6 +92,8 @@ def _row(name: str, each: Method) -> str:
 
 def _inner(settings: Settings) -> str:
     parts = [f"`{settings.inner}` at {settings.inner_lr:g}"]
+    if not settings.inner_steps:
+        return "no step"
     parts.append(f"{settings.inner_steps} step{'s' * (settings.inner_steps > 1)}")
     if settings.test_steps is not None:
         parts.append(f"{settings.test_steps} in evaluation")

@@ -459,3 +459,43 @@ def test_divergence_is_said_in_one_line(place: Path, tmp_path: Path, capsys: pyt
     error = refused(capsys, "train", f"--out={tmp_path / 'run'}", *options, code=1)
     assert "outer step 1: loss" in error
     assert "lower the inner rate" in error
+
+
+def test_pretraining_and_then_another_method_is_two_lines(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
+    size = ["--filters=8", "--downsample=stride", "--device=cpu", *SHORT, "--tasks-per-batch=2"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(["train", f"--out={first}", "--method=pretrained", *data, *size])
+    weights = load_file(first / "best.safetensors")
+    assert len(weights["model.head.weight"]) == 12  # a row a training class
+    assert weights["model.block1.norm.running_mean"].abs().sum() > 0
+    found = json.loads((first / "results.json").read_text())["test"]
+    assert found.keys() == {"inductive", "verdict", "no_features", "nearest_neighbour"}
+    same = found["inductive"]["baselines"]["nearest class mean"]
+    assert same == {"accuracy": found["inductive"]["accuracy"], "difference": [0.0, 0.0]}
+    main(["evaluate", str(first), "--ways=4", "--tasks=10"])
+    main(["adapt", str(first), f"--support={place / 'few'}", "--query", str(place / "more"), f"--out={tmp_path / 'a'}"])
+    assert "adapted to 4 classes, 12 images" in capsys.readouterr().out
+    assert len(load_adapted(tmp_path / "a")[0].get_parameter("head.weight")) == 4
+
+    main(["train", f"--out={second}", "--method=proto-anil", f"--start-from={first}", *data, *size, "--outer-lr=1e-9"])
+    assert "left fresh: model.head.weight (3 x 8), model.head.bias (3)" in capsys.readouterr().out
+    assert read_run(second).start_from == str(first)
+    after = load_file(second / "best.safetensors")
+    torch.testing.assert_close(after["model.block1.conv.weight"], weights["model.block1.conv.weight"])
+    shutil.rmtree(first)
+    main(["train", "--resume", str(second), "--steps=13"])  # goes on from its own
+
+    for given, cure in (
+        ([f"--start-from={second}", "--filters=4"], "it has model.block1.conv.weight (4 x 1 x 3 x 3), and the file "),
+        ([f"--start-from={first}"], "does not exist: start from a folder that innerloop train or il.fit has filled"),
+        (["--inner=sgd", "--inner-steps=0"], "give 1 inner step or more, or a start that makes the head"),
+        (["--start=ridge:regularisation=0"], "above 0"),
+    ):
+        said = refused(capsys, "train", f"--out={tmp_path / 'other'}", *data, *size, *given)
+        assert cure in said, said
+    assert not (tmp_path / "other").exists()
+    assert "takes no inner step" in refused(capsys, "check", str(second), "--inner-steps=0")
+    refused(capsys, "compare", f"--out={tmp_path / 'other'}", "--methods=maml", f"--start-from={first}")

@@ -256,3 +256,22 @@ def test_nearest_neighbour_takes_the_label_of_the_nearest_by_angle() -> None:
     assert torch.equal(nearest_neighbour(task), torch.tensor([0.75]))
     single = Task((support[0], torch.tensor([0, 0, 1, 1])), (query[0], torch.tensor([0, 0, 1, 1])))
     assert torch.equal(nearest_neighbour(single), torch.tensor(0.75))
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_single_images_are_of_all_training_classes(rotations):
+    episodes = Episodes(labelled(rotations), ways=3, shots=2, queries=2, seed=4)
+    single = episodes.single_images()
+    assert single.output_size == (24 if rotations else 6)
+    batch = single.batch("train", 3, 100)
+    assert [tuple(part.shape) for part in (batch.support[1], batch.query[1])] == [(100, 6), (100, 6)]
+    pixels = (torch.cat([batch.support[0], batch.query[0]], 1) * 255).round().long().flatten(2)
+    labels = torch.cat([batch.support[1], batch.query[1]], 1)
+    turn, place = labels // 6, labels % 6
+    # a quarter turn to the left takes the upper left corner to the lower left one
+    corner = torch.tensor([0, 2, 3, 1])[turn]
+    found = pixels.gather(-1, corner.unsqueeze(-1)).squeeze(-1)
+    assert torch.equal(found, torch.tensor([0, 2, 3, 4, 6, 7])[place])
+    assert set(labels.flatten().tolist()) == set(range(single.output_size))
+    assert same(single.batch("train", 50, 2), Task(*((x[47:49], y[47:49]) for x, y in batch)))
+    assert same(single.batch("test", 1, 2), episodes.batch("test", 1, 2))

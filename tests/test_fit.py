@@ -405,3 +405,24 @@ def test_a_run_of_the_first_edition_whose_estimator_brought_a_term_is_refused(
         return
     with pytest.raises(ValueError, match=f"is of the first edition, in which {name} brought .*{cure}"):
         read_run(tmp_path)
+
+
+def test_a_run_starts_from_the_weights_of_another_where_they_fit(tasks, tmp_path, caplog):
+    fit(make_learner(), tasks, steps=4, tasks_per_batch=2, validate_every=4, validation_tasks=4, folder=tmp_path / "a",
+        progress=False)  # fmt: skip
+    weights = load_file(tmp_path / "a" / "best.safetensors")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 12), nn.ReLU(), nn.Dropout(0.0), nn.Linear(12, 5))
+    wider = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=1), start=il.Ridge())
+    head = wider.model[4].weight.detach().clone()
+    optimizer = torch.optim.SGD(wider.parameters(), lr=1e-12)
+    with caplog.at_level("INFO", "innerloop"):
+        fit(wider, tasks, steps=1, tasks_per_batch=2, optimizer=optimizer, validation_tasks=0, progress=False,
+            start_from=tmp_path / "a")  # fmt: skip
+    assert "left as they are: model.4.weight (5 x 12), model.4.bias (5)" in caplog.text
+    torch.testing.assert_close(wider.model[1].weight, weights["model.1.weight"])
+    assert torch.equal(wider.model[4].weight, head)
+    other = il.MetaLearner(nn.Sequential(nn.Flatten(), nn.Linear(25, 7), nn.Linear(7, 3)))
+    with pytest.raises(ValueError, match=r"no weights of .*best.safetensors fit the model: it has model.1.weight \(7"):
+        fit(other, tasks, steps=1, start_from=tmp_path / "a", progress=False)
+    with pytest.raises(FileNotFoundError, match="start from a folder"):
+        fit(other, tasks, steps=1, start_from=tmp_path / "none", progress=False)

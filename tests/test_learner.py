@@ -334,7 +334,7 @@ def test_every_estimator_refuses_or_works_with_every_solver_and_subset():
         (lambda m: il.MetaLearner(m, meta_gradient=il.Reptile(), adapts=il.Head()), "FirstOrder\\(\\) in place of"),
         (lambda m: il.MetaLearner(m).evaluate(model_and_batch("mlp")[1], steps=-1), "0 or more inner steps"),
         (lambda m: il.SGD(lr=0.0, steps=1), "above 0"),
-        (lambda m: il.SGD(lr=0.1, steps=0), "give a whole number of 1 or more"),
+        (lambda m: il.SGD(lr=0.1, steps=-1), "give a whole number of 0 or more"),
         (lambda m: il.Blocks("00000"), "put a 1"),
         (lambda m: il.Blocks("0a1"), "one 0 or 1 a block"),
         (lambda m: il.MetaLearner(SharedWeights(), il.Blocks("01")), "does not say what its blocks are"),

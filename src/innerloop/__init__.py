@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
 from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
-from innerloop.few_shot import Prototypes
 from innerloop.inner import SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
 from innerloop.learner import MetaLearner
 from innerloop.linear import CG, Neumann, Nystrom
@@ -18,11 +17,13 @@ from innerloop.meta_gradient import (
     ReleasedIMAML,
     Reptile,
     Result,
+    Supervised,
     Truncated,
     Unrolled,
     Window,
 )
 from innerloop.problem import End, Problem, Steps, Task
+from innerloop.start import Prototypes, Ridge
 
 if TYPE_CHECKING:
     from innerloop.studies.check import check
@@ -66,7 +67,9 @@ __all__ = [
     "ReleasedIMAML",
     "Reptile",
     "Result",
+    "Ridge",
     "Steps",
+    "Supervised",
     "Task",
     "Truncated",
     "Unrolled",

@@ -276,6 +276,9 @@ class Bilevel(nn.Module):
                 number.
         """
         tasks, count = self._checked(batch)
+        if self.meta_gradient.joint:
+            loss, accuracy = self.meta_gradient.step(self, tasks)
+            return Metrics(loss, accuracy, {"curvature_products": torch.zeros(())}, loss.expand(count), None)
         meta, learned = self.meta_tree(), self.learned()
         buffers = {} if self._looked_for_zeros else {name: buffer.clone() for name, buffer in self.named_buffers()}
         starts, keys = self._starts(count, task_ids, begin)
@@ -375,6 +378,8 @@ class Bilevel(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.isfinite().all():
                 return f"the learner's own {name} is not finite: go back to weights that are"
+        if self.meta_gradient.joint:
+            return None
         tasks, count = self._checked(batch)
         meta, learned = self.meta_tree(), self.learned()
         starts, _ = self._starts(count, task_ids, begin)

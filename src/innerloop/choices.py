@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
-from innerloop.few_shot import Prototypes
 from innerloop.inner import SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
 from innerloop.linear import CG
 from innerloop.meta_gradient import (
@@ -28,10 +27,12 @@ from innerloop.meta_gradient import (
     Mixed,
     ReleasedIMAML,
     Reptile,
+    Supervised,
     Truncated,
     Unrolled,
     Window,
 )
+from innerloop.start import Prototypes, Ridge, Start
 
 Table = Mapping[str, Callable[..., Any]]
 
@@ -104,6 +105,7 @@ META_GRADIENT: Table = {
     "implicit": implicit,
     "released-imaml": released_imaml,
     "memory-reduced": memory_reduced,
+    "supervised": Supervised,
 }
 
 # What the first edition took, and where that is said now.
@@ -118,13 +120,13 @@ _FIRST = {"implicit": "proximal", "memory-reduced": "l2", "unrolled": "keep_ever
 
 _OPTIONS = {"lr", "steps", "test_steps", "weight_decay", "proximal", "moves"}  # of the command, beside the strings
 
-START: Table = {"prototypes": Prototypes}
+START: Table = {"prototypes": Prototypes, "ridge": Ridge}
 
 _KINDS: dict[str, tuple[type, Table, str]] = {
     "adapts": (Adapts, ADAPTS, "Head()"),
     "inner": (InnerSolver, INNER, "SGD(lr=0.1, steps=5)"),
     "meta_gradient": (MetaGradient, META_GRADIENT, "Unrolled()"),
-    "start": (Prototypes, START, "Prototypes()"),
+    "start": (Start, START, "Prototypes()"),
 }
 
 

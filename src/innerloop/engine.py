@@ -104,7 +104,7 @@ def choose(
             chunk = next(size for size in range(min(tasks, fits), 0, -1) if tasks % size == 0)
         else:
             chunk = 1 if device.type == "cpu" and activations > CACHE else min(tasks, fits)
-    each = memory // (reduced.solver.steps * chunk)
+    each = memory // (max(1, reduced.solver.steps) * chunk)
     own, step = saved_bytes(reduced, mixed=False, most=each)
     keep = step is not None and step <= each
     large = not keep and chunk == 1 and own > max(DEEP, PART * memory)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -26,73 +26,11 @@ from innerloop.batch_norm import BatchNormMode, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
 from innerloop.curvature import pullback, random_states, replayed
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
+from innerloop.start import Start
 from innerloop.trees import detached, tensors, tree_leaves, tree_map
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
 SUPPORT, QUERY, LOSS = "support features", "query features", "loss"
-
-
-@dataclass(frozen=True)
-class Prototypes:
-    """The head begins at the class means of the support set's features (Proto-MAML, arXiv 1903.03096).
-
-        weight_c = 2 mean_c,     bias_c = - |mean_c|^2
-
-    so that before any inner step the model is a ProtoNet (arXiv 1703.05175): its scores are minus the squared distances
-    to the means, but for a term that all classes share. The exact gradient flows through the means. Any number of
-    classes will do, whatever the model's head was built for; the head's own weights are not learned.
-
-    Raises:
-        ValueError: at construction of the learner, a model without an adapted linear layer that has weight and bias; in
-            use, a support batch for every step (`Steps`).
-
-    Example:
-        >>> il.MetaLearner(model, adapts=il.Head(), inner=il.SGD(lr=0.1, steps=5), start=il.Prototypes())
-    """
-
-    def layer(self, model: nn.Module, adapted: Sequence[str]) -> str:
-        """The name of the linear layer that is the head.
-
-        Raises:
-            ValueError: the model ends in no linear layer with a bias, or that does not adapt.
-        """
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        last = names[-1] if names else None
-        if last is None or not {f"{last}.weight", f"{last}.bias"} <= set(adapted):
-            raise ValueError(
-                "Prototypes() sets weight and bias of the model's last linear layer, but "
-                f"{'there is none' if last is None else f'{last} has no bias or does not adapt'}: use adapts=Head() or "
-                "Everything(), and a head nn.Linear(..., bias=True)"
-            )
-        return last
-
-    def ways(self, task: Task) -> int:
-        """How many classes a task, or each of a batch, has, all of them with an example in every support set.
-
-        Raises:
-            ValueError: targets that are no class numbers, or a class without an example.
-        """
-        labels = None if isinstance(task.support, Steps) else task.support[1]
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise ValueError(
-                "Prototypes() needs one support set with class numbers as targets, in a tensor of integers: leave "
-                "start out for anything else"
-            )
-        rows, mine = labels.reshape(-1, labels.shape[-1]), int(labels.max()) + 1
-        there = (rows.unsqueeze(-1) == torch.arange(mine, device=rows.device)).any(1)
-        if not there.all() or labels.min() < 0:
-            gone = (~there).any(0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"Prototypes() needs an example of every class below {mine} in every support set, and class "
-                f"{gone or 'numbers from 0'} is missing in one: number the classes 0, 1, ..."
-            )
-        return mine
-
-    def head(self, features: Tensor, targets: Tensor, ways: int) -> tuple[Tensor, Tensor]:
-        """Weight ``[ways, width]`` and bias ``[ways]`` from features ``[examples, width]`` and their classes."""
-        member = (targets.unsqueeze(-1) == torch.arange(ways, device=targets.device)).to(features.dtype)
-        means = member.mT @ features / member.sum(0).clamp(min=1).unsqueeze(-1)
-        return 2 * means, -means.square().sum(-1)
 
 
 class Stated(NamedTuple):
@@ -125,7 +63,7 @@ class FewShot:
         adapts: Adapts,
         loss: Callable[[Any, Any], Tensor],
         batch_norm: BatchNormMode,
-        start: Prototypes | None,
+        start: Start | None,
         reuse_prefix: bool,
     ) -> None:
         self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
@@ -149,7 +87,7 @@ class FewShot:
         self.blocks: list[Chain] = []
         self._lowest = 0
         self._split(reuse_prefix)
-        begin = self._from_prototypes if start else self._from_meta
+        begin = self._from_support if start else self._from_meta
         self.problem = Problem(begin, self._inner_loss, self._outer_loss)
         if self.blocks:
             inner, outer = (partial(self._stages, part) for part in (SUPPORT, QUERY))
@@ -215,8 +153,8 @@ class FewShot:
             self.adapts.verify(self.model, order)
             if self.layer is not None and order and order[-1] is not self.model.get_submodule(self.layer):
                 raise ValueError(
-                    f"Prototypes() takes {self.layer} for the head of {type(self.model).__name__}, but its forward "
-                    "pass does not end there: let the model end in its linear layer, or leave start out"
+                    f"{type(self.start).__name__}() takes {self.layer} for the head of {type(self.model).__name__}, "
+                    "but its forward pass does not end there: let the model end in its linear layer, or leave start out"
                 )
             if self.blocks:
                 self._compare(inputs)
@@ -285,11 +223,11 @@ class FewShot:
             raise ValueError(f"{', '.join(frozen)} adapts, but was frozen since: make a new learner, or unfreeze it")
         return {name: meta[name] for name in self.adapted}
 
-    def _from_prototypes(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
+    def _from_support(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
         assert self.start is not None
         assert self.layer is not None
         if isinstance(support, Steps):
-            raise ValueError("Prototypes() needs one support set, not a batch for every step (Steps)")
+            raise ValueError(f"{type(self.start).__name__}() needs one support set, not a batch for every step (Steps)")
         inputs, targets = support
         caught: list[Tensor] = []
         layer = self.model.get_submodule(self.layer)
@@ -379,13 +317,13 @@ class FewShot:
             task: one task.
             meta: as ``meta()``.
             transductive: queries are normalised together; otherwise by the support set's statistics.
-            ways: number of classes, for `Prototypes`.
+            ways: number of classes, for a start that makes the head.
             reuse: False leaves the prefix out.
             differentiate: whether its meta-gradient will be taken.
         """
         problem = self.problem
         if self.start:
-            problem = replace(problem, start=partial(self._from_prototypes, ways=ways))
+            problem = replace(problem, start=partial(self._from_support, ways=ways))
         streams = [isinstance(part, Steps) for part in task]
         rows = None
         if not transductive:

@@ -18,10 +18,11 @@ from innerloop.blocks import call, twin
 from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
-from innerloop.few_shot import FewShot, Prototypes, Stated, refuse_misread, squared_error
+from innerloop.few_shot import FewShot, Stated, refuse_misread, squared_error
 from innerloop.inner import InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
+from innerloop.start import Start
 from innerloop.trees import tree_leaves, tree_map
 
 __all__ = ["Evaluation", "MetaLearner", "Metrics"]
@@ -50,7 +51,7 @@ class MetaLearner(Bilevel):
             parameters of a module are meta-parameters.
         batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics) or ``"frozen"``
             (the model's stored statistics). See ``innerloop.batch_norm``.
-        start: None begins at the model itself; ``Prototypes()`` with the class means of the support set as head.
+        start: None begins at the model itself; ``Prototypes()`` and ``Ridge()`` with a head made of the support set.
         carry: where a task begins: ``"none"``: at the start; ``"slot"`` or ``"task"``: where the same place of the last
             batch, or the same task, was left. See `Bilevel`.
         chunk_size: how many tasks are computed at once; bounds memory and changes no result. None chooses by the bytes
@@ -81,7 +82,7 @@ class MetaLearner(Bilevel):
         loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
         batch_norm: BatchNormMode = "batch",
         *,
-        start: Prototypes | str | None = None,
+        start: Start | str | None = None,
         carry: Carry = "none",
         chunk_size: int | None = None,
         memory: int | None = None,
@@ -100,11 +101,16 @@ class MetaLearner(Bilevel):
         convert(self.model, batch_norm)
         pooling.convert(self.model)
         freeze(self.model)
-        begin: Prototypes | None = choice(start, "start") if start is not None else None
+        begin: Start | None = choice(start, "start") if start is not None else None
         self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix)
         self.problem = self.few_shot.problem
         moves, whole = self.few_shot.moves, self._whole()
         self._bind(inner, meta_gradient, carry, True, chunk_size, memory, products, compile, moves, whole)
+        if not self.inner.steps and begin is None:
+            raise ValueError(
+                f"{type(self.inner).__name__}(steps=0) adapts nothing: give 1 inner step or more, or a start that "
+                "makes the head, such as start=Prototypes()"
+            )
 
     @property
     def adapted(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -206,7 +212,7 @@ class MetaLearner(Bilevel):
         self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, reuse: bool = True, differentiate: bool
     ) -> Stated:
         transductive = not inductive and self.batch_norm != "task"
-        if isinstance(self.few_shot.start, Prototypes) and not in_transform():
+        if self.few_shot.start is not None and not in_transform():
             ways = self._ways([task])  # of tasks in a list, each has its own
         # a minibatch has statistics of its own
         reuse = reuse and self.inner.minibatch is None
@@ -215,7 +221,7 @@ class MetaLearner(Bilevel):
         )
 
     def _ways(self, tasks: Task | list[Task]) -> int:
-        """How many classes the tasks have, for `Prototypes`, each of them with an example in every support set."""
+        """How many classes the tasks have, for a start, each of them with an example in every support set."""
         if self.few_shot.start is None:
             return 0
         return max(map(self.few_shot.start.ways, tasks if isinstance(tasks, list) else [tasks]))

@@ -20,7 +20,7 @@ from rich.console import Console
 from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import Failed, UsageError
-from innerloop.studies.check import ESTIMATORS, Check, check, draw, table
+from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.report import task_words
@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         settings = replace(settings, **given)
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        if not settings.inner_steps:
+            raise UsageError(f"{NO_STEP} (--inner-steps)")
         estimators = _names(arguments.estimators) or list(dict.fromkeys([*ESTIMATORS, settings.meta_gradient]))
         for name in estimators:
             make("estimator", META_GRADIENT, name)

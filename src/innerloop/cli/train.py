@@ -19,9 +19,9 @@ from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training import processes
 from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, choose_device
-from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.checkpoints import load_checkpoint, take_weights
 from innerloop.training.evaluation import assess
-from innerloop.training.fit import LAST, fit, multi_step_weights
+from innerloop.training.fit import BEST, LAST, fit, multi_step_weights
 from innerloop.training.methods import METHODS, method_settings
 from innerloop.training.report import describe, task_words, write_report
 from innerloop.training.runs import SETTINGS, new_run, read_run
@@ -58,12 +58,17 @@ def run(arguments: argparse.Namespace) -> None:
         with processes.rank_0_first():
             tasks = build_tasks(settings)
         processes.check_batch(settings.tasks_per_batch)  # before there is a folder
-        learner = build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
+        trained_on = settings.method()[2].trains_on(tasks)
+        learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
         optimizer, scheduler = build_optimizer(settings, learner)
         _try_out(settings, learner, tasks)
+        begun = arguments.resume is not None and (arguments.resume / LAST).exists()
+        fresh = None
+        if settings.start_from is not None and not begun:
+            fresh = take_weights(learner, Path(settings.start_from) / BEST)
         folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
         writes = processes.rank() == 0
-        if arguments.resume and (folder / LAST).exists():
+        if begun:
             load_checkpoint(folder / LAST)  # a damaged one is refused here
         if writes and arguments.resume:
             settings.save(folder / SETTINGS)
@@ -72,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     if writes:
         size = sum(parameter.numel() for parameter in learner.parameters())
         print(f"{task_words(settings)}: {settings.model} with {size:,} meta-parameters on {device}, into {folder}")
+        if fresh is not None:
+            print(f"weights of {settings.start_from}" + (f"; left fresh: {fresh}" if fresh else ""))
 
     try:
         with arithmetic(settings):

@@ -24,7 +24,7 @@ _SHARED = """
     Shared by all inner solvers:
         lr: the inner rate, above 0: a number; a schedule ``step -> rate``; or either for groups of parameters, by globs
             of their names: ``{"head.*": 0.1, "*": 0.01}``, of which the first that matches counts.
-        steps: inner steps in meta-training, 1 or more.
+        steps: inner steps in meta-training; 0 where a start makes the head (`Prototypes`).
         test_steps: inner steps in evaluation and adaptation; None takes ``steps``.
         weight_decay: w of the term ``w / 2 |params|^2`` that joins the inner loss, 0 or more.
         proximal: p of the term ``p / 2 |params - start|^2``, iMAML's pull towards the start (arXiv 1909.04630), 0 or
@@ -95,7 +95,7 @@ class InnerSolver:
         rates = list(self.lr.values()) if isinstance(self.lr, Mapping) else [self.lr]
         if not rates or not all(callable(rate) or (_number(rate) and rate > 0) for rate in rates):
             raise ValueError(f"{name}(lr={self.lr!r}): the inner rate must be a number above 0, a schedule or a dict")
-        for field, least in (("steps", 1), ("test_steps", 0), ("minibatch", 1)):
+        for field, least in (("steps", 0), ("test_steps", 0), ("minibatch", 1)):
             value = getattr(self, field)
             if not (isinstance(value, int) and value >= least) and (value is not None or field == "steps"):
                 raise ValueError(f"{name}({field}={value!r}): give a whole number of {least} or more")

@@ -37,6 +37,8 @@ class LearnedRates(InnerSolver):
         super().__post_init__()
         if self.per not in ("parameter", "layer-step"):
             raise ValueError(f"LearnedRates(per={self.per!r}): choose 'parameter' or 'layer-step'")
+        if not self.steps:
+            raise ValueError("LearnedRates(steps=0) learns no rate: give 1 step or more, or SGD(lr=0.1, steps=0)")
 
     def learned(self, params: Tree) -> Tree:
         """All rates at ``lr``; a schedule's value of each step where rates are a step's own."""

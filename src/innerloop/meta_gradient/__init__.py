@@ -9,6 +9,7 @@ from innerloop.meta_gradient._implicit import Implicit, MemoryReduced
 from innerloop.meta_gradient._mixed import Mixed
 from innerloop.meta_gradient._released import ReleasedIMAML
 from innerloop.meta_gradient._reptile import Reptile
+from innerloop.meta_gradient._supervised import Supervised
 from innerloop.meta_gradient._truncated import Truncated
 from innerloop.meta_gradient._unrolled import Unrolled
 from innerloop.meta_gradient._window import Window
@@ -25,6 +26,7 @@ __all__ = [
     "Result",
     "Seen",
     "Snapshot",
+    "Supervised",
     "Trail",
     "Truncated",
     "Unrolled",

@@ -156,7 +156,7 @@ class Trail:
                 self._kept[step] = self._stored(Snapshot(params, state, grad))
 
         end = self.loop.run(self.loop.solver.steps, visit)
-        return end, torch.stack(losses)
+        return end, torch.stack(losses) if losses else next(iter(end.params.values())).new_zeros(0)
 
     def back(self) -> Iterator[tuple[int, Snapshot]]:
         """Every step that was to be kept, from the last on, and the snapshot before it."""
@@ -330,7 +330,7 @@ def walk(
         offload: hold them in the CPU's memory.
     """
     solver, weights = loop.solver, outer_weights(loop, query, step_weights)
-    last = loop.steps[-1]
+    last = loop.steps.stop - 1
     bends = range(max(loop.steps.start, loop.steps.stop - horizon), loop.steps.stop)
     # Without curvature and with a linear update, nothing on the way back depends on where it happens.
     everywhere = solver.needs_gradient or any(weights[:-1])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.problem import Batch, End, Tree, short_repr
+from innerloop.problem import Batch, End, Task, Tree, short_repr
 
 
 class Result(NamedTuple):
@@ -86,6 +86,12 @@ class MetaGradient:
     through_steps: ClassVar[bool] = True
     """Whether it goes back through the inner steps, whose rule then must be an ``update`` that has a derivative."""
 
+    stays: ClassVar[bool] = False
+    """Whether it takes an inner loop of no steps, whose meta-gradient is that of the start."""
+
+    joint: ClassVar[bool] = False
+    """Whether it takes the tasks of a batch together, by ``step`` in place of ``estimate``."""
+
     is_gradient: ClassVar[bool] = True
     """Whether it estimates the gradient of the outer loss, length and all."""
 
@@ -109,6 +115,10 @@ class MetaGradient:
                 f"{name} goes through inner steps, but {rule}'s have no derivative: use Implicit(), which "
                 "differentiates the solution, or SGD, Momentum or Adam"
             )
+        if not solver.steps and not self.stays:
+            raise ValueError(
+                f"{name} differentiates inner steps, and {rule}(steps=0) takes none: use Unrolled(), or 1 step or more"
+            )
         if solver.moves and self.stepless:
             raise ValueError(
                 f"{name} {self.stepless}, so it cannot follow a table in which other parameters move in other steps: "
@@ -119,6 +129,14 @@ class MetaGradient:
                 f"{name}(learn_start=False) learns only what is not adapted, and here all that is not frozen is: use "
                 f"adapts=Head() with a body that learns, or {name}()"
             )
+
+    def trains_on(self, tasks: Any) -> Any:
+        """The source of tasks to draw from in training, given that of the tasks to be judged by."""
+        return tasks
+
+    def step(self, learner: Any, tasks: Task | list[Task]) -> tuple[Tensor, Tensor]:
+        """Add a gradient of all tasks of a batch to the learner's ``.grad``; gives loss and accuracy, scalars."""
+        raise NotImplementedError
 
     def advice(self, seen: Seen) -> str:
         """Why it is no better on a user's problem, and what helps, in a clause; empty where nothing is to be said."""

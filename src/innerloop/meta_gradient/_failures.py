@@ -71,7 +71,7 @@ def _in_the_inner_loop(result: Result, steps: int) -> str | None:
         path = ", ".join(f"{loss:.4g}" for loss in losses[max(0, bad - 3) : bad + 1])
         return f"the support loss is {losses[bad]:.4g} before {unit} {bad + 1} of {len(losses)} (it goes {path})"
     names = [name for name, value in result.params.items() if not finite(value)]
-    return f"the last {unit} makes {_list(names)} not finite" if names else None
+    return f"the {f'last {unit}' if steps else 'start'} makes {_list(names)} not finite" if names else None
 
 
 def _in_a_product(products: list[_Product], solve: bool) -> str | None:

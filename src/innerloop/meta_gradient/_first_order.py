@@ -28,6 +28,7 @@ class FirstOrder(MetaGradient):
     """
 
     second_order: ClassVar[bool] = False
+    stays: ClassVar[bool] = True
 
     def advice(self, seen: Seen) -> str:
         """How large what is left out is."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import walk
@@ -35,6 +36,8 @@ class Truncated(MetaGradient):
     """
 
     horizon: int
+
+    stays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the range."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Unrolled(MetaGradient):
     offload: bool = False
     learn_start: bool = True
 
+    stays: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not isinstance(self.record, bool | None):
@@ -71,7 +73,8 @@ class Unrolled(MetaGradient):
 
     def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
         """The exact meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
-        if self.record or (self.record is None and loop.keep_graphs and self.copies is None and not self.offload):
+        record = self.record or (self.record is None and loop.keep_graphs and self.copies is None and not self.offload)
+        if record and loop.solver.steps:
             return _recorded(loop, query, step_weights, self.learn_start)
         return walk(
             loop,

@@ -32,6 +32,7 @@ from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
+NO_STEP = "the learner takes no inner step, so that every estimator is exact: check it with 1 inner step or more"
 ROUNDING, CLOSE = 1e-4, 0.1  # relative errors below which nothing, or little, is lost
 LANCZOS = 20  # iterations, a curvature product each
 
@@ -173,6 +174,8 @@ def check(
     """
     if count < 1:
         raise ValueError(f"count={count}: a check needs 1 task or more")
+    if not learner.inner.steps:
+        raise ValueError(NO_STEP)
     chosen: dict[str, MetaGradient] = {str(each): choice(each, "meta_gradient") for each in estimators}
     refused = {name: reason for name, each in chosen.items() if (reason := _refused(learner, each))}
     exact = Unrolled()

@@ -24,21 +24,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from innerloop.errors import Diverged, Failed
-from innerloop.studies.comparison import Comparison, Entry, Point
+from innerloop.studies.comparison import Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.checkpoints import load_weights
-from innerloop.training.evaluation import Estimate
-from innerloop.training.fit import METRICS
+from innerloop.training.evaluation import Baseline, Estimate, verdict
+from innerloop.training.fit import BEST, METRICS
 from innerloop.training.logs import read_records
 from innerloop.training.methods import method, method_settings
 from innerloop.training.report import task_words
 from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
 from innerloop.training.settings import Settings, flag
 
-METHODS = ("maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil")
+METHODS = (
+    "maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
+    "proto-maml", "ridge", "pretrained",
+)  # fmt: skip
 STUDY, COSTS, RUNS, TASKS = "study.json", "costs", "runs", "tasks.safetensors"
 SHARE = 0.9
 MINUTES = 5.0
@@ -158,6 +161,9 @@ def plan(
             raise ValueError(f"method {name}: {error}") from error
         paper = Settings(**own)
         overridden |= {each for each in settings if getattr(found[name], each) != getattr(paper, each)}
+    start = settings.get("start_from")
+    if start is not None and not (Path(start) / BEST).is_file():
+        raise ValueError(f"start-from {start} holds no {BEST}: name a run folder that innerloop train has written")
     notes = (
         f"{flag(each)}={settings[each]} is set for all methods: they no longer are what their names say"
         for each in CHOSEN
@@ -356,6 +362,7 @@ def _collect(
             for protocol in ("transductive", "inductive")
         }
         judged = protocols["transductive"] or protocols["inductive"]
+        beside = [each["test"]["transductive" if protocols["transductive"] else "inductive"] for each in found]
         entries.append(
             Entry(
                 method=name,
@@ -374,10 +381,19 @@ def _collect(
                 memory_at=mine.memory_at,
                 products=mine.products,
                 adaptation=mine.adaptation,
+                baselines={
+                    baseline: Baseline(
+                        *(
+                            _over_seeds([Estimate(*each["baselines"][baseline][part]) for each in beside])
+                            for part in Baseline._fields
+                        )
+                    )
+                    for baseline in beside[0]["baselines"]
+                },
             )
         )
     first = next(iter(plan.methods.values()))
-    return Comparison(
+    comparison = Comparison(
         tasks=task_words(first),
         budget=_budget(plan, first.steps),
         test_tasks=first.test_tasks,
@@ -389,6 +405,9 @@ def _collect(
         notes=notes,
         made=made,
     )
+    chosen = recommend(comparison).chosen
+    lost = verdict(chosen.baselines)
+    return comparison._replace(notes=[f"{chosen.title}: {lost}", *notes]) if lost else comparison
 
 
 def _budget(plan: Plan, steps: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from innerloop.training.evaluation import Estimate
+from innerloop.training.evaluation import Baseline, Estimate
 
 
 class Timing(NamedTuple):
@@ -51,6 +51,7 @@ class Entry(NamedTuple):
         memory_at: the same at other numbers of inner steps.
         products: curvature products of a task's meta-gradient.
         adaptation: seconds of adapting to one task.
+        baselines: on the features of the method's own runs, and on pixels, over all seeds, by name.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Entry(NamedTuple):
     memory_at: dict[int, int]
     products: float
     adaptation: Timing
+    baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
 
     @property
     def accuracy(self) -> Estimate:

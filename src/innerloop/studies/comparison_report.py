@@ -38,7 +38,7 @@ from innerloop.studies.comparison import (
     recommend,
     size,
 )
-from innerloop.training.evaluation import Estimate
+from innerloop.training.evaluation import Baseline, Estimate
 from innerloop.training.report import STYLE
 
 RESULTS, PAGE, HTML = "comparison.json", "report.md", "report.html"
@@ -187,6 +187,10 @@ def _entry(values: dict[str, Any]) -> Entry:
             "meta_step": _floats(Timing, values["meta_step"]),
             "memory_at": {int(steps): memory for steps, memory in values["memory_at"].items()},
             "adaptation": _floats(Timing, values["adaptation"]),
+            "baselines": {
+                name: Baseline(*(_floats(Estimate, each) for each in found.values()))
+                for name, found in values.get("baselines", {}).items()
+            },
         }
     )
 

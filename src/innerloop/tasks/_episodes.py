@@ -179,20 +179,57 @@ class Episodes(TaskSource):
         keys = bits[:, choices:].reshape(count, self.ways, most)
         keys[np.arange(most) >= self._counts[chosen][..., None]] = np.iinfo(np.uint64).max
         rows = _draw(keys, self.shots + self.queries) + self._offsets[chosen][..., None]
-
-        # index_select copies whole images and is many times faster than indexing with a tensor.
-        images = self.image_set.images.index_select(0, torch.from_numpy(rows).flatten())
-        images = images.unflatten(0, (count * self.ways, -1))
-        for quarter in range(1, turns):
-            turned = torch.from_numpy(np.flatnonzero(turn == quarter))
-            images.index_copy_(0, turned, images.index_select(0, turned).rot90(quarter, dims=(-2, -1)))
-        images = images.unflatten(0, (count, self.ways))
+        images = self.images(rows, turn).unflatten(0, (count, self.ways))
 
         def examples(images: Tensor) -> tuple[Tensor, Tensor]:
             labels = torch.arange(self.ways).repeat_interleave(images.shape[2]).repeat(count, 1)
             return images.flatten(1, 2).float().div_(255), labels
 
         return Task(examples(images[:, :, : self.shots]), examples(images[:, :, self.shots :]))
+
+    def images(self, rows: NDArray[np.int64], turn: NDArray[np.int64]) -> Tensor:
+        """The images of rows ``[..., n]``, as bytes ``[groups, n, ...]``, each group of n turned as ``turn`` says."""
+        # index_select copies whole images and is many times faster than indexing with a tensor.
+        images = self.image_set.images.index_select(0, torch.from_numpy(rows).flatten())
+        images = images.unflatten(0, (-1, rows.shape[-1]))
+        for quarter in range(1, 4 if self.image_set.rotations else 1):
+            turned = torch.from_numpy(np.flatnonzero(turn == quarter))
+            images.index_copy_(0, turned, images.index_select(0, turned).rot90(quarter, dims=(-2, -1)))
+        return images
+
+    def single_images(self) -> SingleImages:
+        """The same source with single images of all training classes as training tasks, for `Supervised`."""
+        return SingleImages(self)
+
+
+class SingleImages(TaskSource):
+    """Episodes whose training tasks are single images of all training classes, labelled by their class in the split.
+
+    A training task has as many images as one of the episodes, each of a random class; ``output_size`` is the number of
+    training classes. The other splits are those of the episodes.
+    """
+
+    def __init__(self, episodes: Episodes) -> None:
+        self.episodes, self.name = episodes, episodes.name
+        self.input_shape, self.ways = episodes.input_shape, episodes.ways
+        image_set = episodes.image_set
+        self._classes = np.array(image_set.splits["train"])
+        self.output_size = len(self._classes) * (4 if image_set.rotations else 1)
+
+    def batch(self, split: str, start: int, count: int) -> Task:
+        """See `TaskSource.batch`."""
+        each = self.episodes
+        if split != "train":
+            return each.batch(split, start, count)
+        size, support = each.ways * (each.shots + each.queries), each.ways * each.shots
+        bits = uniform(random_bits(f"{self.name}/train/single images", each.seed, start, count, 2 * size))
+        labels = (bits[:, :size] * self.output_size).astype(np.int64)
+        turn, position = np.divmod(labels, len(self._classes))
+        chosen = self._classes[position]
+        rows = (bits[:, size:] * each._counts[chosen]).astype(np.int64) + each._offsets[chosen]
+        images = each.images(rows[..., None], turn).unflatten(0, (count, size)).squeeze(2).float().div_(255)
+        targets = torch.from_numpy(labels)
+        return Task(*((images[:, part], targets[:, part]) for part in (slice(support), slice(support, None))))
 
 
 def random_bits(stream: str, seed: int, start: int, count: int, width: int) -> Bits:

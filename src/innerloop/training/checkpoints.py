@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 Json = Any
 
@@ -32,6 +32,42 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Json]:
     """
     tensors, metadata = _read(path)
     return tensors, json.loads(metadata.get("notes", "null"))
+
+
+def take_weights(learner: nn.Module, path: Path) -> str:
+    """Give a learner the weights of another that fit by name and shape, learned rates aside, in place.
+
+    Args:
+        learner: what shall begin there.
+        path: a file that `save_weights` has written, of another learner.
+
+    Returns:
+        What was left as it is, in words, such as a head of another width; empty if nothing was.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no weight matrix fits, that of the head aside; or the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: start from a folder that innerloop train or il.fit has filled")
+    given, _ = load_weights(path)
+    own = {name: tensor for name, tensor in learner.state_dict().items() if not name.startswith("rates.")}
+    fits = {name: given[name] for name, tensor in own.items() if name in given and given[name].shape == tensor.shape}
+    matrices = [name for name, tensor in own.items() if tensor.ndim > 1] or list(own)
+    if not fits.keys() & set(matrices[:-1] or matrices):
+        theirs = matrices[0] if matrices[0] in given else next(iter(given))
+        raise ValueError(
+            f"no weights of {path} fit the model: it has {_shape(own, matrices[0])}, and the file "
+            f"{_shape(given, theirs)}; start from a run of the same model, with the same options"
+        )
+    learner.load_state_dict(fits, strict=False)
+    fresh, parameters = own.keys() - fits.keys(), dict(learner.named_parameters())
+    named = [_shape(own, name) for name in own if name in fresh & parameters.keys()]
+    return ", ".join([*named, *(["running statistics"] if fresh - parameters.keys() else [])])
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return f"{name} ({' x '.join(map(str, tensors[name].shape)) or '1'})"
 
 
 def save_checkpoint(path: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,8 +15,8 @@ from innerloop.batch_norm import TaskBatchNorm
 from innerloop.bilevel import Bilevel
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
-from innerloop.tasks import TaskSource, nearest_neighbour
-from innerloop.training import processes
+from innerloop.tasks import TaskSource
+from innerloop.training import baselines, processes
 
 
 class Source(Protocol):
@@ -65,11 +65,23 @@ class Estimate(NamedTuple):
         return Estimate(values.mean().item(), 1.96 * spread / math.sqrt(len(values)))
 
 
+class Baseline(NamedTuple):
+    """The accuracy of a baseline, and what adaptation's is above it over the same tasks."""
+
+    accuracy: Estimate
+    difference: Estimate
+
+    @property
+    def better(self) -> bool:
+        """Whether it is better than adaptation, by more than the interval of the difference."""
+        return self.difference.mean < -self.difference.interval
+
+
 class Scores(NamedTuple):
     """What `evaluate` measures; accuracies are None for regression, curves where none was asked.
 
     Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
-    ``[tasks]``, by which two learners are compared task by task.
+    ``[tasks]``, by which two learners are compared task by task. ``baselines`` are filled by `assess`, by name.
     """
 
     tasks: int
@@ -80,6 +92,7 @@ class Scores(NamedTuple):
     loss_curve: list[Estimate] | None
     accuracy_curve: list[Estimate] | None
     accuracies: Tensor | None
+    baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
 
     @property
     def protocol(self) -> str:
@@ -168,22 +181,40 @@ def evaluation_mode(learner: Bilevel) -> Iterator[None]:
 
 
 class Assessment(NamedTuple):
-    """Scores under both protocols, and of the baseline on the same tasks.
+    """Scores under both protocols, with those of the baselines on the same tasks.
 
     Attributes:
         transductive: queries predicted together; None where the learner predicts each alone anyway.
         inductive: each query predicted without seeing the others.
         nearest_neighbour: accuracy of `innerloop.tasks.nearest_neighbour`; None for regression.
+        no_features: why there are no baselines on features; empty where there are.
     """
 
     transductive: Scores | None
     inductive: Scores
     nearest_neighbour: Estimate | None
+    no_features: str = ""
 
     @property
     def protocols(self) -> list[Scores]:
         """The scores there are."""
         return [scores for scores in (self.transductive, self.inductive) if scores]
+
+
+def verdict(found: Mapping[str, Baseline]) -> str:
+    """Which baseline is better than adaptation, by how much, and what to do, in a line; empty if none is.
+
+    Of several the best one.
+    """
+    lost = [name for name, each in found.items() if each.better]
+    if not lost:
+        return ""
+    name = min(lost, key=lambda name: found[name].difference.mean)
+    by = found[name].difference
+    return (
+        f"{baselines.WHAT[name]} is {-100 * by.mean:.1f} ± {100 * by.interval:.1f} points better than adaptation: "
+        f"{baselines.CURE[name]}"
+    )
 
 
 def assess(
@@ -195,13 +226,21 @@ def assess(
     steps: int | None = None,
     curve: bool = False,
 ) -> Assessment:
-    """Evaluate a learner under both protocols beside the baseline; arguments as in `evaluate`."""
+    """Evaluate a learner under both protocols beside the baselines; arguments as in `evaluate`."""
     # Only batch norm that takes statistics from the queries lets one query see another.
     mixes = learner.batch_norm == "batch" and any(isinstance(module, TaskBatchNorm) for module in learner.modules())
     transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
     inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
-    baseline = None
-    if tasks.ways is not None:
-        parts = [tasks.batch(split, start, min(32, count - start)) for start in range(0, count, 32)]
-        baseline = Estimate.of(torch.cat([nearest_neighbour(part) for part in parts]))
-    return Assessment(transductive, inductive, baseline)
+    if tasks.ways is None:
+        return Assessment(transductive, inductive, None)
+    with evaluation_mode(learner):
+        others, no_features = baselines.accuracies(learner, tasks, split, count)
+
+    def beside(scores: Scores) -> Scores:
+        mine, found = scores.accuracies, others[scores.inductive]
+        assert mine is not None
+        each = {name: Baseline(Estimate.of(value), Estimate.of(mine.cpu() - value)) for name, value in found.items()}
+        return scores._replace(baselines=each)
+
+    inductive, transductive = beside(inductive), transductive and beside(transductive)
+    return Assessment(transductive, inductive, inductive.baselines[baselines.PIXELS].accuracy, no_features)

@@ -25,7 +25,7 @@ from innerloop.compiled import proposal
 from innerloop.errors import Diverged
 from innerloop.problem import Task
 from innerloop.training import processes
-from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights
+from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights, take_weights
 from innerloop.training.evaluation import Source, draw, evaluate
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
 
@@ -67,6 +67,7 @@ def fit(
     minutes: float | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
+    start_from: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
     log: Log | None = None,
@@ -97,14 +98,18 @@ def fit(
         minutes: stop, after a last validation, when training has taken this long, earlier sessions included.
         folder: where ``metrics.jsonl``, ``tensorboard/``, ``best.safetensors`` and ``last.safetensors`` go.
         resume: continue from ``folder``; from the beginning if it holds no checkpoint yet.
+        start_from: the folder of another run, whose best weights the learner begins with where they fit by name and
+            shape; a head of another width stays as it is. A run that is resumed goes on from its own.
         seed: seeds what is random inside the model, such as dropout.
         progress: show a progress bar; where there is no terminal, a line now and then.
         log: also called with every record, see `innerloop.training.logs`.
 
     Raises:
         ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner
-            with ``carry="task"``, a source that gives another number of tasks than asked for, a folder that not every
-            process can read, or one that already holds a run while ``resume`` is False.
+            with ``carry="task"``, a source that gives another number of tasks than asked for, weights to start from
+            that do not fit, a folder that not every process can read, or one that already holds a run while ``resume``
+            is False.
+        FileNotFoundError: ``start_from`` holds no weights.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
@@ -140,7 +145,11 @@ def fit(
         raise ValueError(
             f"the processes found checkpoints of steps {sorted(found)} in {folder}: give a folder that all of them read"
         )
+    if start_from is not None and not run.progress.step:
+        fresh = take_weights(learner, Path(start_from) / BEST)
+        logging.getLogger("innerloop").info("starts from %s; left as they are: %s", start_from, fresh or "none")
     processes.broadcast(learner)
+    tasks = learner.meta_gradient.trains_on(tasks)
 
     at = run.progress
     began = time.monotonic() - at.seconds
@@ -238,7 +247,11 @@ class _Run:
         self.optimizer.zero_grad()
         metrics = self.learner.meta_step(batch, step_weights=weights)
         numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
-        values = {name: value.detach().to(like).mean() for name, value in numbers.items() if value is not None}
+        values = {
+            name: value.detach().to(like).mean()
+            for name, value in numbers.items()
+            if value is not None and value.numel()
+        }
         gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
         shared = torch.stack([*values.values(), *like.new_tensor(flags)])
         processes.average([*gradients, shared])
@@ -276,6 +289,8 @@ class _Run:
 
     def validate(self, tasks: Source, count: int) -> Record:
         """Score the learner on the validation split, keep its weights if they are the best yet, and return a record."""
+        if buffers := [buffer for buffer in self.learner.buffers() if buffer.is_floating_point()]:
+            processes.average(buffers)  # running statistics are each process's own
         scores = evaluate(self.learner, tasks, "validation", count)
         better = scores.quality > self.progress.best
         self.progress.stale = 0 if better else self.progress.stale + 1

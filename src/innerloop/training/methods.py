@@ -21,6 +21,7 @@ from innerloop.meta_gradient import (
     MemoryReduced,
     MetaGradient,
     Reptile,
+    Supervised,
     Truncated,
     Unrolled,
     Window,
@@ -79,6 +80,7 @@ OUTER = {"outer_lr": 1e-3}
 MAML_SOURCE = "authors' code: Omniglot 5-way inner rate 0.4, one step; miniImageNet 0.01, five steps; Adam 1e-3 outside"
 LEARN2LEARN = "learn2learn's FC100 example: inner rate 0.1, five steps, Adam 1e-3 outside"
 STOCBIO = "stocBiO's FC100 setting: inner rate 0.1, 20 steps, Adam 1e-3 outside"
+STILL, OWN_RATE = SGD(lr=0.1, steps=0), "Adam 1e-3 outside, as for the methods above"
 IMAML_OUTER = {"outer_lr": 1e-3, "optimizer": "adam:eps=1e-3"}
 
 METHODS: dict[str, Method] = {
@@ -159,6 +161,28 @@ METHODS: dict[str, Method] = {
         Everything(),
         (LearnedRates(lr=0.1, steps=5, per="layer-step"), LearnedRates(lr=0.01, steps=5, per="layer-step")),
         Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15},
+    ),
+    "protonet": Method(
+        "ProtoNet", "1703.05175", f"no inner step; the outer rate is ours: {OWN_RATE}",
+        Head(), STILL, Unrolled(), OUTER | {"start": "prototypes"},
+    ),
+    "proto-anil": Method(
+        "Proto-ANIL", "1903.03096", "the start is the paper's; what adapts, how and the rates are ANIL's of this table",
+        Head(), ANIL, Unrolled(), OUTER | {"start": "prototypes"},
+    ),
+    "proto-maml": Method(
+        "Proto-MAML", "1903.03096", "the start is the paper's; how it adapts and the rates are MAML's, five steps at "
+        "0.01 or, for characters, at 0.1",
+        Everything(), SEVERAL, Unrolled(), OUTER | {"start": "prototypes"},
+    ),
+    "ridge": Method(
+        "R2-D2", "1805.08136", f"no inner step; regularisation and scale are fixed and ours; {OWN_RATE}",
+        Head(), STILL, Unrolled(), OUTER | {"start": "ridge"},
+    ),
+    "pretrained": Method(
+        "pretrained, class means", "2003.04390",
+        f"class means by the cosine are the paper's; optimiser and augmentation are not: {OWN_RATE}",
+        Head(), STILL, Supervised(), OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
     ),
     "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
 }  # fmt: skip

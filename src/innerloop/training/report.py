@@ -22,7 +22,7 @@ from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
 from innerloop.training.checkpoints import save_weights
-from innerloop.training.evaluation import Assessment, Estimate
+from innerloop.training.evaluation import Assessment, Estimate, verdict
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
 from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
@@ -138,13 +138,18 @@ def summary(assessment: Assessment) -> dict[str, Any]:
     for each in assessment.protocols:
         scores[each.protocol] = each._asdict()
         del scores[each.protocol]["accuracies"]
+        scores[each.protocol]["baselines"] = {name: found._asdict() for name, found in each.baselines.items()}
+    if assessment.nearest_neighbour:
+        scores |= {"verdict": verdict(assessment.protocols[0].baselines), "no_features": assessment.no_features}
     return scores | {"nearest_neighbour": assessment.nearest_neighbour}
 
 
 def describe(assessment: Assessment, settings: Settings, split: str) -> str:
     """An assessment in a few lines of text."""
     first = assessment.protocols[0]
-    lines = [f"{first.tasks} {split} tasks, {task_words(settings)}, {first.steps} adaptation steps"]
+    lost = verdict(first.baselines)
+    lines = [lost] if lost else []
+    lines += [f"{first.tasks} {split} tasks, {task_words(settings)}, {first.steps} adaptation steps"]
     for scores in assessment.protocols:
         text = (
             _percent(scores.accuracy)
@@ -152,8 +157,9 @@ def describe(assessment: Assessment, settings: Settings, split: str) -> str:
             else f"loss {scores.loss.mean:.4g} ± {scores.loss.interval:.2g}"
         )
         lines.append(f"  {PROTOCOL[scores.protocol]:<42}{text}")
-    if assessment.nearest_neighbour:
-        lines.append(f"  {'nearest neighbour on the raw inputs':<42}{_percent(assessment.nearest_neighbour)}")
+        lines += [f"    {name:<40}{_percent(found.accuracy)}" for name, found in scores.baselines.items()]
+    if assessment.no_features:
+        lines.append(f"  no baseline on features: {assessment.no_features}")
     return "\n".join(lines)
 
 

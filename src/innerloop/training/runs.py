@@ -101,6 +101,8 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
                 f"{folder} does not adapt its head, which is for {ways} classes, not {outputs}; give fewer classes, "
                 "or a run that adapts its head"
             )
+    if settings.start is not None:
+        trained["head"] = f"the head begins at what the support set gives: start {settings.start}"
     learner.load_state_dict(weights)
     return learner.eval(), trained
 

@@ -132,12 +132,13 @@ class Settings:
     adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS)
     inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
     inner_lr: float = option(0.5, "inner rate", above=0)
-    inner_steps: int = option(3, "inner steps in training", at_least=1)
+    inner_steps: int = option(3, "inner steps in training; 0 with a start alone", at_least=0)
     test_steps: int | None = option(None, "inner steps in evaluation; none: as in training", at_least=0)
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
-    start: str | None = option(None, "where the inner loop begins: at class means; none: at the model", names=START)
+    start: str | None = option(None, "where the inner loop begins: ridge; none: at the model", names=START)
+    start_from: str | None = option(None, "folder of another run, whose weights training begins with where they fit")
     carry: str = option(
         "none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot")
     )
@@ -172,6 +173,8 @@ class Settings:
             object.__setattr__(self, each.name, _checked(each, hints[each.name], getattr(self, each.name)))
         self.method()
         make("schedule", SCHEDULE, self.schedule)
+        if self.start is not None:
+            make("start", START, self.start)
         source = inspect.signature(SOURCES[self.dataset]).parameters
         for name in {"ways", "shots", "queries"} & source.keys():
             if getattr(self, name) is None:

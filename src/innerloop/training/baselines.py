@@ -1,0 +1,168 @@
+"""What a user would write in forty lines: classifiers on the run's own frozen features, and on the raw inputs.
+
+    nearest class mean    argmax_c  cos(x, mean of the support features of class c)
+    linear probe          argmin_W  10 sum_i cross_entropy(W x_i, y_i) + 1/2 |W|^2,    x of length 1, then a constant 1
+    pixels                the class of the support example nearest by cosine on the raw inputs
+
+Features are what enters the head, as `innerloop.Head` finds it, under the run's own batch norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from innerloop.adapts import head_of
+from innerloop.batch_norm import statistics_from_first
+from innerloop.blocks import call
+from innerloop.learner import MetaLearner
+from innerloop.problem import Task
+from innerloop.tasks import TaskSource, nearest_neighbour
+from innerloop.training import processes
+
+MEAN, PROBE, PIXELS = "nearest class mean", "linear probe", "pixels"
+BATCH = 32  # tasks at once
+WEIGHT = 10.0  # of the losses of the linear probe
+
+WHAT = {
+    MEAN: "Nearest class mean on this run's own features",
+    PROBE: "A linear probe on this run's own features",
+    PIXELS: "The nearest neighbour on the raw inputs",
+}
+CURE = {
+    MEAN: "train --method protonet or proto-anil; --start prototypes:cosine=true ranks as it does",
+    PROBE: "train --method ridge or proto-anil, with --start-from this run to keep its features",
+    PIXELS: "train for longer, or with another --method or rate",
+}
+
+
+def nearest_class_mean(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    """Cosines to the class means; "Classifier-Baseline" of arXiv 2003.04390.
+
+    Args:
+        support: features ``[tasks, examples, width]``.
+        labels: their classes ``[tasks, examples]``.
+        query: features ``[tasks, queries, width]``.
+        ways: number of classes.
+
+    Returns:
+        Scores ``[tasks, queries, ways]``.
+    """
+    member = F.one_hot(labels, ways).to(support.dtype)
+    means = member.mT @ support / member.sum(1).unsqueeze(-1).clamp(min=1)
+    return F.normalize(query, dim=-1) @ F.normalize(means, dim=-1).mT
+
+
+def linear_probe(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    """Logistic regression on features of length 1, each loss at a weight of 10, as in the file's head.
+
+    Like Tian et al. 2020, arXiv 2003.11539, who take scikit-learn's with a weight of 1; 10 was better on validation
+    tasks of CIFAR-FS. W is a combination of the support features: its coefficients ``[examples, ways]`` are solved for,
+    in float64, by Nesterov's method. The curvature lies between 1 and 1 + 10 examples. Arguments and result as in
+    `nearest_class_mean`.
+    """
+    x, z = (F.normalize(each.double(), dim=-1) for each in (support, query))
+    gram, across = WEIGHT * (x @ x.mT + 1), WEIGHT * (z @ x.mT + 1)
+    target = F.one_hot(labels, ways).double()
+    largest = 1 + WEIGHT * x.shape[1]
+    momentum = (math.sqrt(largest) - 1) / (math.sqrt(largest) + 1)
+    found = ahead = torch.zeros_like(target)
+    for _ in range(math.ceil(20 * math.sqrt(largest))):
+        after = ahead - ((gram @ ahead).softmax(-1) - target + ahead) / largest
+        change, found = after - found, after
+        if change.abs().max() < 1e-6:  # scores are right to some 1e-4
+            break
+        ahead = after + momentum * change
+    return across @ found
+
+
+RECIPES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {MEAN: nearest_class_mean, PROBE: linear_probe}
+
+
+def accuracies(
+    learner: MetaLearner, tasks: TaskSource, split: str, count: int
+) -> tuple[dict[bool, dict[str, Tensor]], str]:
+    """The accuracy of every baseline on each of the first tasks of a split, ``[tasks]``.
+
+    Several processes share the work and all get the same.
+
+    Args:
+        learner: whose features are used, in evaluation mode.
+        tasks: of classification.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        count: number of tasks.
+
+    Returns:
+        Accuracies by name, under True for queries predicted alone and under False for queries predicted together; and
+        why there are none on features, empty where there are.
+    """
+    found: list[tuple[int, dict[bool, dict[str, Tensor]]]] = []
+    reason = ""
+    for start in range(processes.rank() * BATCH, count, processes.world() * BATCH):
+        batch = tasks.batch(split, start, min(BATCH, count - start))
+        each: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+        try:
+            together, alone = features(learner, batch)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            for inductive, (support, query) in ((False, together), (True, alone)):
+                for name, recipe in RECIPES.items():
+                    scores = recipe(support, batch.support[1].to(support.device), query, tasks.ways or 0)
+                    each[inductive][name] = (scores.argmax(-1).cpu() == batch.query[1]).float().mean(-1)
+        for way in each.values():
+            way[PIXELS] = nearest_neighbour(batch)
+        found.append((start, each))
+    parts = [part for _, part in sorted(processes.gather(found), key=lambda pair: pair[0])]
+    names = parts[0][True]
+    return {
+        way: {name: torch.cat([part[way][name] for part in parts]) for name in names} for way in (False, True)
+    }, reason
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def features(learner: MetaLearner, batch: Task) -> tuple[Pair, Pair]:
+    """What enters the head for a batch of tasks, ``[tasks, examples, width]`` of support and query.
+
+    Returns:
+        With the queries normalised together, and by the support set's statistics.
+
+    Raises:
+        ValueError: the model has no head, or none that a tensor enters.
+    """
+    model = learner.model
+    head = head_of(model)[0]
+    like = next(model.parameters())
+    together, alone = [], []
+    for place in range(len(pytree.tree_leaves(batch)[0])):
+        task = pytree.tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)
+        support, query = task.support[0], task.query[0]
+        rows = len(pytree.tree_leaves(support)[0])
+        with statistics_from_first(model, rows):
+            both = _entering(model, head, pytree.tree_map(lambda *pair: torch.cat(pair), support, query))
+        alone.append((both[:rows], both[rows:]))
+        together.append((both[:rows], _entering(model, head, query)))
+    stacked = [tuple(torch.stack(part) for part in zip(*pairs, strict=True)) for pairs in (together, alone)]
+    return stacked[0], stacked[1]  # type: ignore[return-value]  # pairs
+
+
+def _entering(model: nn.Module, head: nn.Module, inputs: object) -> Tensor:
+    caught: list[object] = []
+    hook = head.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0] if arguments else None))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad():
+            call(model, buffers, inputs)
+    finally:
+        hook.remove()
+    examples = len(pytree.tree_leaves(inputs)[0])
+    if not caught or not isinstance(caught[-1], Tensor) or caught[-1].ndim < 2 or len(caught[-1]) != examples:
+        raise ValueError(f"no tensor with a row an example enters the head of {type(model).__name__}")
+    return caught[-1].flatten(1)
