@@ -82,6 +82,7 @@ SOLVERS: dict[str, Callable[[int], il.inner.InnerSolver]] = {
     "groups": lambda steps: il.Adam(lr={"*t": 0.01, "*": lambda step: 0.02 + 0.01 * step}, steps=steps, eps=1e-3),
     "rates": lambda steps: il.LearnedRates(lr=0.1, steps=steps),
     "layer-step": lambda steps: il.LearnedRates(lr=0.1, steps=steps, per="layer-step"),
+    "alfa": lambda steps: il.ALFA(lr=0.1, steps=steps, decay=0.3),
 }
 
 

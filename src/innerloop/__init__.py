@@ -6,7 +6,7 @@ from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
 from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
 from innerloop.few_shot import Prototypes
-from innerloop.inner import SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
+from innerloop.inner import ALFA, SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
 from innerloop.learner import MetaLearner
 from innerloop.linear import CG, Neumann, Nystrom
 from innerloop.meta_gradient import (
@@ -37,6 +37,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ALFA",
     "CG",
     "SGD",
     "Adam",

@@ -17,7 +17,7 @@ import torch
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
 from innerloop.few_shot import Prototypes
-from innerloop.inner import SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
+from innerloop.inner import ALFA, SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
 from innerloop.linear import CG
 from innerloop.meta_gradient import (
     Binomial,
@@ -91,6 +91,7 @@ INNER: Table = {
     "adam": adam,
     "adamw": adamw,
     "learned-rates": learned_rates,
+    "alfa": ALFA,
     "newton-cg": NewtonCG,
 }
 META_GRADIENT: Table = {
