@@ -215,6 +215,7 @@ class Bilevel(nn.Module):
                 "leave moves out, or use one pattern, such as Blocks('00011')"
             )
         self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
+        self.timeless = self.inner.timeless
         if self.adapted:
             self.inner.check_names(self.adapted)
         if carry != "none" and whole and not self.inner.proximal:
@@ -697,7 +698,7 @@ class Bilevel(nn.Module):
             self.inner.update,
             self.meta_gradient.estimate,
         )  # bound methods, which are equal where the objects are one
-        facts = (*key, *choices, alone, 0 if self.inner.timeless else step, self.way and self.way.keep_graphs)
+        facts = (*key, *choices, alone, 0 if self.timeless else step, self.way and self.way.keep_graphs)
         return self.compiler(computed, arguments, facts, self)
 
     def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:

@@ -154,11 +154,12 @@ METHODS: dict[str, Method] = {
     "maml++": Method(
         "MAML++", "1810.09502",
         "authors' configurations: five steps at learned rates that start at 0.1 (Omniglot) or 0.01 (miniImageNet), "
-        "Adam 1e-3 outside, multi-step loss in the first 15 % of training. Batch norm is the library's, without "
-        "statistics or biases of its own for each step",
+        "Adam 1e-3 outside, multi-step loss in the first 15 % of training. First order in the first half is ours; so is "
+        "which scale and shift of a step judge the queries. Leave a part out by its option: batch-norm batch, inner sgd, "
+        "multi-step-loss none, first-order none",
         Everything(),
         (LearnedRates(lr=0.1, steps=5, per="layer-step"), LearnedRates(lr=0.01, steps=5, per="layer-step")),
-        Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15},
+        Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15, "first_order": 0.5, "batch_norm": "step"},
     ),
     "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
 }  # fmt: skip
