@@ -128,6 +128,7 @@ class Settings:
     filters: int | None = option(None, "channels of the model's blocks (mlp: hidden units)", at_least=1)
     downsample: str | None = option(None, "conv4: how a block halves the image", names=("pool", "stride"))
     spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening")
+    context: int | None = option(None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1)
 
     adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS)
     inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
