@@ -95,10 +95,10 @@ def test_every_step_has_its_own_scale_and_shift(settings, weights):
     """MAML++ by hand: row k normalises the support set in step k and the queries after it, and no row adapts."""
     model, batch, steps = model_and_batch("conv4")[0], model_and_batch("conv4")[1], 3
     settings = dict(settings)
+    estimator = il.Unrolled(record=settings.pop("record", None))
     learner = il.MetaLearner(
-        model, settings.pop("adapts", None), il.SGD(lr=0.1, steps=steps), il.Unrolled(record=settings.pop("record", None)),
-        batch_norm="step", **settings,
-    )  # fmt: skip
+        model, inner=il.SGD(lr=0.1, steps=steps), meta_gradient=estimator, batch_norm="step", **settings
+    )
     assert not any("norm" in name for name in learner.adapted)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

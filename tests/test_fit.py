@@ -291,7 +291,16 @@ def test_derivatives_are_annealed_from_first_to_second_order(tasks: Episodes) ->
     learner = make_learner()
     learner.meta_gradient = il.Unrolled(record=False)
     records: list[Record] = []
-    fit(learner, tasks, steps=5, tasks_per_batch=2, first_order=3, validation_tasks=0, progress=False, log=records.append)
+    fit(
+        learner,
+        tasks,
+        steps=5,
+        tasks_per_batch=2,
+        first_order=3,
+        validation_tasks=0,
+        progress=False,
+        log=records.append,
+    )
     assert [each["curvature_products"] for each in records] == [0, 0, 0, learner.inner.steps, learner.inner.steps]
     assert learner.meta_gradient == il.Unrolled(record=False)
     itd_bio = il.MetaLearner(learner.model, il.Head(), meta_gradient=il.Unrolled(learn_start=False))

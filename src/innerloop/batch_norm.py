@@ -11,9 +11,9 @@ step      as in "batch", with scale and shift of the inner step's own (MAML++, a
 
 "batch" is the default and what the papers do. Running statistics are never updated in any mode.
 
-In "step" mode scale and shift have a row for each inner step, ``[steps, channels]``: row k normalises the support set in
-step k and the queries after it, the last row all further steps. They are meta-learned and do not adapt. Statistics are
-a step's own because they are those of its batch; none are stored.
+In "step" mode scale and shift have a row for each inner step, ``[steps, channels]``: row k is for the support set in
+step k and the queries after it, the last row for all further steps. They are meta-learned and do not adapt. Statistics
+are a step's own because they are those of its batch; none are stored.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def _torch_layer(layer: TaskBatchNorm, step: int) -> _BatchNorm:
     norm = kind(channels, eps=layer.eps, affine=weight is not None, track_running_stats=False)
     if weight is not None:
         norm.weight, norm.bias = (
-            each if isinstance(each, nn.Parameter) else nn.Parameter(each, requires_grad=False) for each in (weight, bias)
+            each if isinstance(each, nn.Parameter) else nn.Parameter(each, requires_grad=False)
+            for each in (weight, bias)
         )
     return norm
 

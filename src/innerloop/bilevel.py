@@ -237,6 +237,11 @@ class Bilevel(nn.Module):
                 f"compile={compile!r} and products={products!r} do not go together: leave one out; what is compiled is "
                 "plain autograd's"
             )
+        if compile and self.meta_gradient.draws:
+            raise ValueError(
+                f"compile={compile!r} and {self.meta_gradient!r} do not go together: every meta-step would draw the "
+                "same; leave compile out"
+            )
         self.compiler = Compiler(*([compile] if isinstance(compile, str) else [])) if compile else None
         self.way: Way | None = None
         self._ways_of: dict[Any, Way] = {}

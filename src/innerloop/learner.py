@@ -49,7 +49,8 @@ class MetaLearner(Bilevel):
         loss: ``loss(output, target) -> scalar``, for the inner and the outer loop; it sees what the model gives. The
             parameters of a module are meta-parameters.
         batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics), ``"frozen"`` (the
-            model's stored statistics) or ``"step"`` (scale and shift of each inner step's own, MAML++). See ``innerloop.batch_norm``.
+            model's stored statistics) or ``"step"`` (scale and shift of each inner step's own, MAML++). See
+            ``innerloop.batch_norm``.
         start: None begins at the model itself; ``Prototypes()`` with the class means of the support set as head.
         carry: where a task begins: ``"none"``: at the start; ``"slot"`` or ``"task"``: where the same place of the last
             batch, or the same task, was left. See `Bilevel`.

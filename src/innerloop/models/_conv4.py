@@ -82,7 +82,9 @@ class Conv4(Stack):
             raise ValueError(f"four max-pools need images of 16x16 or more, not {size}x{size}: use downsample='stride'")
 
         blocks = {
-            f"block{n}": conv_block(in_channels if n == 1 else filters, filters, downsample, context if n == 3 else None)
+            f"block{n}": conv_block(
+                in_channels if n == 1 else filters, filters, downsample, context if n == 3 else None
+            )
             for n in range(1, BLOCKS + 1)
         }
         width = filters if spatial_mean else filters * side**2

@@ -10,8 +10,8 @@ class FiLM(nn.Module):
     """Scales and shifts features as a context says:  ``h <- (1 + G c) h + B c``,  with c at zero at first.
 
     Maps ``[examples, features, ...]`` to the same shape. Only ``context``, ``[size]``, is to adapt, from zero in every
-    task: ``adapts=Named("*.context")`` and ``Unrolled(learn_start=False)``. G and B, in ``maps``, are meta-learned. With
-    the context at zero the layer changes nothing; that form, and that there is no bias, is ours.
+    task: ``adapts=Named("*.context")`` and ``Unrolled(learn_start=False)``. G and B, in ``maps``, are meta-learned.
+    With the context at zero the layer changes nothing; that form, and that there is no bias, is ours.
 
     Args:
         size: numbers in the context, 1 or more.

@@ -138,7 +138,9 @@ def fit(
     if first_order:
         learner.accepts(FirstOrder())
         if not learner.meta_gradient.learn_start:
-            raise ValueError("first_order learns the start of the inner loop, and learn_start=False does not: leave one out")
+            raise ValueError(
+                "first_order learns the start of the inner loop, and learn_start=False does not: leave one out"
+            )
     run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
     if run.folder and resume:
         run.restore()
@@ -187,6 +189,14 @@ def fit(
             if not warned and record.get("negative_curvature"):
                 warned = True
                 _warn_of_curvature(learner, at.step, record["negative_curvature"])
+            if not warned and record.get("reach", 0) > 1:
+                warned = True
+                warnings.warn(
+                    f"outer step {at.step}: lr * |H| of the inner problem is {record['reach']:.3g} or more, and above "
+                    f"1 a low order of {type(learner.meta_gradient).__name__} can be worse than first order; lower the "
+                    "inner rate, or use Unrolled(), which takes no more curvature products. The log has it as reach",
+                    stacklevel=2,
+                )
             stop, late = (flag > 0 for flag in flags)
             tell("train", record)
             due = at.step % validate_every == 0 or at.step == steps or late

@@ -158,19 +158,21 @@ METHODS: dict[str, Method] = {
     "maml++": Method(
         "MAML++", "1810.09502",
         "authors' configurations: five steps at learned rates that start at 0.1 (Omniglot) or 0.01 (miniImageNet), "
-        "Adam 1e-3 outside, multi-step loss in the first 15 % of training. First order in the first half is ours; so is "
-        "which scale and shift of a step judge the queries. Leave a part out by its option: batch-norm batch, inner sgd, "
-        "multi-step-loss none, first-order none",
+        "Adam 1e-3 outside, multi-step loss in the first 15 % of training. First order in the first half is ours, and "
+        "no running statistics are kept. Leave a part out by its option: batch-norm batch, inner sgd, multi-step-loss "
+        "none, first-order none",
         Everything(),
         (LearnedRates(lr=0.1, steps=5, per="layer-step"), LearnedRates(lr=0.01, steps=5, per="layer-step")),
         Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15, "first_order": 0.5, "batch_norm": "step"},
     ),
     "alfa": Method(
-        "ALFA", "2011.00209", ALFA_SOURCE, Everything(), (ALFA(lr=0.1, steps=5), ALFA(lr=0.01, steps=5)), Unrolled(), OUTER
+        "ALFA", "2011.00209", ALFA_SOURCE, Everything(), (ALFA(lr=0.1, steps=5), ALFA(lr=0.01, steps=5)), Unrolled(),
+        OUTER,
     ),
     "alfa-l2f": Method(
         "ALFA with L2F's attenuation", "2011.00209", ALFA_SOURCE + ". The first of six steps is the attenuation",
-        Everything(), (ALFA(lr=0.1, steps=6, attenuate=True), ALFA(lr=0.01, steps=6, attenuate=True)), Unrolled(), OUTER,
+        Everything(), (ALFA(lr=0.1, steps=6, attenuate=True), ALFA(lr=0.01, steps=6, attenuate=True)), Unrolled(),
+        OUTER,
     ),
     "cavia": Method(
         "CAVIA", "1810.03642",

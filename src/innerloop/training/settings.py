@@ -148,7 +148,9 @@ class Settings:
     first_order: float | None = option(
         None, "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all", above=0
     )
-    batch_norm: str = option("batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step"))
+    batch_norm: str = option(
+        "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
+    )
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER)
     outer_lr: float = option(3e-3, "outer rate", above=0)
