@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from innerloop.curvature import dense
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import add, scale
-from innerloop.meta_gradient._base import MetaGradient, Result
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.meta_gradient._forward import draw, forward_result, refuse_many
 from innerloop.meta_gradient._unrolled import unroll
 from innerloop.problem import Batch, End
@@ -64,6 +64,10 @@ class EvolutionStrategies(MetaGradient):
         """Check the ranges."""
         if self.pairs < 1 or self.most < 1 or not self.sigma > 0:
             raise ValueError(f"{self!r}: give pairs and most of 1 or more, and sigma above 0")
+
+    def advice(self, seen: Seen) -> str:
+        """That it is noise."""
+        return "one draw of it is mostly noise: use more pairs, more tasks or unrolled" if seen.far else ""
 
     def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
         """The estimate of one task; arguments as in ``MetaGradient.estimate``."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from innerloop.curvature import dense, replayed
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import add
-from innerloop.meta_gradient._base import MetaGradient, Result
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.meta_gradient._unrolled import unroll
 from innerloop.problem import Batch, End
 
@@ -55,6 +55,10 @@ class ForwardGradient(MetaGradient):
         """Check the ranges."""
         if self.directions < 1 or self.most < 1:
             raise ValueError(f"{self!r}: give 1 or more directions, and the most meta-parameters, 1 or more")
+
+    def advice(self, seen: Seen) -> str:
+        """That it is noise."""
+        return "one draw of it is mostly noise: use more directions, more tasks or unrolled" if seen.far else ""
 
     def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
         """The forward gradient of one task; arguments as in ``MetaGradient.estimate``."""

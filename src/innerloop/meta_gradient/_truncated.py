@@ -35,7 +35,7 @@ class Truncated(MetaGradient):
 
     Raises:
         ValueError: a negative horizon, an unknown end, or a random one with no horizon; in use, a random end with
-            ``step_weights`` or fewer steps than the horizon.
+            ``step_weights``.
 
     Sources:
         After Shaban, Cheng, Hatch and Boots 2019, arXiv 1810.10667, whose estimate takes nothing from the steps before
@@ -55,7 +55,6 @@ class Truncated(MetaGradient):
             raise ValueError(
                 f"Truncated({self.horizon}): give how many of the last inner steps to differentiate, 0 or more"
             )
-
         if self.end not in ("last", "random") or (self.end == "random" and not self.horizon):
             raise ValueError(f"{self!r}: choose end='last', or end='random' with a horizon of 1 or more")
 
@@ -75,17 +74,14 @@ class Truncated(MetaGradient):
         """The truncated meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
         if self.end == "last":
             return walk(loop, query, step_weights, horizon=self.horizon)
-        steps = loop.solver.steps
-        if step_weights is not None or steps < self.horizon:
-            raise ValueError(
-                f"{self!r} judges the parameters after {self.horizon} to {steps} steps, drawn at random: leave "
-                "step_weights out, and take no fewer inner steps than the horizon"
-            )
-        last = random.Random(f"{loop.problem.seed} {loop.begin.step}").randint(self.horizon, steps)
+        if step_weights is not None:
+            raise ValueError(f"{self!r} judges the parameters at one random step: leave step_weights out")
+        least = min(self.horizon, loop.solver.steps)
+        last = random.Random(f"{loop.problem.seed} {loop.begin.step}").randint(least, loop.solver.steps)
         support, query = (_first(batch, last) for batch in (loop.support, query))
         loop = replace(loop, support=support, solver=replace(loop.solver, steps=last))
         result = walk(loop, query, horizon=self.horizon)
-        shown = {"support_loss": result.diagnostics["support_loss"][-self.horizon :]}  # of one shape in all meta-steps
+        shown = {"support_loss": result.diagnostics["support_loss"][-least:]}  # of one shape in all meta-steps
         return result._replace(diagnostics=result.diagnostics | shown)
 
 
