@@ -177,7 +177,7 @@ def test_random_estimates_are_unbiased_with_the_variance_said(name, inner):
     def gradient(estimator, batch: il.Task) -> Tensor:
         learner = il.Bilevel(problem, meta, inner, estimator, stacked=True, chunk_size=copies)
         learner.meta_step(batch)
-        return torch.cat([p.grad.flatten() for p in learner.parameters()])
+        return torch.cat([p.grad.flatten() for p in learner.parameters() if p.grad is not None])
 
     torch.manual_seed(0)
     exact = gradient(il.Unrolled(), torch.utils._pytree.tree_map(lambda value: value[:1], batch))
@@ -236,7 +236,7 @@ def test_persistent_strategies_see_the_whole_loop_through_its_windows(persistent
 
     def chained(estimator: MetaGradient, _: Tensor) -> Tensor:
         total, end = torch.zeros_like(exact), None
-        for _ in range(windows):
+        for _window in range(windows):
             result = il.hypergradient(problem, meta, task, inner, estimator, begin=end)
             total, end = total + result.grad["weights"], result.end
         return total
