@@ -153,7 +153,9 @@ class MetaLearner(Bilevel):
             support = self._single(inputs, targets).support[0]
             keep = inductive or self.batch_norm == "task"
             last = max(self._steps(steps), 1) - 1
-            to_torch(adapted, (lambda: call(adapted, {}, support)) if keep else None, len(tree_leaves(support)[0]), last)
+            to_torch(
+                adapted, (lambda: call(adapted, {}, support)) if keep else None, len(tree_leaves(support)[0]), last
+            )
         return adapted
 
     def adapted_parameters(self, inputs: Any, targets: Any, steps: int | None = None) -> Tree:
