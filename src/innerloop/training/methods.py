@@ -183,8 +183,8 @@ METHODS: dict[str, Method] = {
     ),
     "meta-rkhs": Method(
         "Meta-RKHS, version I", "2102.03909",
-        "ten steps at test as published; the paper's regulariser is not known, so that of MAML's rates and five steps: 0.1 "
-        "for characters, 0.01 for pictures; Adam 1e-3 outside is ours",
+        "ten steps at test as published; the paper's regulariser is not known, so that of MAML's rates and five steps, "
+        "0.1 for characters and 0.01 for pictures; Adam 1e-3 outside is ours",
         Everything(), (SGD(lr=0.1, steps=5, test_steps=10), SGD(lr=0.01, steps=5, test_steps=10)), MetaRKHS(), OUTER,
     ),
     "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
