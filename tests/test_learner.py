@@ -355,4 +355,4 @@ def test_a_single_task_given_as_a_batch_is_told_so():
 
 def test_the_shared_table_covers_every_pairing():
     table = combinations()
-    assert len(table) == len(set(table)) == 486
+    assert len(table) == len(set(table)) == 540
