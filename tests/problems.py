@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import innerloop as il
@@ -82,6 +83,7 @@ SOLVERS: dict[str, Callable[[int], il.inner.InnerSolver]] = {
     "groups": lambda steps: il.Adam(lr={"*t": 0.01, "*": lambda step: 0.02 + 0.01 * step}, steps=steps, eps=1e-3),
     "rates": lambda steps: il.LearnedRates(lr=0.1, steps=steps),
     "layer-step": lambda steps: il.LearnedRates(lr=0.1, steps=steps, per="layer-step"),
+    "alfa": lambda steps: il.ALFA(lr=0.1, steps=steps, decay=0.3),
 }
 
 
@@ -119,6 +121,30 @@ def model_and_batch(name: str) -> tuple[nn.Module, il.Task]:
         query = torch.randn(TASKS, WAYS * QUERIES, *shape, dtype=torch.float64)
     labels = torch.arange(WAYS).repeat_interleave(2).expand(TASKS, -1).contiguous()
     return model, il.Task((support, labels), (query, labels))
+
+
+def network(seed: int | None = None) -> tuple[il.Problem, dict[str, Tensor], il.Task]:
+    """A tanh net to regress with; meta-learned are its start and, inside the inner loss, a weight for each example.
+
+    With a seed, its hidden units are dropped at random in the inner loss.
+    """
+    draw = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    def residuals(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], drop: bool) -> Tensor:
+        hidden = (batch[0] @ params["in"]).tanh()
+        return ((F.dropout(hidden, 0.3) if drop else hidden) @ params["out"] - batch[1]).square()
+
+    meta = {"in": normal(3, 4), "out": normal(4), "weights": normal(8) / 2}
+    problem = il.Problem(
+        lambda meta: {name: meta[name] for name in ("in", "out")},
+        lambda params, meta, batch: (meta["weights"].exp() * residuals(params, batch, seed is not None)).mean(),
+        lambda params, meta, batch: residuals(params, batch, False).mean(),
+        seed,
+    )
+    return problem, meta, il.Task((normal(8, 3), normal(8)), (normal(8, 3), normal(8)))
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

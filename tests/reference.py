@@ -36,6 +36,8 @@ def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[s
     def update(step: int, params: dict[str, Tensor], grads: dict[str, Tensor], state: dict) -> dict[str, Tensor]:
         new = {}
         grads = clipped(grads, solver.clip)
+        if isinstance(solver, il.ALFA):
+            return alfa(solver, learned, step, params, grads)
         decoupled = isinstance(solver, il.AdamW)
         for name, value in params.items():
             decay = 0.0 if decoupled else solver.weight_decay
@@ -63,6 +65,26 @@ def rule(solver: il.inner.InnerSolver, learned: dict[str, Tensor], start: dict[s
         return new
 
     return update
+
+
+def alfa(solver: il.ALFA, learned: dict[str, Tensor], step: int, params: dict[str, Tensor], grads: dict[str, Tensor]):
+    """One step of ALFA, or L2F's attenuation, with torch's own layers."""
+
+    def network(name: str, inputs: Tensor) -> Tensor:
+        layers = [[learned[f"{name}{layer}.{part}"] for part in ("weight", "bias")] for layer in ("read", "give")]
+        return F.linear(F.relu(F.linear(inputs, *layers[0])), *layers[1])
+
+    means = torch.stack([grad.mean() for grad in grads.values()])
+    means = means.detach() if solver.detach else means
+    if solver.attenuate and step == 0:
+        gate = torch.sigmoid(network("gate ", means))
+        return {name: gate[i] * value for i, (name, value) in enumerate(params.items())}
+    found = network("", torch.cat([torch.stack([value.mean() for value in params.values()]), means]))
+    new = {}
+    for i, (name, value) in enumerate(params.items()):
+        rate, decay = found[i] * learned["rates"][i, step], found[len(params) + i] * learned["decays"][i, step]
+        new[name] = (1 - decay) * value - rate * grads[name]
+    return new
 
 
 def meta_gradient(

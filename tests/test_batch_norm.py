@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import innerloop as il
+from innerloop.batch_norm import TaskBatchNorm
 from innerloop.curvature import curvature
 from problems import model_and_batch, relative_error
 
@@ -86,6 +87,69 @@ def test_each_mode_is_what_its_name_says(mode, record):
     found = {name: p.grad for name, p in learner.model.named_parameters()}
     assert metrics.loss.item() == pytest.approx(loss.item(), rel=1e-10)
     assert relative_error(found, expected) < 1e-8
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 0.3, 0.5]])
+@pytest.mark.parametrize("settings", [{}, {"record": False}, {"adapts": il.Head()}, {"chunk_size": 1}], ids=str)
+def test_every_step_has_its_own_scale_and_shift(settings, weights):
+    """MAML++ by hand: row k normalises the support set in step k and the queries after it, and no row adapts."""
+    model, batch, steps = model_and_batch("conv4")[0], model_and_batch("conv4")[1], 3
+    settings = dict(settings)
+    estimator = il.Unrolled(record=settings.pop("record", None))
+    learner = il.MetaLearner(
+        model, inner=il.SGD(lr=0.1, steps=steps), meta_gradient=estimator, batch_norm="step", **settings
+    )
+    assert not any("norm" in name for name in learner.adapted)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in learner.model.named_parameters():
+            if "norm" in name:
+                assert p.shape == (steps, 3)
+                p += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    metrics = learner.meta_step(batch, weights)
+    found = {name: p.grad for name, p in learner.model.named_parameters()}
+
+    plain = copy.deepcopy(model).train()
+    meta = {name: p.detach().clone().requires_grad_() for name, p in learner.model.named_parameters()}
+
+    def loss(params: dict, step: int, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = {name: value[step] if "norm" in name else value for name, value in {**meta, **params}.items()}
+        return F.cross_entropy(functional_call(plain, rows, (images,)), targets)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for support, labels, query, wanted in zip(*batch.support, *batch.query, strict=True):
+        params = {name: meta[name] for name in learner.adapted}
+        for step in range(steps):
+            grads = torch.autograd.grad(loss(params, step, support, labels), list(params.values()), create_graph=True)
+            params = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
+            if weight := (weights or [0.0, 0.0, 1.0])[step]:
+                total = total + weight * loss(params, step, query, wanted) / len(batch.support[1])
+    expected = dict(zip(meta, torch.autograd.grad(total, list(meta.values())), strict=True))
+    assert metrics.loss.item() == pytest.approx(total.item(), rel=1e-10)
+    assert relative_error(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("inductive", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_what_is_adapted_keeps_the_scales_of_its_last_step(steps, inductive):
+    model, batch = model_and_batch("conv4")
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=3), batch_norm="step")
+    with torch.no_grad():
+        for name, p in learner.model.named_parameters():
+            p += 0.2 * torch.randn_like(p) if "norm" in name else 0
+    adapted = learner.adapt(batch.support[0][0], batch.support[1][0], steps, inductive)
+    expected = learner.evaluate(batch, steps, inductive).outputs[0]
+    torch.testing.assert_close(adapted(batch.query[0][0]), expected)
+    assert not any(isinstance(module, TaskBatchNorm) for module in adapted.modules())
+
+
+@pytest.mark.parametrize("estimator", [il.Implicit(), il.Window(2)])
+def test_what_shares_steps_is_refused_with_scales_of_their_own(estimator):
+    with pytest.raises(ValueError, match="scale and shift of its own"):
+        il.MetaLearner(
+            model_and_batch("conv4")[0], il.Everything(), il.SGD(lr=0.1, steps=3, proximal=1.0), estimator,
+            batch_norm="step",
+        )  # fmt: skip
 
 
 def test_inductive_predictions_do_not_depend_on_the_other_queries():

@@ -5,7 +5,6 @@ from itertools import chain, combinations, pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -13,34 +12,10 @@ import innerloop as il
 from innerloop import Binomial, Mixed
 from innerloop.inner import InnerLoop, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
-from problems import SOLVERS, model_and_batch, relative_error, subset
+from problems import SOLVERS, model_and_batch, network, relative_error, subset
 from reference import rule
 
 Tree = dict[str, Tensor]
-
-
-def network(seed: int | None = None) -> tuple[il.Problem, Tree, il.Task]:
-    """A tanh net to regress with; meta-learned are its start and, inside the inner loss, a weight for each example.
-
-    With a seed, its hidden units are dropped at random in the inner loss.
-    """
-    draw = torch.Generator().manual_seed(5)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float64)
-
-    def residuals(params: Tree, batch: tuple[Tensor, Tensor], drop: bool) -> Tensor:
-        hidden = (batch[0] @ params["in"]).tanh()
-        return ((F.dropout(hidden, 0.3) if drop else hidden) @ params["out"] - batch[1]).square()
-
-    meta = {"in": normal(3, 4), "out": normal(4), "weights": normal(8) / 2}
-    problem = il.Problem(
-        lambda meta: {name: meta[name] for name in ("in", "out")},
-        lambda params, meta, batch: (meta["weights"].exp() * residuals(params, batch, seed is not None)).mean(),
-        lambda params, meta, batch: residuals(params, batch, False).mean(),
-        seed,
-    )
-    return problem, meta, il.Task((normal(8, 3), normal(8)), (normal(8, 3), normal(8)))
 
 
 def quadratic(curvature: Tensor) -> tuple[il.Problem, Tree, il.Task]:

@@ -220,10 +220,11 @@ def test_the_learner_is_left_alone() -> None:
 
 
 def test_names_may_have_arguments() -> None:
-    assert _names("unrolled,mixed:1=0.2,5=0.8,window:2,mode=true_forward, first-order") == [
+    assert _names("unrolled,mixed:1=0.2,5=0.8,window:2,mode=true_forward,t1-t2, first-order") == [
         "unrolled",
         "mixed:1=0.2,5=0.8",
         "window:2,mode=true_forward",
+        "t1-t2",
         "first-order",
     ]
 

@@ -109,7 +109,7 @@ def quartic() -> tuple[il.Problem, dict[str, Tensor], il.Task]:
     problem = il.Problem(
         lambda meta: {"p": meta["start"]}, inner_loss, lambda params, meta, batch: params["p"].cos().sum()
     )
-    meta = {"start": torch.zeros(SIZE).double(), "target": torch.linspace(0.1, 1, SIZE).double()}
+    meta = {"start": torch.full((SIZE,), 0.05).double(), "target": torch.linspace(0.1, 1, SIZE).double()}
     return problem, meta, il.Task(torch.zeros(()), torch.zeros(()))
 
 

@@ -97,6 +97,7 @@ def test_a_killed_run_resumes_bit_for_bit(tasks: Episodes, tmp_path: Path, outer
             scheduler=schedule and schedule(optimizer),
             clip=0.5,
             multi_step_loss=8,
+            first_order=5,
             validate_every=4,
             validation_tasks=6,
             folder=folder,
@@ -284,6 +285,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tasks: Episodes, tmp_path:
 def test_settings_out_of_range(tasks: Episodes, wrong: str) -> None:
     with pytest.raises(ValueError, match=f"{wrong} is 0; it must be above 0"):
         fit(make_learner(), tasks, progress=False, **{"steps": 1, wrong: 0})  # type: ignore[arg-type]
+
+
+def test_derivatives_are_annealed_from_first_to_second_order(tasks: Episodes) -> None:
+    learner = make_learner()
+    learner.meta_gradient = il.Unrolled(record=False)
+    records: list[Record] = []
+    fit(
+        learner,
+        tasks,
+        steps=5,
+        tasks_per_batch=2,
+        first_order=3,
+        validation_tasks=0,
+        progress=False,
+        log=records.append,
+    )
+    assert [each["curvature_products"] for each in records] == [0, 0, 0, learner.inner.steps, learner.inner.steps]
+    assert learner.meta_gradient == il.Unrolled(record=False)
+    itd_bio = il.MetaLearner(learner.model, il.Head(), meta_gradient=il.Unrolled(learn_start=False))
+    with pytest.raises(ValueError, match="leave one out"):
+        fit(itd_bio, tasks, steps=5, first_order=3, progress=False)
 
 
 def test_weights_of_the_multi_step_loss() -> None:

@@ -327,7 +327,7 @@ def test_every_estimator_refuses_or_works_with_every_solver_and_subset():
         ),
         (
             lambda m: il.MetaLearner(m, batch_norm="running"),  # type: ignore[arg-type]
-            "choose 'batch', 'frozen' or 'task'",
+            "choose 'batch', 'frozen', 'step' or 'task'",
         ),
         (lambda m: il.MetaLearner(m, chunk_size=0), "1 or more"),
         (lambda m: il.MetaLearner(nn.Sequential(nn.LazyLinear(3))), "pass one batch of inputs through it"),
@@ -355,4 +355,4 @@ def test_a_single_task_given_as_a_batch_is_told_so():
 
 def test_the_shared_table_covers_every_pairing():
     table = combinations()
-    assert len(table) == len(set(table)) == 486
+    assert len(table) == len(set(table)) == 540

@@ -40,6 +40,17 @@ def test_values_and_two_derivatives_are_torchs(shape: tuple[int, ...], settings:
         assert torch.equal(found, expected)
 
 
+def test_forward_mode_over_the_gradient() -> None:
+    inputs, tangent = images(3, 16, 28, 28).detach(), images(3, 16, 28, 28).detach() + 1
+
+    def tangents(pool: nn.Module) -> tuple[Tensor, ...]:
+        gradient = torch.func.grad(lambda image: pool(image).pow(3).sum())
+        return torch.func.jvp(pool, (inputs,), (tangent,)) + torch.func.jvp(gradient, (inputs,), (tangent,))
+
+    for found, expected in zip(tangents(Pool(2)), tangents(nn.MaxPool2d(2)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_gradients_per_image_under_vmap() -> None:
     inputs = images(3, 1, 16, 30, 30).detach()
 

@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Any
 from innerloop import models, tasks
 from innerloop.adapts import Blocks, Body, Everything, Head, Named
 from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
-from innerloop.inner import SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
+from innerloop.inner import ALFA, SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
 from innerloop.learner import MetaLearner
 from innerloop.linear import CG, Neumann, Nystrom
 from innerloop.meta_gradient import (
+    SAMA,
     Binomial,
+    EvolutionStrategies,
     FirstOrder,
+    ForwardGradient,
     Implicit,
     MemoryReduced,
+    MetaRKHS,
     Mixed,
+    Penalty,
     ReleasedIMAML,
     Reptile,
     Result,
@@ -38,7 +43,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "ALFA",
     "CG",
+    "SAMA",
     "SGD",
     "Adam",
     "AdamW",
@@ -49,12 +56,15 @@ __all__ = [
     "End",
     "Evaluation",
     "Everything",
+    "EvolutionStrategies",
     "FirstOrder",
+    "ForwardGradient",
     "Head",
     "Implicit",
     "LearnedRates",
     "MemoryReduced",
     "MetaLearner",
+    "MetaRKHS",
     "Metrics",
     "Mixed",
     "Momentum",
@@ -62,6 +72,7 @@ __all__ = [
     "Neumann",
     "NewtonCG",
     "Nystrom",
+    "Penalty",
     "Problem",
     "Prototypes",
     "ReleasedIMAML",

@@ -1,4 +1,4 @@
-"""What batch norm means inside a task, in three named modes.
+"""What batch norm means inside a task, in four named modes.
 
 ========  ======================================  ==========================================
 mode      support images are normalised by        query images are normalised by
@@ -6,9 +6,14 @@ mode      support images are normalised by        query images are normalised by
 batch     the support set's statistics            the query set's own (transductive)
 task      the support set's statistics            the support set's (inductive)
 frozen    the model's stored running statistics   the same
+step      as in "batch", with scale and shift of the inner step's own (MAML++, arXiv 1810.09502)
 ========  ======================================  ==========================================
 
 "batch" is the default and what the papers do. Running statistics are never updated in any mode.
+
+In "step" mode scale and shift have a row for each inner step, ``[steps, channels]``: row k is for the support set in
+step k and the queries after it, the last row for all further steps. They are meta-learned and do not adapt. Statistics
+are a step's own because they are those of its batch; none are stored.
 """
 
 from __future__ import annotations
@@ -22,28 +27,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BatchNormMode = Literal["batch", "frozen", "task"]
+BatchNormMode = Literal["batch", "frozen", "step", "task"]
 
 
 class TaskBatchNorm(nn.Module):
     """Batch norm without running statistics, which can take its statistics from the first rows of the batch only.
 
-    It shares the weight and bias of the layer it stands in for.
+    It shares the weight and bias of the layer it stands in for; for so many ``steps`` it has a copy for each.
     """
 
-    def __init__(self, norm: _BatchNorm) -> None:
+    def __init__(self, norm: _BatchNorm, steps: int | None = None) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.affine = norm.weight, norm.bias, norm.eps, norm.affine
         self.kind = type(norm)
+        if steps is not None and self.affine:
+            self.weight, self.bias = (
+                nn.Parameter(each.detach().repeat(steps, 1), each.requires_grad) for each in (norm.weight, norm.bias)
+            )
         self.rows: int | None = None
+        self.step = 0
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``[batch, channels, ...]`` over the batch, or by its first ``rows``."""
         if inputs.dtype in (torch.bfloat16, torch.float16):  # torch's rules for mixed precisions fail under vmap
             return self(inputs.float()).to(inputs.dtype)
+        weight, bias = self.scales(self.step)
         if self.rows is None:
-            return F.batch_norm(inputs, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            return F.batch_norm(inputs, None, None, weight, bias, True, 0.0, self.eps)
         over = [axis for axis in range(inputs.ndim) if axis != 1]
         variance, mean = torch.var_mean(inputs[: self.rows], over, correction=0, keepdim=True)
         if self.seen is not None:
@@ -52,21 +63,29 @@ class TaskBatchNorm(nn.Module):
         if not self.affine:
             return normal
         shape = (1, -1) + (1,) * (inputs.ndim - 2)
-        return normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal * weight.view(shape) + bias.view(shape)
+
+    def scales(self, step: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of an inner step."""
+        if not self.affine or self.weight.ndim == 1:
+            return self.weight, self.bias
+        row = min(step, len(self.weight) - 1)
+        return self.weight[row], self.bias[row]
 
 
-def convert(model: nn.Module, mode: BatchNormMode) -> None:
+def convert(model: nn.Module, mode: BatchNormMode, steps: int) -> None:
     """Prepare a model, in place, for one of the modes.
 
     Args:
         model: a copy that may be changed.
-        mode: one of ``batch``, ``task``, ``frozen``.
+        mode: one of ``batch``, ``task``, ``frozen``, ``step``.
+        steps: inner steps, for ``step``.
 
     Raises:
         ValueError: an unknown mode; ``frozen`` without stored statistics; instance norm that tracks statistics.
     """
     if mode not in get_args(BatchNormMode):
-        raise ValueError(f"batch_norm={mode!r}: choose 'batch', 'frozen' or 'task'")
+        raise ValueError(f"batch_norm={mode!r}: choose 'batch', 'frozen', 'step' or 'task'")
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
@@ -75,7 +94,7 @@ def convert(model: nn.Module, mode: BatchNormMode) -> None:
         if not isinstance(module, _BatchNorm):
             continue
         if mode != "frozen":
-            _replace(model, name, TaskBatchNorm(module))
+            _replace(model, name, TaskBatchNorm(module, steps if mode == "step" else None))
         elif module.running_mean is None:
             raise ValueError(
                 f"batch_norm='frozen' needs stored statistics but {name} keeps none: train it with "
@@ -98,24 +117,25 @@ def freeze(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def statistics_from_first(model: nn.Module, rows: int | None) -> Iterator[None]:
+def statistics_from_first(model: nn.Module, rows: int | None, step: int = 0) -> Iterator[None]:
     """Within this context the converted layers take their statistics from the first ``rows`` of each batch.
 
     Args:
         model: a converted model.
         rows: how many; None means all, as outside the context.
+        step: the inner step whose scale and shift they take, where each has its own.
     """
     layers = [module for module in model.modules() if isinstance(module, TaskBatchNorm)]
     for layer in layers:
-        layer.rows = rows
+        layer.rows, layer.step = rows, step
     try:
         yield
     finally:
         for layer in layers:
-            layer.rows = None
+            layer.rows, layer.step = None, 0
 
 
-def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: int = 0) -> None:
+def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: int = 0, step: int = 0) -> None:
     """Put torch's own batch-norm layers back, in place, so that the model needs nothing of this library.
 
     Args:
@@ -123,6 +143,7 @@ def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: in
         run: passes through the model the inputs whose statistics the layers shall keep and use for everything that
             follows; None leaves the layers without stored statistics, so that each batch is normalised by its own.
         rows: how many inputs those are.
+        step: the inner step whose scale and shift they keep, where each has its own.
     """
     layers = {
         name: module
@@ -132,10 +153,10 @@ def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: in
     if run is not None and layers:
         for layer in layers.values():
             layer.seen = (torch.zeros(()), torch.zeros(()))  # anything but None asks the layer to record
-        with torch.no_grad(), statistics_from_first(model, rows):
+        with torch.no_grad(), statistics_from_first(model, rows, step):
             run()
     for name, layer in layers.items():
-        norm = _torch_layer(layer)
+        norm = _torch_layer(layer, step)
         if layer.seen is not None:
             norm.track_running_stats = True
             norm.register_buffer("running_mean", layer.seen[0].clone())
@@ -145,12 +166,16 @@ def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: in
         _replace(model, name, norm)
 
 
-def _torch_layer(layer: TaskBatchNorm) -> _BatchNorm:
+def _torch_layer(layer: TaskBatchNorm, step: int) -> _BatchNorm:
     kind = nn.BatchNorm2d if issubclass(layer.kind, nn.SyncBatchNorm) else layer.kind
-    channels = 1 if layer.weight is None else len(layer.weight)
-    norm = kind(channels, eps=layer.eps, affine=layer.weight is not None, track_running_stats=False)
-    if layer.weight is not None:
-        norm.weight, norm.bias = layer.weight, layer.bias
+    weight, bias = layer.scales(step)
+    channels = 1 if weight is None else len(weight)
+    norm = kind(channels, eps=layer.eps, affine=weight is not None, track_running_stats=False)
+    if weight is not None:
+        norm.weight, norm.bias = (
+            each if isinstance(each, nn.Parameter) else nn.Parameter(each, requires_grad=False)
+            for each in (weight, bias)
+        )
     return norm
 
 

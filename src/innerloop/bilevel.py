@@ -215,6 +215,7 @@ class Bilevel(nn.Module):
                 "leave moves out, or use one pattern, such as Blocks('00011')"
             )
         self.inner: InnerSolver = replace(inner, moves=moves) if moves else inner
+        self.timeless = self.inner.timeless
         if self.adapted:
             self.inner.check_names(self.adapted)
         if carry != "none" and whole and not self.inner.proximal:
@@ -235,6 +236,11 @@ class Bilevel(nn.Module):
             raise ValueError(
                 f"compile={compile!r} and products={products!r} do not go together: leave one out; what is compiled is "
                 "plain autograd's"
+            )
+        if compile and self.meta_gradient.draws:
+            raise ValueError(
+                f"compile={compile!r} and {self.meta_gradient!r} do not go together: every meta-step would draw the "
+                "same; leave compile out"
             )
         self.compiler = Compiler(*([compile] if isinstance(compile, str) else [])) if compile else None
         self.way: Way | None = None
@@ -703,7 +709,7 @@ class Bilevel(nn.Module):
             self.inner.update,
             self.meta_gradient.estimate,
         )  # bound methods, which are equal where the objects are one
-        facts = (*key, *choices, alone, 0 if self.inner.timeless else step, self.way and self.way.keep_graphs)
+        facts = (*key, *choices, alone, 0 if self.timeless else step, self.way and self.way.keep_graphs)
         return self.compiler(computed, arguments, facts, self)
 
     def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:

@@ -16,15 +16,20 @@ from typing import Any
 import torch
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
-from innerloop.inner import SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
-from innerloop.linear import CG
+from innerloop.inner import ALFA, SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
+from innerloop.linear import CG, Neumann
 from innerloop.meta_gradient import (
+    SAMA,
     Binomial,
+    EvolutionStrategies,
     FirstOrder,
+    ForwardGradient,
     Implicit,
     MemoryReduced,
     MetaGradient,
+    MetaRKHS,
     Mixed,
+    Penalty,
     ReleasedIMAML,
     Reptile,
     Supervised,
@@ -73,6 +78,21 @@ def memory_reduced(iterations: int = 20) -> Implicit:
     return MemoryReduced(CG(iterations))
 
 
+def t1_t2(step: float = 1.0) -> Implicit:
+    """T1-T2 (Luketina et al., arXiv 1511.06727): ``Implicit`` with ``step`` times the identity for the inverse."""
+    return Implicit(Neumann(1, step))
+
+
+def darts(epsilon: float = 0.01) -> SAMA:
+    """``SAMA`` around the parameters before the last step."""
+    return SAMA(epsilon, "step")
+
+
+def pes(pairs: int = 8, sigma: float = 0.01, most: int = 1000) -> EvolutionStrategies:
+    """``EvolutionStrategies`` whose particles persist."""
+    return EvolutionStrategies(pairs, sigma, True, most)
+
+
 def mixed(*unweighted: str, **weights: str) -> Mixed:
     """``Mixed``, typed as ``mixed:1=0.2,5=0.8``: horizons and their weights."""
     try:
@@ -92,6 +112,7 @@ INNER: Table = {
     "adam": adam,
     "adamw": adamw,
     "learned-rates": learned_rates,
+    "alfa": ALFA,
     "newton-cg": NewtonCG,
 }
 META_GRADIENT: Table = {
@@ -106,6 +127,14 @@ META_GRADIENT: Table = {
     "released-imaml": released_imaml,
     "memory-reduced": memory_reduced,
     "supervised": Supervised,
+    "penalty": Penalty,
+    "sama": SAMA,
+    "darts": darts,
+    "t1-t2": t1_t2,
+    "meta-rkhs": MetaRKHS,
+    "forward-gradient": ForwardGradient,
+    "evolution-strategies": EvolutionStrategies,
+    "pes": pes,
 }
 
 # What the first edition took, and where that is said now.

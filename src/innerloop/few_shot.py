@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from innerloop.adapts import Adapts
-from innerloop.batch_norm import BatchNormMode, statistics_from_first
+from innerloop.batch_norm import BatchNormMode, affine_names, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
 from innerloop.curvature import pullback, random_states, replayed
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
@@ -69,6 +69,8 @@ class FewShot:
         self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         selected = set(adapts.select(model))
+        if batch_norm == "step":  # a step's own scale and shift are not what steps move
+            selected -= affine_names(model)
         self.adapted = tuple(name for name in trainable if name in selected)
         if not self.adapted:
             raise ValueError(f"{adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
@@ -86,7 +88,7 @@ class FewShot:
         self.suffix: Chain | None = None
         self.blocks: list[Chain] = []
         self._lowest = 0
-        self._split(reuse_prefix)
+        self._split(reuse_prefix and batch_norm != "step")
         begin = self._from_support if start else self._from_meta
         self.problem = Problem(begin, self._inner_loss, self._outer_loss)
         if self.blocks:
@@ -226,9 +228,11 @@ class FewShot:
     def _from_support(self, meta: Tree, support: Batch, ways: int = 0) -> Tree:
         assert self.start is not None
         assert self.layer is not None
+        if isinstance(support, Steps) and self.batch_norm == "step":
+            support = support.row(0, 0)
         if isinstance(support, Steps):
             raise ValueError(f"{type(self.start).__name__}() needs one support set, not a batch for every step (Steps)")
-        inputs, targets = support
+        inputs, targets, _ = _parts(support)
         caught: list[Tensor] = []
         layer = self.model.get_submodule(self.layer)
         hook = layer.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
@@ -255,18 +259,18 @@ class FewShot:
 
     def _stages(self, part: str, meta: Tree, batch: Batch, rows: int | None = None) -> list[Stage]:
         """The inner loss (of SUPPORT) or the outer (of QUERY) as a chain."""
-        inputs, targets = batch
+        inputs, targets, step = _parts(batch)
         features = _features_in(meta, part)
         stages = [Stage(features, lambda params, meta, value: self._given(meta, inputs, part))]
         for block in self.blocks[self._lowest if features else 0 :]:
-            stages.append(Stage(block.names, partial(self._through, block, rows)))
+            stages.append(Stage(block.names, partial(self._through, block, rows, step)))
         own = [name for name in meta if name.startswith(f"{LOSS} ")]
         if part == SUPPORT:
             return [*stages, Stage(own, lambda params, meta, value: self._judged(meta, value, targets))]
         return [*stages, Stage(own, lambda params, meta, value: self._with_outputs(meta, value, targets, rows))]
 
-    def _through(self, block: Chain, rows: int | None, params: Tree, meta: Tree, value: Any) -> Any:
-        with statistics_from_first(self.model, rows):
+    def _through(self, block: Chain, rows: int | None, step: int, params: Tree, meta: Tree, value: Any) -> Any:
+        with statistics_from_first(self.model, rows, step):
             return block({**meta, **params, **self._buffers()}, value)
 
     def _judged(self, meta: Tree, outputs: Any, targets: Any) -> Tensor:
@@ -279,12 +283,14 @@ class FewShot:
         return value
 
     def _inner_loss(self, params: Tree, meta: Tree, batch: Batch) -> Tensor:
-        inputs, targets = batch
-        return self._judged(meta, self._forward(params, meta, inputs, SUPPORT), targets)
+        inputs, targets, step = _parts(batch)
+        with statistics_from_first(self.model, None, step) if step else contextlib.nullcontext():
+            outputs = self._forward(params, meta, inputs, SUPPORT)
+        return self._judged(meta, outputs, targets)
 
     def _outer_loss(self, params: Tree, meta: Tree, batch: Batch, rows: int | None = None) -> tuple[Tensor, Any]:
-        inputs, targets = batch
-        with statistics_from_first(self.model, rows):
+        inputs, targets, step = _parts(batch)
+        with statistics_from_first(self.model, rows, step):
             outputs = self._forward(params, meta, inputs, QUERY)
         return self._with_outputs(meta, outputs, targets, rows)
 
@@ -326,6 +332,8 @@ class FewShot:
             problem = replace(problem, start=partial(self._from_support, ways=ways))
         streams = [isinstance(part, Steps) for part in task]
         rows = None
+        if any(streams) and self.batch_norm == "step":
+            raise ValueError("batch_norm='step' with a batch for every step (Steps): use batch_norm='batch' with those")
         if not transductive:
             if any(streams):
                 raise ValueError(
@@ -341,6 +349,8 @@ class FewShot:
         mode = self._mode
         unknown = any(stream and callable(part.rows) for stream, part in zip(streams, task, strict=True))
         if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(mode, True):
+            if self.batch_norm == "step":
+                task = Task(*(Steps(lambda step, part=part: (*part, step)) for part in task))
             return Stated(problem, meta, task, None)
         prefix, suffix = self.prefix, self.suffix
 
@@ -391,6 +401,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _features_in(meta: Tree, part: str) -> list[str]:
     """The names of the features of a part among the meta-parameters, in order."""
     return list(takewhile(meta.__contains__, (f"{part} {number}" for number in range(len(meta)))))
+
+
+def _parts(batch: Batch) -> tuple[Any, Any, int]:
+    """Inputs, targets and the inner step, which only scales and shifts of a step's own are told."""
+    inputs, targets, *step = batch
+    return inputs, targets, step[0] if step else 0
 
 
 def _numbered(stream: Steps) -> Steps:

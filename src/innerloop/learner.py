@@ -19,7 +19,7 @@ from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
 from innerloop.few_shot import FewShot, Stated, refuse_misread, squared_error
-from innerloop.inner import InnerSolver, bind
+from innerloop.inner import SGD, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
 from innerloop.start import Start
@@ -49,8 +49,9 @@ class MetaLearner(Bilevel):
         meta_gradient: how the outer gradient is found: ``Truncated(2)``, ``"truncated:2"``.
         loss: ``loss(output, target) -> scalar``, for the inner and the outer loop; it sees what the model gives. The
             parameters of a module are meta-parameters.
-        batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics) or ``"frozen"``
-            (the model's stored statistics). See ``innerloop.batch_norm``.
+        batch_norm: ``"batch"``, ``"task"`` (queries are normalised by the support set's statistics), ``"frozen"`` (the
+            model's stored statistics) or ``"step"`` (scale and shift of each inner step's own, MAML++). See
+            ``innerloop.batch_norm``.
         start: None begins at the model itself; ``Prototypes()`` and ``Ridge()`` with a head made of the support set.
         carry: where a task begins: ``"none"``: at the start; ``"slot"`` or ``"task"``: where the same place of the last
             batch, or the same task, was left. See `Bilevel`.
@@ -98,7 +99,8 @@ class MetaLearner(Bilevel):
         self.batch_norm = batch_norm
         self.model = copy.deepcopy(model)
         self.loss: Any = squared_error if loss is F.mse_loss else copy.deepcopy(loss)
-        convert(self.model, batch_norm)
+        inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
+        convert(self.model, batch_norm, inner.steps)
         pooling.convert(self.model)
         freeze(self.model)
         begin: Start | None = choice(start, "start") if start is not None else None
@@ -111,6 +113,11 @@ class MetaLearner(Bilevel):
                 f"{type(self.inner).__name__}(steps=0) adapts nothing: give 1 inner step or more, or a start that "
                 "makes the head, such as start=Prototypes()"
             )
+        if batch_norm == "step":
+            self.timeless = False
+            if self.inner.minibatch is not None:
+                raise ValueError("batch_norm='step' with minibatch=: leave one out, or use batch_norm='batch'")
+            self.accepts(self.meta_gradient)
 
     @property
     def adapted(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -151,7 +158,10 @@ class MetaLearner(Bilevel):
             pooling.to_torch(adapted)
             support = self._single(inputs, targets).support[0]
             keep = inductive or self.batch_norm == "task"
-            to_torch(adapted, (lambda: call(adapted, {}, support)) if keep else None, len(tree_leaves(support)[0]))
+            last = max(self._steps(steps), 1) - 1
+            to_torch(
+                adapted, (lambda: call(adapted, {}, support)) if keep else None, len(tree_leaves(support)[0]), last
+            )
         return adapted
 
     def adapted_parameters(self, inputs: Any, targets: Any, steps: int | None = None) -> Tree:
@@ -193,6 +203,15 @@ class MetaLearner(Bilevel):
         return f"adapts={self.adapts!r}: {names} ({mine:,} of {every:,} numbers), {super().extra_repr()}, " + (
             f"batch_norm={self.batch_norm!r}"
         )
+
+    def accepts(self, estimator: MetaGradient) -> None:
+        """Raise ValueError where an estimator does not go with this learner, with what to use instead."""
+        super().accepts(estimator)
+        if self.batch_norm == "step" and estimator.stepless:
+            raise ValueError(
+                f"{type(estimator).__name__} {estimator.stepless}, so it cannot follow batch_norm='step', in which "
+                "every step has a scale and shift of its own: use batch_norm='batch', or Unrolled()"
+            )
 
     def meta_tree(self) -> Tree:
         """The meta-parameters by name, detached: the model's own names, and ``loss ...`` for those of the loss."""

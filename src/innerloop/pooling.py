@@ -63,6 +63,7 @@ class _Maximum(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_forward(output[1])
         ctx.sizes = inputs[1:]
 
     @staticmethod
@@ -71,6 +72,11 @@ class _Maximum(torch.autograd.Function):
         flat = [each.reshape(-1, *each.shape[-3:]) for each in (grad, images, places)]
         spread = torch.ops.aten.max_pool2d_with_indices_backward(*flat[:2], *ctx.sizes, flat[2])
         return spread.view_as(images), *[None] * len(ctx.sizes)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Any:
+        (places,) = ctx.saved_tensors
+        return tangent.flatten(-2).gather(-1, places.flatten(-2)).view_as(places), None
 
     @staticmethod
     def vmap(info: Any, dims: Any, images: Tensor, *sizes: Any) -> Any:

@@ -135,13 +135,14 @@ class End(NamedTuple):
         params: the parameters, a tree.
         state: what the inner solver carries from step to step.
         step: inner steps taken so far, those of earlier calls included.
-        solution: of the linear system, for estimators that solve one; empty otherwise.
+        solution: what the estimator carries from call to call, a tree: the solution of its linear system, or its
+            particles; empty for most.
     """
 
     params: Tree
     state: Any
     step: int
-    solution: Tree = {}  # noqa: RUF012  # never changed
+    solution: dict[str, Any] = {}  # noqa: RUF012  # never changed
 
 
 @dataclass

@@ -31,6 +31,13 @@ class Named(Adapts):
         """As it would be typed."""
         return f"Named({', '.join(map(repr, self.globs))})"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the globs are the same."""
+        return isinstance(other, Named) and self.globs == other.globs
+
+    def __hash__(self) -> int:
+        return hash(self.globs)
+
     def select(self, model: nn.Module) -> list[str]:
         """The names that match.
 

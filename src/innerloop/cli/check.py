@@ -119,7 +119,7 @@ def _with_memory(checks: dict[str, Check], settings: Settings, split: str) -> di
 
 def _names(text: str | None) -> list[str]:
     """The estimators of a list such as ``window:5,mixed:1=0.2,5=0.8``: numbers and name=value are arguments."""
-    return [] if text is None else re.split(r",\s*(?=[A-Za-z][A-Za-z-]*(?:[:,]|$))", text.strip())
+    return [] if text is None else re.split(r",\s*(?=[A-Za-z][A-Za-z0-9-]*(?:[:,]|$))", text.strip())
 
 
 def _title(point: str, found: Check, settings: Settings, split: str) -> str:

@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
                 scheduler=scheduler,
                 clip=settings.clip,
                 multi_step_loss=settings.multi_step_steps,
+                first_order=settings.first_order_steps,
                 validate_every=settings.validate_every,
                 validation_tasks=settings.validation_tasks,
                 patience=settings.patience,

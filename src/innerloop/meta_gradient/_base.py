@@ -98,6 +98,11 @@ class MetaGradient:
     learn_start: bool = True
     """Whether the start of the inner loop is learned; if not, nothing reaches meta through it."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers of its own in Python, which a compiled meta-step would repeat."""
+        return False
+
     def check(self, solver: InnerSolver, *, learns: bool = False, whole: bool | None = None) -> None:
         """Refuse what this estimator does not go with.
 

@@ -21,10 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import Trail, add, conclude, judge, outer_weights, pull, scale
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
-from innerloop.problem import Batch
+from innerloop.problem import Batch, Tree
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Binomial(MetaGradient):
     With plain gradient descent, a convex inner loss and ``lr * |H| <= 1`` the error is at most
     ``C(steps, order + 1) * (lr * |H|) ** (order + 1)`` times the outer gradient. Where ``lr * |H|`` is far above 1, a
     low order can be worse than ``FirstOrder``; damping helps there, and hurts where it is below.
+
+    ``reach`` in the diagnostics is the largest ``|lr * H w| / |w|`` over the products taken, which bounds ``lr * |H|``
+    from below; above 1, `innerloop.fit` warns.
 
     It takes ``order * (steps - order + 1)`` curvature products, for orders above 0 never fewer than ``Unrolled``; those
     at one step, up to ``order``, share one gradient.
@@ -85,13 +91,16 @@ class Binomial(MetaGradient):
         loss, last, extra = judge(loop, query, loop.steps[-1], end.params, weights[-1])
         # Ascending in order. The last one stands for all higher orders until there are steps enough to tell them apart;
         # the first goes once the steps that remain cannot raise it to ``order`` any more.
-        vectors = [last]
+        vectors, reach = [last], [torch.zeros_like(loss)]
         for step, place in trail.back():
             pulled = [pull(loop, range(step, step + 1), place, vector) for vector in vectors]
             if loop.steps.stop - step <= order:
                 pulled.append(pulled[-1])
             product = loop.products(step, place.params)
             products = [product(grad) for _, grad in pulled[:-1]]
+            reach += [
+                _norm(made) / _norm(vector.params) for (vector, _), (made, _) in zip(pulled, products, strict=False)
+            ]
             vectors = [pulled[0][0]] if step - first >= order else []
             for (vector, _), (in_params, in_meta) in zip(pulled[1:], products, strict=True):
                 vectors.append(
@@ -104,4 +113,9 @@ class Binomial(MetaGradient):
                 early, more, _ = judge(loop, query, step - 1, place.params, weight)
                 loss, vectors = loss + early, [add(vector, more) for vector in vectors]
         count = order * (steps - order + 1)
-        return conclude(loop, vectors[-1], loss, end, extra, support_loss, count)
+        result = conclude(loop, vectors[-1], loss, end, extra, support_loss, count)
+        return result._replace(diagnostics=result.diagnostics | {"reach": torch.stack(reach).max()})
+
+
+def _norm(tree: Tree) -> Tensor:
+    return torch.stack([value.square().sum() for value in tree.values()]).sum().sqrt()

@@ -10,7 +10,7 @@ which is back-propagation through the unrolled loop, written with one curvature 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -89,6 +89,22 @@ class Unrolled(MetaGradient):
 
 def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None, learn_start: bool) -> Result:
     """Back-propagation through the recorded loop, as one would write it on a blackboard."""
+    unrolled = unroll(replace(loop, record=True), query, step_weights, learn_start)
+    loss, pull, (support_loss, params, state, extra) = pullback(unrolled, loop.meta, loop.learned, aux=True)
+    grad, learned_grad = pull(torch.ones_like(loss))
+    diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
+    extra = None if isinstance(extra, tuple) and not extra else extra
+    return Result(grad, learned_grad, loss, extra, diagnostics, End(params, state, loop.steps.stop))
+
+
+def unroll(
+    loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None, learn_start: bool = True
+) -> Callable[[Tree, Tree], tuple[Tensor, Any]]:
+    """The outer loss as a function of meta and of what the solver learns, a run of the inner loop.
+
+    Beside it the function returns the inner losses, the parameters and state at the end, and what the outer loss
+    returned beside its value, ``()`` if nothing. Arguments as in ``MetaGradient.estimate``.
+    """
     weights, first = outer_weights(loop, query, step_weights), loop.steps.start
 
     def unrolled(meta: Tree, learned: Tree) -> tuple[Tensor, Any]:
@@ -96,7 +112,7 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
         if learn_start and (loop.solver.proximal or not loop.resumed):
             start = started(loop.problem, meta, loop.support)
             at = at if loop.resumed else at._replace(params=start)
-        recording = replace(loop, meta=meta, learned=learned, start=start, begin=at, record=True)
+        running = replace(loop, meta=meta, learned=learned, start=start, begin=at)
         support_loss: list[Tensor] = []
         judged: list[Tensor] = []
 
@@ -113,13 +129,9 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
             if step > first:
                 judge(step - 1, params)
 
-        end = recording.run(loop.solver.steps, visit)
+        end = running.run(loop.solver.steps, visit)
         extra = judge(loop.steps[-1], end.params)
         total = torch.stack(judged).sum() if judged else torch.zeros(())
         return total, (torch.stack(support_loss), end.params, end.state, () if extra is None else extra)
 
-    loss, pull, (support_loss, params, state, extra) = pullback(unrolled, loop.meta, loop.learned, aux=True)
-    grad, learned_grad = pull(torch.ones_like(loss))
-    diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
-    extra = None if isinstance(extra, tuple) and not extra else extra
-    return Result(grad, learned_grad, loss, extra, diagnostics, End(params, state, loop.steps.stop))
+    return unrolled

@@ -1,7 +1,8 @@
 """The networks of the few-shot papers: ``nn.Sequential`` models whose children, in order, are their blocks."""
 
 from innerloop.models._conv4 import Conv4
+from innerloop.models._film import FiLM
 from innerloop.models._mlp import MLP
 from innerloop.models._resnet12 import ResNet12
 
-__all__ = ["MLP", "Conv4", "ResNet12"]
+__all__ = ["MLP", "Conv4", "FiLM", "ResNet12"]

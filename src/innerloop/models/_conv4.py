@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from innerloop.models._film import FiLM
 from innerloop.models._stack import Stack
 
 BLOCKS = 4
@@ -42,6 +43,8 @@ class Conv4(Stack):
         size: side of the square images. By default 28 for one channel and 32 for more.
         spatial_mean: average the last block's map over its positions instead of flattening it: ``filters`` features for
             images of any size.
+        context: numbers in the context vector of a `FiLM` layer behind the third block's batch norm (CAVIA); None for
+            none.
 
     Raises:
         ValueError: if ``downsample`` is neither of the two or the images are too small for four max-pools; and from the
@@ -67,6 +70,7 @@ class Conv4(Stack):
         downsample: Literal["pool", "stride"] = "pool",
         size: int | None = None,
         spatial_mean: bool = False,
+        context: int | None = None,
     ) -> None:
         if downsample not in ("pool", "stride"):
             raise ValueError(f"downsample is {downsample!r}: choose 'pool' or 'stride'")
@@ -78,7 +82,9 @@ class Conv4(Stack):
             raise ValueError(f"four max-pools need images of 16x16 or more, not {size}x{size}: use downsample='stride'")
 
         blocks = {
-            f"block{n}": conv_block(in_channels if n == 1 else filters, filters, downsample)
+            f"block{n}": conv_block(
+                in_channels if n == 1 else filters, filters, downsample, context if n == 3 else None
+            )
             for n in range(1, BLOCKS + 1)
         }
         width = filters if spatial_mean else filters * side**2
@@ -91,11 +97,14 @@ class Conv4(Stack):
                 nn.init.xavier_uniform_(parameter)
 
 
-def conv_block(in_channels: int, filters: int, downsample: Literal["pool", "stride"]) -> nn.Sequential:
+def conv_block(
+    in_channels: int, filters: int, downsample: Literal["pool", "stride"], context: int | None
+) -> nn.Sequential:
     """Build one block: ``[examples, in_channels, s, s]`` to ``[examples, filters, s/2, s/2]``."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv=nn.Conv2d(in_channels, filters, kernel_size=3, stride=2 if downsample == "stride" else 1, padding=1),
         norm=nn.BatchNorm2d(filters),
+        **({} if context is None else {"film": FiLM(context, filters)}),
         relu=nn.ReLU(),
     )
     if downsample == "pool":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from innerloop.models._film import FiLM
 from innerloop.models._stack import Stack
 
 
@@ -18,9 +19,11 @@ class MLP(Stack):
     Args:
         sizes: inputs, widths of the hidden layers, outputs.
         activation: makes the module after every layer but the head, without arguments.
+        context: numbers in the context vector of a `FiLM` layer, ``film``, behind the first layer; None for none. It is
+            a block of its own.
 
     Raises:
-        ValueError: if ``sizes`` does not name at least inputs and outputs.
+        ValueError: if ``sizes`` does not name at least inputs and outputs, and with ``context`` a hidden layer.
 
     Source:
         Finn et al. 2017, arXiv 1703.03400, section 5.1.
@@ -32,12 +35,16 @@ class MLP(Stack):
 
     head: nn.Linear
 
-    def __init__(self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> None:
-        if len(sizes) < 2:
+    def __init__(
+        self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, context: int | None = None
+    ) -> None:
+        if len(sizes) < 2 + (context is not None):
             raise ValueError(f"sizes is {list(sizes)}: give inputs, hidden widths and outputs, such as [1, 40, 40, 1]")
         *hidden, outputs = sizes
         children: dict[str, nn.Module] = {}
         for n in range(1, len(hidden)):
             children[f"layer{n}"] = nn.Linear(hidden[n - 1], hidden[n])
+            if n == 1 and context is not None:
+                children["film"] = FiLM(context, hidden[1])
             children[f"activation{n}"] = activation()
         super().__init__(**children, head=nn.Linear(hidden[-1], outputs))

@@ -54,7 +54,7 @@ STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % qua
 # What a method chooses; the comparison holds all else equal.
 CHOSEN = (
     "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
-    "carry", "multi_step_loss", "optimizer", "outer_lr", "batch_norm",
+    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "batch_norm", "context",
 )  # fmt: skip
 
 # What the comparison sets itself, from its own numbers.

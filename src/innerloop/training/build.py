@@ -75,7 +75,7 @@ def build_model(settings: Settings, shape: tuple[int, ...], outputs: int) -> nn.
     Raises:
         ValueError: an unknown model, or options that it does not take.
     """
-    options = {"filters": settings.filters, "downsample": settings.downsample, "spatial_mean": settings.spatial_mean}
+    options = {name: getattr(settings, name) for name in ("filters", "downsample", "spatial_mean", "context")}
     model: nn.Module = make("model", MODEL, settings.model, shape, outputs, **options)
     return model
 

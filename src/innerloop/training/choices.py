@@ -58,9 +58,9 @@ def resnet12(shape: tuple[int, ...], outputs: int, filters: int = 64) -> nn.Modu
     return ResNet12(channels, outputs, widths=[round(times * filters) for times in (1, 2.5, 5, 10)])
 
 
-def mlp(shape: tuple[int, ...], outputs: int, filters: int = 40) -> nn.Module:
+def mlp(shape: tuple[int, ...], outputs: int, filters: int = 40, context: int | None = None) -> nn.Module:
     """``MLP`` with two hidden layers of ``filters`` units; images are flattened."""
-    network = MLP([math.prod(shape), filters, filters, outputs])
+    network = MLP([math.prod(shape), filters, filters, outputs], context=context)
     if len(shape) == 1:
         return network
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **dict(network.named_children())))

@@ -228,7 +228,9 @@ def assess(
 ) -> Assessment:
     """Evaluate a learner under both protocols beside the baselines; arguments as in `evaluate`."""
     # Only batch norm that takes statistics from the queries lets one query see another.
-    mixes = learner.batch_norm == "batch" and any(isinstance(module, TaskBatchNorm) for module in learner.modules())
+    mixes = learner.batch_norm in ("batch", "step") and any(
+        isinstance(module, TaskBatchNorm) for module in learner.modules()
+    )
     transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
     inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
     if tasks.ways is None:

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from innerloop.bilevel import Bilevel
 from innerloop.compiled import proposal
 from innerloop.errors import Diverged
+from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
 from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights, take_weights
@@ -61,6 +62,7 @@ def fit(
     scheduler: LRScheduler | None = None,
     clip: float | None = None,
     multi_step_loss: int | None = None,
+    first_order: int | None = None,
     validate_every: int = 500,
     validation_tasks: int = 200,
     patience: int | None = None,
@@ -92,6 +94,8 @@ def fit(
         scheduler: any schedule of torch over it, advanced once a step (``ReduceLROnPlateau``: once a validation).
         clip: largest norm of the whole meta-gradient; longer ones are shortened.
         multi_step_loss: anneal `multi_step_weights` over so many outer steps; None trains on the last inner step alone.
+        first_order: outer steps that take the meta-gradient of `FirstOrder` before those of the learner's own, MAML++'s
+            annealing of derivatives (arXiv 1810.09502); None takes the learner's own from the first on.
         validate_every: outer steps between validations, each followed by a checkpoint. The last step has one too.
         validation_tasks: tasks in a validation, always the same ones; 0 for none.
         patience: stop after so many validations in a row without a better one.
@@ -121,12 +125,12 @@ def fit(
     """
     _check_positive(
         steps=steps, tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, patience=patience,
-        validate_every=validate_every, minutes=minutes,
+        first_order=first_order, validate_every=validate_every, minutes=minutes,
     )  # fmt: skip
     processes.check_batch(tasks_per_batch)
     optimizer = optimizer or torch.optim.Adam(learner.parameters(), lr=1e-3)
-    own = {id(parameter) for parameter in learner.parameters()}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+    mine = {id(parameter) for parameter in learner.parameters()}
+    if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would "
             "change nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
@@ -136,6 +140,12 @@ def fit(
             "carry='task' resumes tasks that come again, and those of a training stream never do: choose 'slot' or "
             "'none', or call meta_step with task_ids in a training loop of your own"
         )
+    if first_order:
+        learner.accepts(FirstOrder())
+        if not learner.meta_gradient.learn_start:
+            raise ValueError(
+                "first_order learns the start of the inner loop, and learn_start=False does not: leave one out"
+            )
     run = _Run(learner, optimizer, scheduler, None if folder is None else Path(folder))
     if run.folder and resume:
         run.restore()
@@ -158,6 +168,8 @@ def fit(
     late, warned = at.seconds >= limit, False
     taken: list[float] = []
     with ExitStack() as stack, _deferred_interrupts() as interrupted:
+        own = learner.meta_gradient
+        stack.callback(setattr, learner, "meta_gradient", own)
         logs: list[Log] = [log] if log else []
         if processes.rank() == 0 and run.folder:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +185,7 @@ def fit(
 
         while at.step < steps and not late and (patience is None or at.stale < patience):
             torch.manual_seed(int(np.random.SeedSequence((seed, at.step, processes.rank())).generate_state(1)[0]))
+            learner.meta_gradient = FirstOrder() if at.step < (first_order or 0) else own
             batch = draw(tasks, learner, "train", at.step * tasks_per_batch + processes.rank() * share, share)
             weights = multi_step_weights(learner.inner.steps, at.step, multi_step_loss) if multi_step_loss else None
             # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
@@ -185,6 +198,14 @@ def fit(
             if not warned and record.get("negative_curvature"):
                 warned = True
                 _warn_of_curvature(learner, at.step, record["negative_curvature"])
+            if not warned and record.get("reach", 0) > 1:
+                warned = True
+                warnings.warn(
+                    f"outer step {at.step}: lr * |H| of the inner problem is {record['reach']:.3g} or more, and above "
+                    f"1 a low order of {type(learner.meta_gradient).__name__} can be worse than first order; lower the "
+                    "inner rate, or use Unrolled(), which takes no more curvature products. The log has it as reach",
+                    stacklevel=2,
+                )
             stop, late = (flag > 0 for flag in flags)
             tell("train", record)
             due = at.step % validate_every == 0 or at.step == steps or late

@@ -128,6 +128,7 @@ class Settings:
     filters: int | None = option(None, "channels of the model's blocks (mlp: hidden units)", at_least=1)
     downsample: str | None = option(None, "conv4: how a block halves the image", names=("pool", "stride"))
     spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening")
+    context: int | None = option(None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1)
 
     adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS)
     inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
@@ -145,7 +146,12 @@ class Settings:
     multi_step_loss: float | None = option(
         None, "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all", above=0
     )
-    batch_norm: str = option("batch", "statistics of batch norm", names=("batch", "task", "frozen"))
+    first_order: float | None = option(
+        None, "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all", above=0
+    )
+    batch_norm: str = option(
+        "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
+    )
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER)
     outer_lr: float = option(3e-3, "outer rate", above=0)
@@ -197,7 +203,14 @@ class Settings:
     @property
     def multi_step_steps(self) -> int | None:
         """The outer steps over which the multi-step loss is annealed."""
-        share = self.multi_step_loss
+        return self._outer_steps(self.multi_step_loss)
+
+    @property
+    def first_order_steps(self) -> int | None:
+        """The outer steps whose meta-gradient is first-order."""
+        return self._outer_steps(self.first_order)
+
+    def _outer_steps(self, share: float | None) -> int | None:
         return None if share is None else math.ceil(share * self.steps if share < 1 else share)
 
     def save(self, path: Path) -> None:
