@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from innerloop import models, tasks
-from innerloop.adapts import Blocks, Body, Everything, Head, Named
+from innerloop.adapts import Blocks, Body, Everything, Head, LoRA, Named
 from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
 from innerloop.few_shot import Prototypes
 from innerloop.inner import SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
@@ -52,6 +52,7 @@ __all__ = [
     "Head",
     "Implicit",
     "LearnedRates",
+    "LoRA",
     "MemoryReduced",
     "MetaLearner",
     "Metrics",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,26 @@ def draw(tasks: Source, learner: Bilevel, split: str, start: int, count: int) ->
             "of as many tasks as asked for, or ask for one at a time (tasks_per_batch=1)"
         )
     return batch
+
+
+def shape_of(tasks: Source) -> dict[str, Any]:
+    """``input_shape``, ``output_size`` and ``ways`` (None for regression) of a source's tasks.
+
+    A source that does not say is asked for one task: classes are targets that are whole numbers.
+    """
+    names = "input_shape", "output_size", "ways"
+    if all(hasattr(tasks, name) for name in names):
+        return {name: getattr(tasks, name) for name in names}
+    found = tasks.batch("validation", 0, 1)
+    stacked = isinstance(found, Task)
+    support = found.support if isinstance(found, Task) else found[0].support
+    try:
+        inputs, targets = (pytree.tree_leaves(part)[0] for part in support)
+        example, target = (part[0, 0] if stacked else part[0] for part in (inputs, targets))
+    except (IndexError, TypeError, ValueError):  # no few-shot task
+        return dict.fromkeys(names)
+    classes = None if targets.is_floating_point() else int(targets.max()) + 1
+    return dict(zip(names, (tuple(example.shape), classes or target.numel(), classes), strict=True))
 
 
 class Estimate(NamedTuple):

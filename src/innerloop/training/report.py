@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
 from innerloop.training.checkpoints import save_weights
+from innerloop.training.code import short
 from innerloop.training.evaluation import Assessment, Estimate
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
@@ -129,7 +131,14 @@ def write_report(
 
 def task_words(settings: Settings) -> str:
     """What the tasks are, such as "glyphs, 5-way 1-shot"."""
-    return f"{settings.dataset}, {f'{settings.ways}-way ' if settings.ways else ''}{settings.shots}-shot"
+    sizes = f"{f'{settings.ways}-way ' if settings.ways else ''}{f'{settings.shots}-shot' if settings.shots else ''}"
+    return ", ".join(filter(None, (short(settings.dataset), sizes.strip())))
+
+
+def slug(settings: Settings) -> str:
+    """The same for names of files."""
+    sizes = (f"{settings.ways}way", f"{settings.shots}shot") if settings.shots else ()
+    return "-".join([re.sub(r"[^\w.]+", "-", short(settings.dataset)), *sizes])
 
 
 def summary(assessment: Assessment) -> dict[str, Any]:
