@@ -20,6 +20,7 @@ from innerloop.tasks import TaskSource
 from innerloop.training import processes
 from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, choose_device
 from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.code import short
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import LAST, fit, multi_step_weights
 from innerloop.training.methods import METHODS, method_settings
@@ -75,7 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
             new_run(folder, settings)
     if writes:
         size = sum(parameter.numel() for parameter in learner.parameters())
-        print(f"{task_words(settings)}: {settings.model} with {size:,} meta-parameters on {device}, into {folder}")
+        print(
+            f"{task_words(settings)}: {short(settings.model)} with {size:,} meta-parameters on {device}, into {folder}"
+        )
 
     try:
         with arithmetic(settings):

@@ -28,7 +28,7 @@ def arrays(
     *,
     names: Sequence[str] | None = None,
     split: str | PathLike[str] | Sequence[float] | None = None,
-    group: Sequence[Any] | None = None,
+    group: Sequence[Any] | Tensor | None = None,
     augment: str | None = None,
     name: str = "arrays",
 ) -> Episodes:

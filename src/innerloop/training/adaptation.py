@@ -109,7 +109,7 @@ def load_adapted(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     settings = Settings(**notes["settings"])
     if is_code(settings.model):
-        check_known(folder, "model", settings.model)
+        check_known(folder, {"model": settings.model})
     model = build_model(settings, tuple(notes["input_shape"]), len(notes["classes"]))
     model = model.model if isinstance(model, MetaLearner) else model
     for name, module in model.named_modules():

@@ -67,6 +67,11 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     model = build_model(settings, shape, outputs)
     if isinstance(model, MetaLearner):
+        if settings.adapts != PYTHON:
+            raise ValueError(
+                f"model {short(settings.model)} gives a whole learner where a model is asked for: let it return the "
+                "nn.Module; to train a learner, call il.fit in Python"
+            )
         return model.to(choose_device(settings), dtype)
     if settings.adapts == PYTHON:
         raise ValueError(

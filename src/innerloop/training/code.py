@@ -57,17 +57,23 @@ def remember(*texts: str) -> None:
             partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
 
-def check_known(folder: Path, what: str, text: str) -> None:
+def check_known(folder: Path, named: Mapping[str, str]) -> None:
     """Refuse code that a run folder names and the user has not typed, or that has changed since.
+
+    Args:
+        folder: of the run.
+        named: its code, by the option that names it.
 
     Raises:
         ValueError: so; the message gives what to type.
     """
     known = _known()
-    if text not in known or known[text] != _checksum(text):
-        why = "has changed since it was last typed" if text in known else "was never typed to a command of yours"
+    strange = {what: text for what, text in named.items() if known.get(text) != _checksum(text)}
+    if strange:
+        options = " ".join(f"--{what} {text}" for what, text in strange.items())
         raise ValueError(
-            f"{folder} names code as its {what}, {text}, which {why}: look at it, then add --{what} {text}"
+            f"{folder} names code that you have not typed yet, or that has changed since: look at it, then add "
+            f"{options}"
         )
 
 

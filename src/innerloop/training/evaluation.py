@@ -221,7 +221,7 @@ def assess(
     transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
     inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
     baseline = None
-    if tasks.ways is not None:
+    if tasks.ways is not None and isinstance(tasks.batch(split, 0, 1).query[0], Tensor):
         parts = [tasks.batch(split, start, min(32, count - start)) for start in range(0, count, 32)]
         baseline = Estimate.of(torch.cat([nearest_neighbour(part) for part in parts]))
     return Assessment(transductive, inductive, baseline)

@@ -63,6 +63,7 @@ def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool =
     settings = replace(Settings.load(folder / SETTINGS), **given or {})
     kind = "the whole il.MetaLearner" if settings.adapts == PYTHON else "the nn.Module"
     gives = {"model": f"a function that returns {kind}", "dataset": "a data set, or a function that returns a source"}
+    code: dict[str, str] = {}
     for name in ("model", "dataset") if tasks else ("model",):
         text = getattr(settings, name)
         if text == PYTHON:
@@ -70,8 +71,11 @@ def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool =
                 f"{folder} was made in Python, and its {name} has no text: add --{name} path/to/file.py:name, "
                 f"{gives[name]}"
             )
-        if is_code(text):
-            remember(text) if name in (given or {}) else check_known(folder, name, text)
+        if is_code(text) and name in (given or {}):
+            remember(text)
+        elif is_code(text):
+            code[name] = text
+    check_known(folder, code)
     return settings
 
 
