@@ -81,7 +81,7 @@ def near(learner: il.MetaLearner, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-11)
 
 
-CHOICES = {
+CHOICES: dict[str, dict[str, il.adapts.Adapts]] = {
     "head": {"text": il.Head(), "images": il.Head()},
     "everything": {"text": il.Everything(), "images": il.Everything()},
     "lora": {"text": il.LoRA(2, "*.query", "classifier"), "images": il.LoRA(2, "vit.layers.1.*", "classifier")},

@@ -17,6 +17,7 @@ from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
 from innerloop.training.code import is_code
+from innerloop.training.confusion import confusion
 from innerloop.training.evaluation import assess, evaluate
 from innerloop.training.report import describe, plot_adaptation, slug, summary
 from innerloop.training.runs import load_learner, read_run, save_results
@@ -69,11 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     with arithmetic(settings):
         assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True)
     name = f"evaluate-{slug(settings)}-{arguments.split}"
+    mistaken = confusion(tasks, arguments.split, assessment.inductive.answers)
     results = {
         "run": str(arguments.run),
         "settings": given,
         "head": trained["head"],
         arguments.split: summary(assessment),
+        "confusion": mistaken._asdict() if mistaken else None,
     }
     save_results(arguments.run / f"{name}.json", results)
     plot_adaptation(arguments.run / f"{name}.png", assessment, tasks.ways)

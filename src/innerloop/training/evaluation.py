@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.batch_norm import TaskBatchNorm
 from innerloop.bilevel import Bilevel
+from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource, nearest_neighbour
@@ -89,7 +90,8 @@ class Scores(NamedTuple):
     """What `evaluate` measures; accuracies are None for regression, curves where none was asked.
 
     Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
-    ``[tasks]``, by which two learners are compared task by task.
+    ``[tasks]``, by which two learners are compared task by task; ``answers`` the label and the guess of every query,
+    ``[tasks, queries, 2]``.
     """
 
     tasks: int
@@ -100,6 +102,7 @@ class Scores(NamedTuple):
     loss_curve: list[Estimate] | None
     accuracy_curve: list[Estimate] | None
     accuracies: Tensor | None
+    answers: Tensor | None = None
 
     @property
     def protocol(self) -> str:
@@ -149,9 +152,15 @@ def evaluate(
         batch = draw(tasks, learner, split, start, min(size, count - start))
         with evaluation_mode(learner):
             found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
-        results.append(
-            (start, {key: value.cpu() for key, value in found.items() if value is not None and key != "outputs"})
-        )
+        outputs = scores(found.pop("outputs"))
+        if (
+            found["accuracy"] is not None
+            and isinstance(batch, Task)
+            and isinstance(outputs, Tensor)
+            and outputs.ndim == 3
+        ):
+            found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
+        results.append((start, {key: value.cpu() for key, value in found.items() if value is not None}))
     parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
 
     def values(key: str) -> Tensor | None:
@@ -172,6 +181,7 @@ def evaluate(
         loss_curve=estimates("loss_curve"),
         accuracy_curve=estimates("accuracy_curve"),
         accuracies=accuracies,
+        answers=values("answers"),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from innerloop import pooling
 from innerloop.batch_norm import convert
 from innerloop.choices import make, text
 from innerloop.few_shot import cross_entropy, squared_error
@@ -65,6 +66,7 @@ def _model(learner: MetaLearner, shape: dict[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError):
             continue
         convert(other, learner.batch_norm)
+        pooling.convert(other)
         if repr(other) == repr(learner.model):
             return {"model": name, **options}
     return {"model": PYTHON}
