@@ -54,7 +54,7 @@ def test_the_way_from_train_to_patterns_to_adapt_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INNERLOOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("innerloop.studies.patterns.WARM_UP", 0)
-    for number in range(20):
+    for number in range(18):
         for image in range(3):
             split = "train/" if number < 9 else "validation/" if number < 12 else "test/" if number < 15 else ""
             folder = tmp_path / ("flowers" if split else "new_flowers") / f"{split}kind{number}"

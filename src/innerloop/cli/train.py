@@ -76,8 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
             new_run(folder, settings)
     if writes:
         size = sum(parameter.numel() for parameter in learner.parameters())
+        shape = " x ".join(map(str, tasks.input_shape))
         print(
-            f"{task_words(settings)}: {short(settings.model)} with {size:,} meta-parameters on {device}, into {folder}"
+            f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
+            f"{device}, into {folder}"
         )
 
     try:
