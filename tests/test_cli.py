@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from innerloop.cli import main
 from innerloop.training.adaptation import load_adapted, predict, read_images
+from innerloop.training.build import build_tasks
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.fit import _Run
 from innerloop.training.logs import read_records
@@ -83,10 +84,16 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> st
     return error
 
 
+def names_of_test_tasks(run: Path) -> list[list[str]]:
+    names = build_tasks(read_run(run), ["test"]).class_names("test", 0, 20)
+    assert names is not None
+    return names
+
+
 def test_train_leaves_a_run_folder(place: Path) -> None:
     run = place / "run"
     found = {file.name for file in run.iterdir() if not file.name.startswith(("evaluate", "adapted"))}
-    pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png"}
+    pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png", "confusion.png"}
     files = {"settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "results.json", "report.md"}
     assert found == files | pictures | {"tensorboard", "test.safetensors"}
     for picture in pictures:
@@ -97,6 +104,11 @@ def test_train_leaves_a_run_folder(place: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["training"]["step"] == 60
     assert results["test"]["inductive"]["tasks"] == 20
+    confusion = results["confusion"]
+    assert confusion["classes"] == sorted({name for task in names_of_test_tasks(run) for name in task})
+    counts = np.array(confusion["counts"])
+    assert counts.sum() == 20 * 3 * 4
+    assert np.trace(counts) / counts.sum() == pytest.approx(results["test"]["inductive"]["accuracy"][0])
     each = load_file(run / "test.safetensors")["inductive"]
     assert len(each) == 20
     assert each.double().mean().item() == results["test"]["inductive"]["accuracy"][0]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_rotated_classes_are_drawn_in_training_only() -> None:
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(arguments: dict[str, int], message: str) -> None:
+def test_what_cannot_be_drawn_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Episodes(labelled(), **arguments)
 
@@ -230,7 +231,10 @@ def test_batches_that_do_not_exist_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(4, 1, 2, 2)}, r"wrong: images must be uint8 .* not torch.float32 \[4, 1, 2, 2\]"),
+        (
+            {"images": torch.zeros(4, 2, 2, dtype=torch.uint8)},
+            r"wrong: images must be uint8 .* not torch.uint8 \[4, 2, 2\]",
+        ),
         ({"counts": (2, 3)}, "2 class names, 2 counts that add up to 5, and 4 images"),
         ({"splits": {"train": (0, 1), "test": (1,)}}, "splits must be disjoint"),
         ({"splits": {"train": (0, 2)}}, r"beyond 0\.\.1"),

@@ -67,7 +67,7 @@ def test_reads_whatever_pillow_reads(birds: Path) -> None:
 
 
 def test_grey(birds: Path) -> None:
-    assert il.tasks.folder(birds, ways=2, queries=3, channels=1).input_shape == (1, 84, 84)
+    assert il.tasks.folder(birds, ways=2, queries=3, size=84, channels=1).input_shape == (1, 84, 84)
 
 
 def test_an_archive_reads_as_its_folder(birds: Path, tmp_path: Path) -> None:

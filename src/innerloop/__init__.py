@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from innerloop import models, tasks
-from innerloop.adapts import Blocks, Body, Everything, Head, Named
+from innerloop.adapts import Blocks, Body, Everything, Head, LoRA, Named
 from innerloop.bilevel import Bilevel, Evaluation, Metrics, hypergradient
 from innerloop.inner import ALFA, SGD, Adam, AdamW, LearnedRates, Momentum, NewtonCG
 from innerloop.learner import MetaLearner
@@ -62,6 +62,7 @@ __all__ = [
     "Head",
     "Implicit",
     "LearnedRates",
+    "LoRA",
     "MemoryReduced",
     "MetaLearner",
     "MetaRKHS",

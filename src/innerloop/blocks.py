@@ -152,19 +152,34 @@ def twin(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def recomputation() -> Iterator[list[str]]:
-    """Collects something where a model checkpoints itself within the block (``use_reentrant=False``)."""
+    """Collects something where a model checkpoints itself within the block (``use_reentrant=False``).
+
+    Raises:
+        ValueError: within the block, it does so in the reentrant way.
+    """
     seen: list[str] = []
     original = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    reentrant = torch.utils.checkpoint.CheckpointFunction
 
     def noted(*args: Any, **keywords: Any) -> Any:
         seen.append("checkpoint")
         return original(*args, **keywords)
 
+    class Refused:
+        @staticmethod
+        def apply(*args: Any) -> None:
+            raise ValueError(
+                "the model checkpoints itself in the reentrant way, whose gradients no function can take: use "
+                "use_reentrant=False (of transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
+
     torch.utils.checkpoint._checkpoint_without_reentrant_generator = noted
+    torch.utils.checkpoint.CheckpointFunction = Refused  # type: ignore[assignment, misc]
     try:
         yield seen
     finally:
         torch.utils.checkpoint._checkpoint_without_reentrant_generator = original
+        torch.utils.checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
 def _takes(module: nn.Module, keywords: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
+from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, LoRA, Named
 from innerloop.inner import ALFA, SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
 from innerloop.linear import CG, Neumann
 from innerloop.meta_gradient import (
@@ -42,10 +42,13 @@ from innerloop.start import Prototypes, Ridge, Start
 Table = Mapping[str, Callable[..., Any]]
 
 
-def blocks(pattern: str, batch_norm: bool = True) -> Blocks:
-    """``Blocks``, so that a table can be typed, ``blocks:11111/00011``: a row for each inner step."""
+def blocks(pattern: str, batch_norm: bool = True, parts: str = "") -> Blocks:
+    """``Blocks``, so that a table can be typed, ``blocks:11111/00011``: a row for each inner step.
+
+    So can be the names of parts, ``blocks:001,parts=stem/body/head``.
+    """
     rows = pattern.split("/")
-    return Blocks(rows if len(rows) > 1 else pattern, batch_norm)
+    return Blocks(rows if len(rows) > 1 else pattern, batch_norm, tuple(parts.split("/")) if parts else ())
 
 
 def learned_rates(per: str = "parameter", **options: Any) -> LearnedRates:
@@ -105,7 +108,7 @@ def mixed(*unweighted: str, **weights: str) -> Mixed:
     return Mixed(tuple(shares), tuple(shares.values()))
 
 
-ADAPTS: Table = {"everything": Everything, "head": Head, "body": Body, "blocks": blocks, "named": Named}
+ADAPTS: Table = {"everything": Everything, "head": Head, "body": Body, "blocks": blocks, "named": Named, "lora": LoRA}
 INNER: Table = {
     "sgd": SGD,
     "momentum": Momentum,
@@ -197,6 +200,9 @@ def text(value: Any) -> str:
     """The string that chooses an object of a choice, without what the command sets by options of its own."""
     if isinstance(value, Named):
         return f"named:{','.join(value.globs)}"
+    if isinstance(value, LoRA):
+        scale = [f"scale={value.scale}"] if value.scale != 1 else []
+        return f"lora:{','.join([str(value.rank), *value.layers, *scale])}"
     if isinstance(value, Mixed):
         return "mixed:" + ",".join(f"{n}={weight}" for n, weight in zip(value.horizons, value.weights, strict=True))
     reduced = isinstance(value, Implicit) and not value.learn_start
@@ -218,6 +224,8 @@ def text(value: Any) -> str:
             typed += [f"beta{n}={beta}" for n, (beta, default) in pairs if beta != default]
         elif field.name == "pattern":
             typed.append(held if isinstance(held, str) else "/".join(held))
+        elif field.name == "parts":
+            typed += [f"parts={'/'.join(held)}"] if held else []
         elif field.default is MISSING or field.name == "per":
             typed.append(str(held))
         elif held != field.default:

@@ -17,6 +17,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -123,7 +124,7 @@ class FewShot:
         """Which modules are in training."""
         return tuple(module.training for module in self.model.modules())
 
-    def look(self, inputs: Any) -> None:
+    def look(self, inputs: Any) -> Any:
         """Run the model on real inputs, once a training mode, and see what it is.
 
         Args:
@@ -131,17 +132,20 @@ class FewShot:
 
         Raises:
             ValueError: the choice of what adapts turns out wrong.
+
+        Returns:
+            What the model gives; None where it was looked at before.
         """
         mode = self._mode
         if mode in self._seen:
-            return
+            return None
         before = dict(self.model.named_buffers())
         buffers = {name: buffer.clone() for name, buffer in before.items()}
         versions = {name: buffer._version for name, buffer in buffers.items()}
         passed = dict(buffers)
         with torch.no_grad(), replayed(0, 0, inputs):
             with _order_of_use(self.model) as order, recomputation() as again:
-                call(self.model, passed, inputs)
+                outputs = call(self.model, passed, inputs)
             self._recomputes = self._recomputes or bool(again)
             for chain in (*self.blocks, self.prefix, self.suffix):
                 if chain is not None:
@@ -161,6 +165,7 @@ class FewShot:
             if self.blocks:
                 self._compare(inputs)
             self._seen[mode] = self.prefix is None or _draws(partial(self.prefix, self._buffers(), inputs), inputs)
+        return outputs
 
     def _compare(self, inputs: Any) -> None:
         """Do without a chain that does not give what the model gives, or whose blocks cannot be run one by one.
@@ -465,6 +470,16 @@ def refuse_misread(model: nn.Module, loss: Any) -> None:
                     f"{name} has {type(hook).__name__} as a hook, whose result no copy can hold: use "
                     "torch.nn.utils.parametrizations.spectral_norm or weight_norm"
                 )
+
+
+def scores(output: Any) -> Any:
+    """What a model gives; of an output with an attribute ``logits``, as of Hugging Face's models, those."""
+    return getattr(output, "logits", output)
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """``F.cross_entropy`` of an output's scores."""
+    return F.cross_entropy(scores(output), target)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from innerloop.blocks import call, twin
 from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
 from innerloop.engine import Products
-from innerloop.few_shot import FewShot, Stated, refuse_misread, squared_error
+from innerloop.few_shot import FewShot, Stated, cross_entropy, refuse_misread, scores, squared_error
 from innerloop.inner import SGD, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
@@ -98,8 +98,11 @@ class MetaLearner(Bilevel):
         self.adapts: Adapts = choice(adapts, "adapts") if adapts is not None else Everything()
         self.batch_norm = batch_norm
         self.model = copy.deepcopy(model)
-        self.loss: Any = squared_error if loss is F.mse_loss else copy.deepcopy(loss)
+        self.loss: Any = (
+            squared_error if loss is F.mse_loss else cross_entropy if loss is F.cross_entropy else copy.deepcopy(loss)
+        )
         inner = choice(inner, "inner") if inner is not None else SGD(lr=0.1, steps=5)
+        self.adapts.prepare(self.model)
         convert(self.model, batch_norm, inner.steps)
         pooling.convert(self.model)
         freeze(self.model)
@@ -152,6 +155,7 @@ class MetaLearner(Bilevel):
             own |= {id(self.model.get_parameter(name)): shared(value) for name, value in changed.items()}
             own |= {id(buffer): buffer for buffer in self.model.buffers()}
             adapted = twin(self.model, own).eval()
+            self.adapts.finish(adapted)
             if self.few_shot.layer is not None:
                 layer = adapted.get_submodule(self.few_shot.layer)
                 layer.out_features = len(layer.weight)  # type: ignore[assignment, arg-type]
@@ -250,15 +254,14 @@ class MetaLearner(Bilevel):
         query = task.query
         if isinstance(query, Steps) and not callable(query.rows):
             query = query.row(place, place)
-        scores = getattr(outputs, "logits", outputs)
+        found = scores(outputs)
         targets = None if isinstance(query, Steps) else query[1]
-        if not isinstance(scores, Tensor) or not isinstance(targets, Tensor):
+        if not isinstance(found, Tensor) or not isinstance(targets, Tensor):
             return []
-        if targets.is_floating_point() or scores.ndim != targets.ndim + 1:
+        if targets.is_floating_point() or found.ndim != targets.ndim + 1:
             return []
         # torch's cross-entropy has the classes in the second dimension, behind the examples
-        crossed = self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
-        guess = scores.argmax(1 if crossed and scores.ndim > 1 else -1)
+        guess = found.argmax(1 if self._crossed and found.ndim > 1 else -1)
         return [(guess == targets).float().mean()] if guess.shape == targets.shape else []
 
     def _checked(self, batch: Any) -> tuple[Task | list[Task], int]:
@@ -295,7 +298,19 @@ class MetaLearner(Bilevel):
         first = tasks[0] if isinstance(tasks, list) else tree_map(lambda value: value[0], tasks)
         support = first.support.row(0, 0) if isinstance(first.support, Steps) else first.support
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
-            self.few_shot.look(support[0])
+            found, targets = scores(self.few_shot.look(support[0])), support[1]
+        if not self._crossed or self.few_shot.start or not isinstance(found, Tensor) or not isinstance(targets, Tensor):
+            return
+        if found.ndim == targets.ndim + 1 and not targets.is_floating_point() and int(targets.max()) >= found.shape[1]:
+            raise ValueError(
+                f"{self._what()} gives {found.shape[1]} scores an example, and a task has {int(targets.max()) + 1} "
+                "classes: give its last layer one output a class"
+            )
+
+    @property
+    def _crossed(self) -> bool:
+        """Whether the loss is torch's cross-entropy."""
+        return self.loss is cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)
 
     def _single(self, inputs: Any, targets: Any) -> Task:
         """One task for adaptation, which has no queries; see FewShot.state."""

@@ -4,6 +4,7 @@ from innerloop.adapts._base import Adapts
 from innerloop.adapts._blocks import Blocks
 from innerloop.adapts._everything import Everything
 from innerloop.adapts._head import Body, Head, head_of
+from innerloop.adapts._lora import LoRA
 from innerloop.adapts._named import Named
 
-__all__ = ["Adapts", "Blocks", "Body", "Everything", "Head", "Named", "head_of"]
+__all__ = ["Adapts", "Blocks", "Body", "Everything", "Head", "LoRA", "Named", "head_of"]

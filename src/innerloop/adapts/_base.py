@@ -10,6 +10,16 @@ from torch import nn
 class Adapts:
     """Which parameters move in the inner loop; subclass it and write ``select``."""
 
+    def prepare(self, model: nn.Module) -> None:
+        """Change the learner's own copy of the model before all else: parameters that it adds may then be selected.
+
+        Raises:
+            ValueError: the choice does not fit the model.
+        """
+
+    def finish(self, model: nn.Module) -> None:
+        """Take back what ``prepare`` changed, in a model that was adapted and is handed out."""
+
     def select(self, model: nn.Module) -> list[str]:
         """Names, as in ``model.named_parameters()``, of the parameters that move.
 

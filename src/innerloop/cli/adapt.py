@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern", metavar="FILE", type=Path,
         help="a pattern.json of innerloop patterns: move its blocks alone, in its number of steps",
     )  # fmt: skip
-    add_settings(parser, ("test_steps", "device", "threads"), run=True)
+    add_settings(parser, ("model", "test_steps", "device", "threads"), run=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -58,11 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         check_name("format", arguments.format, ("csv", "json"))
         check_name("invert", arguments.invert, ("auto", "yes", "no"))
-        settings, blocks = read_run(arguments.run), None
+        given, blocks = given_settings(arguments), None
         if arguments.pattern is not None:
             blocks, steps = read_choice(arguments.pattern)
-            settings = replace(settings, test_steps=steps)
-        settings = replace(settings, **given_settings(arguments))
+            given = {"test_steps": steps} | given
+        settings = read_run(arguments.run, given, tasks=False)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         support = class_folders(arguments.support)
@@ -92,12 +91,13 @@ def run(arguments: argparse.Namespace) -> None:
         files = [file for each in support.values() for file in each]
         inputs = read_images(files, trained["input_shape"], invert)
         queries = read_images([file for file, _ in query], trained["input_shape"], invert)
+        targets = torch.tensor([label for label, each in enumerate(support.values()) for _ in each])
+        with arithmetic(settings):
+            model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
         out = arguments.out or arguments.run / "adapted"
         out.mkdir(parents=True, exist_ok=True)
 
-    targets = torch.tensor([label for label, each in enumerate(support.values()) for _ in each])
     with arithmetic(settings):
-        model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
         probabilities = predict(model, queries, together=arguments.transductive)
     protocol = "transductive" if arguments.transductive else "inductive"
     notes = {

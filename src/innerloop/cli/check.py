@@ -27,7 +27,7 @@ from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import Settings, read_config
 
-FIELDS = ("data", "inner_lr", "inner_steps", "precision", "seed", "device", "threads")
+FIELDS = ("model", "dataset", "data", "inner_lr", "inner_steps", "precision", "seed", "device", "threads")
 
 USAGE = "RUN_OR_SETTINGS [options]"
 
@@ -56,11 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.what.exists():
             raise UsageError(f"{arguments.what} does not exist; give a run folder or a settings file")
         trained = arguments.what.is_dir()
-        settings = read_run(arguments.what) if trained else Settings(**read_config(arguments.what))
         given = given_settings(arguments)
-        if trained and "inner_lr" in given and given.get("inner", settings.inner).startswith("learned-rates"):
+        if trained:
+            settings = read_run(arguments.what, given)
+        else:
+            settings = replace(Settings(**read_config(arguments.what)), **given)
+        if trained and "inner_lr" in given and settings.inner.startswith("learned-rates"):
             raise UsageError("--inner-lr changes nothing in a run that has learned its rates; leave it out")
-        settings = replace(settings, **given)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         if not settings.inner_steps:

@@ -68,4 +68,4 @@ def _contents(tasks: TaskSource) -> str:
     if not isinstance(tasks, Episodes):
         return f"regression tasks, inputs of {shape}"
     splits = ", ".join(f"{len(classes)} {split}" for split, classes in tasks.image_set.splits.items())
-    return f"{len(tasks.image_set.images)} images of {shape}; classes: {splits}"
+    return f"{sum(tasks.image_set.counts)} images of {shape}; classes: {splits}"

@@ -16,11 +16,15 @@ from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
-from innerloop.training.evaluation import assess
-from innerloop.training.report import describe, plot_adaptation, summary
+from innerloop.training.code import is_code
+from innerloop.training.confusion import confusion
+from innerloop.training.evaluation import assess, evaluate
+from innerloop.training.report import describe, plot_adaptation, slug, summary
 from innerloop.training.runs import load_learner, read_run, save_results
+from innerloop.training.settings import SETTINGS, read_config
 
 FIELDS = (
+    "model",
     "dataset",
     *SOURCE_OPTIONS,
     "ways",
@@ -48,10 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate and write the results."""
     with usage_errors():
         check_name("split", arguments.split, ("train", "validation", "test"))
-        settings, given = read_run(arguments.run), given_settings(arguments)
-        if given.get("dataset", settings.dataset) != settings.dataset:
-            given = dict.fromkeys(SOURCE_OPTIONS) | given
-        settings = replace(settings, **given)
+        given = given_settings(arguments)
+        settings = read_run(arguments.run, given)
+        if settings.dataset != read_config(arguments.run / SETTINGS)["dataset"]:
+            sizes = ("ways", "shots", "queries") if is_code(settings.dataset) else ()
+            settings = replace(settings, **dict.fromkeys((*SOURCE_OPTIONS, *sizes)) | given)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         tasks = build_tasks(settings, [arguments.split])
@@ -61,14 +66,17 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{arguments.run} was trained on inputs of shape {trained['input_shape']}, but {settings.dataset} has "
                 f"{list(tasks.input_shape)}; choose a data set of the same shape and kind"
             )
+        evaluate(learner, tasks, arguments.split, 1)  # a model that does not fit the tasks is refused here
     with arithmetic(settings):
         assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True)
-    name = f"evaluate-{settings.dataset}-{settings.ways}way-{settings.shots}shot-{arguments.split}"
+    name = f"evaluate-{slug(settings)}-{arguments.split}"
+    mistaken = confusion(tasks, arguments.split, assessment.inductive.answers)
     results = {
         "run": str(arguments.run),
         "settings": given,
         "head": trained["head"],
         arguments.split: summary(assessment),
+        "confusion": mistaken._asdict() if mistaken else None,
     }
     save_results(arguments.run / f"{name}.json", results)
     plot_adaptation(arguments.run / f"{name}.png", assessment, tasks.ways)

@@ -7,15 +7,16 @@ full adaptation is confirmed on test tasks and written to pattern.json in the ru
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
-from innerloop.studies.patterns import CHOICE, PAGE, confirmation, save_study, study
+from innerloop.errors import UsageError
+from innerloop.studies.patterns import CHOICE, PAGE, confirmation, movable_blocks, save_study, study
 from innerloop.training.build import arithmetic, build_tasks
 from innerloop.training.runs import load_learner, read_run
+from innerloop.training.settings import SETTINGS
 
 USAGE = "RUN [options]"
 
@@ -45,18 +46,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch norm's scale and shift move with their block (true, false) [true]",
     )  # fmt: skip
     parser.add_argument("--inductive", action="store_true", help="predict each query without seeing the others")
-    add_settings(parser, ("data", "device", "threads", "chunk_size"), run=True)
+    parser.add_argument(
+        "--parts", metavar="NAME,...", default="",
+        help="the model's blocks in forward order, where it does not declare them: names of sub-modules",
+    )  # fmt: skip
+    add_settings(parser, ("model", "dataset", "data", "device", "threads", "chunk_size"), run=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, choose, confirm and write."""
     with usage_errors():
-        settings = replace(read_run(arguments.run), **given_settings(arguments))
+        settings = read_run(arguments.run, given_settings(arguments))
         numbers = whole_numbers("--steps", arguments.numbers)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         tasks = build_tasks(settings, ("validation", "test"))
         learner, _ = load_learner(arguments.run, settings, tasks.output_size)
+        parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
+        parts = parts or list(getattr(learner.adapts, "parts", ()))
+        batch_norm = arguments.batch_norm_affine == "true"
+        try:
+            movable_blocks(learner, batch_norm, parts)
+        except ValueError as error:
+            if not learner.rates:
+                raise
+            again = f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --out NEW"
+            raise UsageError(f"{error}; write {again}") from error
         with arithmetic(settings):
             sections = study(
                 learner,
@@ -67,7 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
                 count=arguments.count,
                 repetitions=arguments.repetitions,
                 inductive=arguments.inductive,
-                batch_norm=arguments.batch_norm_affine == "true",
+                batch_norm=batch_norm,
+                parts=parts,
                 progress=lambda line: print(line, flush=True),
             )
     notes = {
@@ -77,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         "tasks": arguments.count,
         "repetitions": arguments.repetitions,
         "predictions": "inductive" if arguments.inductive else "transductive",
-        "batch_norm_affine": arguments.batch_norm_affine == "true",
+        "batch_norm_affine": batch_norm,
+        "parts": parts,
         "device": str(next(learner.parameters()).device),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,

@@ -20,12 +20,13 @@ from innerloop.tasks import TaskSource
 from innerloop.training import processes
 from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, choose_device
 from innerloop.training.checkpoints import load_checkpoint, take_weights
+from innerloop.training.code import short
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import BEST, LAST, fit, multi_step_weights
 from innerloop.training.methods import METHODS, method_settings
-from innerloop.training.report import describe, task_words, write_report
-from innerloop.training.runs import SETTINGS, new_run, read_run
-from innerloop.training.settings import Settings, flag, read_config
+from innerloop.training.report import describe, slug, task_words, write_report
+from innerloop.training.runs import new_run, read_run
+from innerloop.training.settings import SETTINGS, Settings, flag, read_config
 
 # What may be given anew when a run is continued: nothing that would have changed the steps already taken.
 FREE = ("steps", "minutes", "patience", "test_tasks", "device", "threads", "chunk_size", "compile")
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         with processes.rank_0_first():
             tasks = build_tasks(settings)
         processes.check_batch(settings.tasks_per_batch)  # before there is a folder
+        if settings.dataset == "folder":
+            settings = replace(settings, size=tasks.input_shape[-1])  # also where it was left to the images
         trained_on = settings.method()[2].trains_on(tasks)
         learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
         optimizer, scheduler = build_optimizer(settings, learner)
@@ -69,14 +72,20 @@ def run(arguments: argparse.Namespace) -> None:
         folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
         writes = processes.rank() == 0
         if begun:
-            load_checkpoint(folder / LAST)  # a damaged one is refused here
+            kinds = load_checkpoint(folder / LAST)["kinds"]  # a damaged one is refused here
+            if kinds != {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}:
+                raise UsageError(f"{folder} was trained in Python: go on there, with il.fit(..., resume=True)")
         if writes and arguments.resume:
             settings.save(folder / SETTINGS)
         elif writes:
             new_run(folder, settings)
     if writes:
         size = sum(parameter.numel() for parameter in learner.parameters())
-        print(f"{task_words(settings)}: {settings.model} with {size:,} meta-parameters on {device}, into {folder}")
+        shape = " x ".join(map(str, tasks.input_shape))
+        print(
+            f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
+            f"{device}, into {folder}"
+        )
         if fresh is not None:
             print(f"weights of {settings.start_from}" + (f"; left fresh: {fresh}" if fresh else ""))
 
@@ -132,11 +141,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         raise UsageError("--resume takes its settings from the run folder; leave --out, --config and --method out")
     for name in given.keys() - set(FREE):
         raise UsageError(f"--{flag(name)} cannot change when a run is continued, only {', '.join(map(flag, FREE))} can")
-    return replace(read_run(arguments.resume), **given)
+    return read_run(arguments.resume, given)
 
 
 def _default_folder(settings: Settings) -> Path:
     method = settings.meta_gradient.replace(":", "-")
-    return Path(
-        "runs", f"{settings.dataset}-{settings.ways}way-{settings.shots}shot-{method}-{datetime.now():%Y%m%d-%H%M%S}"
-    )
+    return Path("runs", f"{slug(settings)}-{method}-{datetime.now():%Y%m%d-%H%M%S}")

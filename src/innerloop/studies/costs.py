@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
@@ -22,7 +23,7 @@ from innerloop.problem import Task
 from innerloop.studies.comparison import Timing
 from innerloop.studies.measure import peak_memory, quiet_environment, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
-from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.fit import multi_step_weights
 from innerloop.training.settings import Settings
 
@@ -72,10 +73,10 @@ def save_tasks(path: Path, settings: Settings, split: str = "train", others: Seq
         OSError: as `build_tasks`.
     """
     tasks = build_tasks(settings, [split, *others])
-    (x, y), (a, b) = tasks.batch(split, 0, settings.tasks_per_batch)
+    batch = tasks.batch(split, 0, settings.tasks_per_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = {"input_shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
-    save_weights(path, {"support": x, "support_targets": y, "query": a, "query_targets": b}, shape)
+    save_checkpoint(path, {"task": batch._asdict(), "shape": shape})
 
 
 def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
@@ -124,11 +125,11 @@ def measure_here(asked: str) -> None:
     settings = Settings(**what["settings"])
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    tensors, shape = load_weights(Path(what["tasks"]))
+    stored = load_checkpoint(Path(what["tasks"]))
+    shape = stored["shape"]
     learner = _learner(settings, shape)
     place = next(learner.parameters())
-    task = Task((tensors["support"], tensors["support_targets"]), (tensors["query"], tensors["query_targets"]))
-    batch = task.to(place.device, place.dtype)
+    batch = Task(**stored["task"]).to(place.device, place.dtype)
     with arithmetic(settings):
         found = _measure(
             learner, batch, _learner(replace(settings, inner_steps=1), shape), settings, what["everything"]
@@ -144,7 +145,7 @@ def _measure(
     learner: MetaLearner, batch: Task, short: MetaLearner, settings: Settings, everything: bool
 ) -> dict[str, Any]:
     """Memory is that of the dearest meta-step; seconds are the mean where the first ones have the multi-step loss."""
-    device = batch.support[0].device
+    device = pytree.tree_leaves(batch)[0].device
     first = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_steps else None
     short.meta_step(_first(batch))  # libraries load their kernels on first use; that is not the method's memory
     short.zero_grad(set_to_none=True)
@@ -155,7 +156,7 @@ def _measure(
 
     found: dict[str, Any] = {"memory": peak_memory(partial(meta_step, first), device)}
     if everything:
-        inputs, targets = (tensor[0] for tensor in batch.support)
+        inputs, targets = pytree.tree_map(lambda each: each[0], batch.support)
         share = min(1.0, (settings.multi_step_steps or 0) / settings.steps)
         dear = _timed(partial(meta_step, first), device) if share else Timing(0.0, 0.0, 0.0)
         plain = _timed(meta_step, device)
@@ -170,7 +171,8 @@ def _measure(
 
 def _first(batch: Task) -> Task:
     """A batch of the first task alone."""
-    return Task(*((inputs[:1], targets[:1]) for inputs, targets in batch))
+    first: Task = pytree.tree_map(lambda each: each[:1], batch)
+    return first
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> Timing:

@@ -29,8 +29,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from innerloop.adapts import Blocks
+from innerloop.adapts._blocks import blocks_for
 from innerloop.batch_norm import affine_names
-from innerloop.blocks import blocks_of, parameter_names
+from innerloop.blocks import parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
@@ -114,7 +115,7 @@ def patterns_for(movable: Sequence[bool]) -> list[str]:
     return sorted(masked, key=lambda row: (-row.count("1"), row))
 
 
-def movable_blocks(learner: MetaLearner, batch_norm: bool = True) -> list[bool]:
+def movable_blocks(learner: MetaLearner, batch_norm: bool = True, parts: Sequence[str] = ()) -> list[bool]:
     """For each block of the learner's model whether it can move.
 
     A block cannot where all of it is frozen, nor where a learned rate is missing: rates exist only for what moved in
@@ -123,6 +124,7 @@ def movable_blocks(learner: MetaLearner, batch_norm: bool = True) -> list[bool]:
     Args:
         learner: any.
         batch_norm: batch norm's scale and shift move with their block.
+        parts: names of the model's blocks, where it does not declare them; see `innerloop.Blocks`.
 
     Raises:
         ValueError: the model names no blocks, its head is read off the support set, or fewer than two blocks can move,
@@ -133,12 +135,7 @@ def movable_blocks(learner: MetaLearner, batch_norm: bool = True) -> list[bool]:
             f"with start={learner.few_shot.start!r} the head is made anew for every task, and a pattern that leaves it "
             "alone has none: train with start none"
         )
-    blocks = blocks_of(learner.model)
-    if blocks is None:
-        raise ValueError(
-            f"{type(learner.model).__name__} does not say what its blocks are: make it an nn.Sequential, or give it an "
-            "attribute `blocks` (its sub-modules in forward order)"
-        )
+    blocks = blocks_for(learner.model, parts)
     trainable = {name for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
     if not batch_norm:
         trainable -= affine_names(learner.model)
@@ -189,16 +186,17 @@ def with_pattern(learner: MetaLearner, blocks: Blocks, reuse_prefix: bool = True
     return found.eval()
 
 
-def multiply_adds(model: nn.Module, inputs: Tensor) -> list[int]:
+def multiply_adds(model: nn.Module, inputs: Tensor, parts: Sequence[str] = ()) -> list[int]:
     """Multiply-adds of each block's convolutions and linear layers in one forward pass, for one example.
 
     Args:
         model: a chain of blocks.
         inputs: some examples, on the model's device.
+        parts: names of its blocks, where it does not declare them.
     """
     counts = []
     handles = []
-    for place, block in enumerate(blocks_of(model) or []):
+    for place, block in enumerate(blocks_for(model, parts)):
         counts.append(0)
 
         def count(module: nn.Module, _: Any, output: Tensor, place: int = place) -> None:
@@ -315,6 +313,7 @@ def study(
     repetitions: int = 100,
     inductive: bool = False,
     batch_norm: bool = True,
+    parts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Section]:
     """Judge and time every pattern on a trained learner, which stays as it is.
@@ -331,6 +330,7 @@ def study(
         repetitions: adaptations timed for each pattern.
         inductive: predict each query without seeing the others, as ``innerloop adapt`` does unless told otherwise.
         batch_norm: batch norm's scale and shift move with their block; False leaves them out in every pattern.
+        parts: names of the model's blocks, where it does not declare them; see `innerloop.Blocks`.
         progress: called with a line for each pattern done.
 
     Returns:
@@ -350,15 +350,15 @@ def study(
     place = next(learner.model.parameters())
     batch = tasks.batch("validation", 0, min(count, BATCH)).to(place.device, place.dtype)
     supports = list(zip(*batch.support, strict=True))
-    forward = multiply_adds(learner.model, supports[0][0])
+    forward = multiply_adds(learner.model, supports[0][0], parts)
 
     def accuracies(learner: MetaLearner, split: str, steps: int) -> Tensor:
         batches = (tasks.batch(split, start, min(BATCH, count - start)) for start in range(0, count, BATCH))
         return torch.cat([_accuracy(learner, batch, steps, inductive) for batch in batches])
 
-    patterns = patterns_for(movable_blocks(learner, batch_norm))
+    patterns = patterns_for(movable_blocks(learner, batch_norm, parts))
     # the last pattern moves nothing: it is no step, of whatever could move
-    moving = [Blocks(pattern, batch_norm) for pattern in (*patterns[:-1], patterns[0])]
+    moving = [Blocks(pattern, batch_norm, parts) for pattern in (*patterns[:-1], patterns[0])]
     patterned, plain = ([with_pattern(learner, blocks, reuse) for blocks in moving] for reuse in (True, False))
 
     sections = []
@@ -454,7 +454,8 @@ def read_choice(path: Path) -> tuple[Blocks, int]:
         choice = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(choice["batch_norm_affine"], bool):
             raise ValueError(f"batch_norm_affine is {choice['batch_norm_affine']!r}, not true or false")
-        return Blocks(str(choice["pattern"]), choice["batch_norm_affine"]), int(choice["steps"])
+        parts = tuple(choice.get("parts", ()))
+        return Blocks(str(choice["pattern"]), choice["batch_norm_affine"], parts), int(choice["steps"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no pattern ({error}); write it anew with innerloop patterns RUN") from error
 

@@ -19,8 +19,8 @@ from rich.progress import Progress
 
 from innerloop.errors import Failed
 from innerloop.training.fit import METRICS
-from innerloop.training.runs import RESULTS, SETTINGS
-from innerloop.training.settings import Settings
+from innerloop.training.runs import RESULTS
+from innerloop.training.settings import SETTINGS, Settings
 
 DIVERGED, OURS = 1, "innerloop: "  # how the command ends where training diverges
 STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hang-up

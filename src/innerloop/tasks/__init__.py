@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from innerloop.tasks._arrays import arrays, dataset
 from innerloop.tasks._baseline import nearest_neighbour
 from innerloop.tasks._cifar import cifar_fs, fc100
 from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, check_seed, check_split, random_bits, uniform
@@ -32,9 +33,11 @@ __all__ = [
     "Episodes",
     "ImageSet",
     "TaskSource",
+    "arrays",
     "check_seed",
     "check_split",
     "cifar_fs",
+    "dataset",
     "fc100",
     "folder",
     "glyphs",

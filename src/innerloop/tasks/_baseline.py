@@ -18,6 +18,6 @@ def nearest_neighbour(task: Task) -> Tensor:
         Accuracy in [0, 1] of each task, ``[tasks]``; a scalar for one task.
     """
     (support, labels), (query, targets) = task
-    support, query = (F.normalize(inputs.flatten(labels.dim()), dim=-1) for inputs in (support, query))
+    support, query = (F.normalize(inputs.flatten(labels.dim()).float(), dim=-1) for inputs in (support, query))
     nearest = (query @ support.mT).argmax(-1)
     return (labels.gather(-1, nearest) == targets).float().mean(-1)

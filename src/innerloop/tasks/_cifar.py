@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from innerloop.tasks._cache import cached_arrays
 from innerloop.tasks._downloads import download
-from innerloop.tasks._episodes import Episodes, ImageSet
+from innerloop.tasks._episodes import Episodes, ImageSet, recorded
 from innerloop.tasks._images import Files, read_npz
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
@@ -65,6 +65,7 @@ FC100 = {
 }
 
 
+@recorded
 def cifar_fs(
     ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
 ) -> Episodes:
@@ -88,6 +89,7 @@ def cifar_fs(
     return _episodes("cifar_fs", splits, ways, shots, queries, seed, data)
 
 
+@recorded
 def fc100(
     ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
 ) -> Episodes:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from innerloop.tasks._cache import Arrays, cached_arrays
-from innerloop.tasks._episodes import Episodes, ImageSet, random_bits, uniform
+from innerloop.tasks._episodes import Episodes, ImageSet, random_bits, recorded, uniform
 
 RECIPE = 1
 """Version of the rendering; to be raised by any change that alters an image, since it names the cached file."""
@@ -73,6 +73,7 @@ class _Outline(NamedTuple):
     following: NDArray[np.int64]
 
 
+@recorded
 def glyphs(ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0) -> Episodes:
     """Few-shot tasks on 2,007 letters of 15 scripts, 20 images of 28 x 28 each, ink = 1; no script is in two splits.
 

@@ -11,7 +11,7 @@ import csv
 from os import PathLike
 from pathlib import Path
 
-from innerloop.tasks._episodes import Episodes
+from innerloop.tasks._episodes import Episodes, recorded
 from innerloop.tasks._images import Files, Layout, image_set, is_image, split_folders
 
 SIZE = 84
@@ -22,6 +22,7 @@ LAYOUT = (
 )
 
 
+@recorded
 def mini_imagenet(
     ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
 ) -> Episodes:
@@ -47,6 +48,7 @@ def mini_imagenet(
     return _episodes("mini_imagenet", source, ways, shots, queries, seed, data)
 
 
+@recorded
 def tiered_imagenet(
     ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
 ) -> Episodes:

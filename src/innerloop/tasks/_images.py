@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import logging
 import os
 import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from lzma import LZMAError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +32,9 @@ Stamp = tuple[int, int]
 
 Layout = dict[str, dict[str, list[str]]]
 """The image files of each class of each split."""
+
+LARGEST = 84  # pixels a side that images are left at most, unless a size is asked for: those of miniImageNet
+MEASURED = 200  # images that are looked at to find the usual size
 
 SPLITS = ("train", "validation", "test")
 SPLIT_FOLDERS = {
@@ -133,18 +139,48 @@ def decode(content: bytes, size: int, channels: int, crop: bool = True) -> Pixel
     with opened as file:
         # The JPEG decoder may halve a photograph of many megapixels, to no less than four times the size we need.
         file.draft(None, (4 * size, 4 * size))
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):  # convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if channels == 1 else "RGB")
-        if crop:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        else:
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+        return pixels_of(ImageOps.exif_transpose(file), size, channels, crop)
+
+
+def pixels_of(image: Any, size: int, channels: int, crop: bool = True) -> Pixels:
+    """A Pillow image as uint8 ``[channels, size, size]``; arguments as in `decode`."""
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if crop:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    else:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def usual_size(sides: Sequence[int]) -> int:
+    """The side to which images are resized where none is asked for: the median of their shorter sides, at most 84."""
+    size = min(LARGEST, int(np.median(sides)))
+    logging.getLogger("innerloop").info("images become %d x %d pixels: set size for another side", size, size)
+    return size
+
+
+def size_of(files: Files, names: Sequence[str]) -> int:
+    """`usual_size` of some images, judged by up to 200 of them.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    from PIL import Image
+
+    sides = []
+    for _, content in files.read(names[:: len(names) // MEASURED + 1]):
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:  # see `decode`
+            sides.append(min(image.size))
+    if not sides:
+        raise ValueError(f"cannot read the images of {files.root}: repair them, or name another folder")
+    return usual_size(sides)
 
 
 def split_folders(names: Iterable[str]) -> Layout | None:
@@ -163,8 +199,25 @@ def split_folders(names: Iterable[str]) -> Layout | None:
     return layout if "train" in layout else None
 
 
-def image_set(name: str, files: Files, layout: Layout, size: int, channels: int, crop: bool) -> ImageSet:
+def image_set(
+    name: str,
+    files: Files,
+    layout: Layout,
+    size: int,
+    channels: int,
+    crop: bool,
+    groups: Mapping[str, str] | None = None,
+) -> ImageSet:
     """The images of a layout, decoded by all cores the first time and mapped from the cache folder from then on.
+
+    Args:
+        name: of the set.
+        files: where they are.
+        layout: which there are.
+        size: side to which they are resized.
+        channels: 1 for grey, 3 for colour.
+        crop: cut the largest centred square out first.
+        groups: of each image, by its file, if they have groups.
 
     Raises:
         ValueError: a class or an image is in two places, or an image cannot be read.
@@ -193,7 +246,9 @@ def image_set(name: str, files: Files, layout: Layout, size: int, channels: int,
     images = _cached_pixels(f"{name}-{key}.pixels", (len(rows), channels, size, size), decoded)
     index = {label: position for position, label in enumerate(classes)}
     splits = {split: tuple(index[label] for label in sorted(members)) for split, members in layout.items()}
-    return ImageSet(name, images, counts, tuple(classes), splits)
+    numbers = {group: number for number, group in enumerate(sorted({*(groups or {}).values()}))}
+    grouped = tuple(numbers[groups[image]] for image in rows) if groups else ()
+    return ImageSet(name, images, counts, tuple(classes), splits, groups=grouped)
 
 
 def _decode_all(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from innerloop.tasks._cache import Arrays, cached_arrays
 from innerloop.tasks._downloads import download
-from innerloop.tasks._episodes import Episodes, ImageSet, random_bits
+from innerloop.tasks._episodes import Episodes, ImageSet, random_bits, recorded
 from innerloop.tasks._images import Files, is_image, read_npz
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python"
@@ -36,6 +36,7 @@ LAYOUT = (
 )
 
 
+@recorded
 def omniglot(
     ways: int = 5,
     shots: int = 1,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.problem import Task
-from innerloop.tasks._episodes import Bits, TaskSource, check_seed, check_split, random_bits, uniform
+from innerloop.tasks._episodes import Bits, TaskSource, check_seed, check_split, random_bits, recorded, uniform
 
 Floats = NDArray[np.float64]
 SPLITS = ("train", "validation", "test")
@@ -127,6 +127,7 @@ class Quadratic(Regression):
         return inputs, inputs @ (1 + optimum).swapaxes(1, 2)
 
 
+@recorded
 def sinusoid(shots: int = 10, queries: int = 10, seed: int = 0) -> Regression:
     """Sine waves: ``y = amplitude * sin(x - phase)``.
 
@@ -144,6 +145,7 @@ def sinusoid(shots: int = 10, queries: int = 10, seed: int = 0) -> Regression:
     return Sinusoid(shots, queries, seed)
 
 
+@recorded
 def linear(shots: int = 10, queries: int = 10, seed: int = 0, inputs: int = 10, noise: float = 0.1) -> Regression:
     """Linear regression, ``y = w . x + noise``, with standard normal x and w normal around a vector of ones.
 
@@ -165,6 +167,7 @@ def linear(shots: int = 10, queries: int = 10, seed: int = 0, inputs: int = 10, 
     return Linear(shots, queries, seed, inputs, noise)
 
 
+@recorded
 def quadratic(
     shots: int = 8,
     queries: int = 8,

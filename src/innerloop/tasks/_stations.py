@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from innerloop.tasks._episodes import Bits
+from innerloop.tasks._episodes import Bits, recorded
 from innerloop.tasks._images import read_npz
 from innerloop.tasks._regression import SPLITS, Floats, Regression
 
@@ -49,6 +49,7 @@ class Stations(Regression):
         return np.linspace(-1, 1, DAYS)[days][..., None], self._temperatures[station[:, None], days][..., None]
 
 
+@recorded
 def stations(
     shots: int = 5, queries: int | None = None, seed: int = 0, data: str | PathLike[str] | None = None
 ) -> Stations:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innerloop.few_shot import scores
+from innerloop.learner import MetaLearner
 from innerloop.tasks._images import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.code import check_known, is_code
 from innerloop.training.settings import Settings
 
 WEIGHTS, NOTES = "adapted.safetensors", "adapted.json"
@@ -85,7 +88,7 @@ def predict(model: nn.Module, images: Tensor, together: bool = False) -> Tensor:
     like = next(model.parameters())
     with torch.no_grad():
         parts = [images] if together else images.split(64)
-        return torch.cat([model(part.to(like.device, like.dtype)).softmax(-1).cpu() for part in parts])
+        return torch.cat([scores(model(part.to(like.device, like.dtype))).softmax(-1).cpu() for part in parts])
 
 
 def save_adapted(folder: Path, model: nn.Module, settings: Settings, notes: dict[str, Any]) -> None:
@@ -104,7 +107,11 @@ def load_adapted(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(folder)
     weights, _ = load_weights(folder / WEIGHTS)
     notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    model = build_model(Settings(**notes["settings"]), tuple(notes["input_shape"]), len(notes["classes"]))
+    settings = Settings(**notes["settings"])
+    if is_code(settings.model):
+        check_known(folder, {"model": settings.model})
+    model = build_model(settings, tuple(notes["input_shape"]), len(notes["classes"]))
+    model = model.model if isinstance(model, MetaLearner) else model
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and f"{name}.running_mean" not in weights:
             # Adapted for prediction of queries together: batch norm has no statistics of its own.

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from innerloop.adapts._head import head_of
+from innerloop.blocks import parameter_names
 from innerloop.choices import make
 from innerloop.learner import MetaLearner
 from innerloop.tasks import SOURCES, TaskSource
+from innerloop.training.checkpoints import load_weights
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
+from innerloop.training.code import PYTHON, build, is_code, load, short
 from innerloop.training.settings import Settings, flag
 
-SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels"  # what only some sources take
+SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels", "group", "augment"  # what only some take
 INK = "glyphs", "omniglot"  # image sets whose strokes are 1 on 0
 
 
@@ -29,16 +36,22 @@ def build_tasks(settings: Settings, splits: Iterable[str] = ("train", "validatio
         ValueError: an option that the source does not take, or too few classes or images for the tasks asked.
         OSError: the data is absent, or cannot be fetched.
     """
-    source = SOURCES[settings.dataset]
+    own = is_code(settings.dataset)
+    source = load(settings.dataset) if own else SOURCES[settings.dataset]
     taken = inspect.signature(source).parameters
-    options = {"seed": settings.seed}
+    options: dict[str, Any] = {"seed": settings.seed} if "seed" in taken or not own else {}
     for name in ("ways", "shots", "queries", *SOURCE_OPTIONS):
         value, parameter = getattr(settings, name), name.removeprefix("class_")
         if value is not None and parameter not in taken:
-            raise ValueError(f"{settings.dataset} takes no {flag(name)}; leave it out")
+            raise ValueError(f"{short(settings.dataset)} takes no {flag(name)}; leave it out")
         if value is not None:
             options[parameter] = value
-    tasks = source(**options)
+    tasks = build("dataset", settings.dataset, options) if own else source(**options)
+    if not isinstance(tasks, TaskSource):
+        raise ValueError(
+            f"dataset {short(settings.dataset)} gives {type(tasks).__name__}, no source of tasks: let it return "
+            "il.tasks.arrays(...), il.tasks.dataset(...) or a subclass of il.tasks.TaskSource"
+        )
     for split in splits:
         tasks.batch(split, 0, 1)
     return tasks
@@ -51,9 +64,25 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
         ValueError: choices that are unknown, out of range or do not fit each other.
     """
     torch.manual_seed(settings.seed)
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    model = build_model(settings, shape, outputs)
+    if isinstance(model, MetaLearner):
+        if settings.adapts != PYTHON:
+            raise ValueError(
+                f"model {short(settings.model)} gives a whole learner where a model is asked for: let it return the "
+                "nn.Module; to train a learner, call il.fit in Python"
+            )
+        return model.to(choose_device(settings), dtype)
+    if settings.adapts == PYTHON:
+        raise ValueError(
+            f"the run's choices or its loss have no text, and {short(settings.model)} gives a model alone: let it "
+            "return the whole il.MetaLearner"
+        )
     adapts, inner, meta_gradient = settings.method()
+    if settings.weights:
+        load_pretrained(model, Path(settings.weights))
     learner = MetaLearner(
-        build_model(settings, shape, outputs),
+        model,
         adapts=adapts,
         inner=inner,
         meta_gradient=meta_gradient,
@@ -65,19 +94,56 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
         compile=settings.compile,
         memory=None if settings.memory is None else settings.memory * 2**20,
     )
-    dtype = torch.float64 if settings.precision == "float64" else torch.float32
     return learner.to(choose_device(settings), dtype)
 
 
 def build_model(settings: Settings, shape: tuple[int, ...], outputs: int) -> nn.Module:
-    """The model of the settings for inputs of a shape.
+    """The model of the settings for inputs of a shape; code of the user's own may give a whole learner instead.
+
+    Such code is offered ``ways`` (also as ``outputs`` and ``num_classes``), ``shape``, ``channels`` (also as
+    ``in_channels``) and ``size``, and given those that it takes.
 
     Raises:
-        ValueError: an unknown model, or options that it does not take.
+        ValueError: an unknown model, options that it does not take, or code that fails or gives something else.
     """
     options = {name: getattr(settings, name) for name in ("filters", "downsample", "spatial_mean", "context")}
-    model: nn.Module = make("model", MODEL, settings.model, shape, outputs, **options)
+    if not is_code(settings.model):
+        return make("model", MODEL, settings.model, shape, outputs, **options)
+    offered: dict[str, Any] = dict.fromkeys(("ways", "outputs", "num_classes"), outputs) | {"shape": shape}
+    if len(shape) == 3:
+        offered |= {"channels": shape[0], "in_channels": shape[0], "size": shape[-1]}
+    model = build("model", settings.model, offered, **options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {short(settings.model)} gives {type(model).__name__}: let it return an nn.Module")
     return model
+
+
+def load_pretrained(model: nn.Module, file: Path) -> None:
+    """Give a model the weights of a safetensors file, by name; a head that fits no weight there stays as it is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, or something beside the head finds no weight of its name and shape.
+    """
+    found, _ = load_weights(file)
+    own = model.state_dict()
+    fits = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
+    lacking = set(own) - set(fits)
+    if lacking:
+        odd = sorted(lacking - set(parameter_names(model, head_of(model))))
+        if odd or not fits:
+            raise ValueError(
+                f"{file} has no weights of name and shape for {some(odd or sorted(lacking))} of "
+                f"{type(model).__name__}; it has {some(sorted(set(found) - set(fits)))}: rename them in the file"
+            )
+    model.load_state_dict(fits, strict=False)
+    new = f"; {some(sorted(lacking))} begin anew" if lacking else ""
+    logging.getLogger("innerloop").info("%d of %d weights are those of %s%s", len(fits), len(own), file, new)
+
+
+def some(names: list[str]) -> str:
+    """The first few of some names."""
+    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "none other"
 
 
 def build_optimizer(settings: Settings, learner: MetaLearner) -> tuple[torch.optim.Optimizer, LambdaLR]:

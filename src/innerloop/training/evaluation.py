@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.batch_norm import TaskBatchNorm
 from innerloop.bilevel import Bilevel
+from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource
@@ -51,6 +52,26 @@ def draw(tasks: Source, learner: Bilevel, split: str, start: int, count: int) ->
     return batch
 
 
+def shape_of(tasks: Source) -> dict[str, Any]:
+    """``input_shape``, ``output_size`` and ``ways`` (None for regression) of a source's tasks.
+
+    A source that does not say is asked for one task: classes are targets that are whole numbers.
+    """
+    names = "input_shape", "output_size", "ways"
+    if all(hasattr(tasks, name) for name in names):
+        return {name: getattr(tasks, name) for name in names}
+    found = tasks.batch("validation", 0, 1)
+    stacked = isinstance(found, Task)
+    support = found.support if isinstance(found, Task) else found[0].support
+    try:
+        inputs, targets = (pytree.tree_leaves(part)[0] for part in support)
+        example, target = (part[0, 0] if stacked else part[0] for part in (inputs, targets))
+    except (IndexError, TypeError, ValueError):  # no few-shot task
+        return dict.fromkeys(names)
+    classes = None if targets.is_floating_point() else int(targets.max()) + 1
+    return dict(zip(names, (tuple(example.shape), classes or target.numel(), classes), strict=True))
+
+
 class Estimate(NamedTuple):
     """A mean over n tasks and the half-width of its 95 % interval, 1.96 standard deviations over the root of n."""
 
@@ -81,7 +102,8 @@ class Scores(NamedTuple):
     """What `evaluate` measures; accuracies are None for regression, curves where none was asked.
 
     Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
-    ``[tasks]``, by which two learners are compared task by task. ``baselines`` are filled by `assess`, by name.
+    ``[tasks]``, by which two learners are compared task by task; ``answers`` the label and the guess of every query,
+    ``[tasks, queries, 2]``. ``baselines`` are filled by `assess`, by name.
     """
 
     tasks: int
@@ -92,6 +114,7 @@ class Scores(NamedTuple):
     loss_curve: list[Estimate] | None
     accuracy_curve: list[Estimate] | None
     accuracies: Tensor | None
+    answers: Tensor | None = None
     baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
 
     @property
@@ -142,9 +165,15 @@ def evaluate(
         batch = draw(tasks, learner, split, start, min(size, count - start))
         with evaluation_mode(learner):
             found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
-        results.append(
-            (start, {key: value.cpu() for key, value in found.items() if value is not None and key != "outputs"})
-        )
+        outputs = scores(found.pop("outputs"))
+        if (
+            found["accuracy"] is not None
+            and isinstance(batch, Task)
+            and isinstance(outputs, Tensor)
+            and outputs.ndim == 3
+        ):
+            found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
+        results.append((start, {key: value.cpu() for key, value in found.items() if value is not None}))
     parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
 
     def values(key: str) -> Tensor | None:
@@ -165,6 +194,7 @@ def evaluate(
         loss_curve=estimates("loss_curve"),
         accuracy_curve=estimates("accuracy_curve"),
         accuracies=accuracies,
+        answers=values("answers"),
     )
 
 
@@ -233,7 +263,7 @@ def assess(
     )
     transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
     inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
-    if tasks.ways is None:
+    if tasks.ways is None or not isinstance(tasks.batch(split, 0, 1).query[0], Tensor):
         return Assessment(transductive, inductive, None)
     with evaluation_mode(learner):
         others, no_features = baselines.accuracies(learner, tasks, split, count)

@@ -23,12 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from innerloop.bilevel import Bilevel
 from innerloop.compiled import proposal
 from innerloop.errors import Diverged
+from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
 from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights, take_weights
-from innerloop.training.evaluation import Source, draw, evaluate
+from innerloop.training.evaluation import Source, draw, evaluate, shape_of
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
+from innerloop.training.record import settings_of
+from innerloop.training.settings import SETTINGS
 
 TRIED = 20  # outer steps after which compiling is thought of
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
@@ -100,7 +103,8 @@ def fit(
         validation_tasks: tasks in a validation, always the same ones; 0 for none.
         patience: stop after so many validations in a row without a better one.
         minutes: stop, after a last validation, when training has taken this long, earlier sessions included.
-        folder: where ``metrics.jsonl``, ``tensorboard/``, ``best.safetensors`` and ``last.safetensors`` go.
+        folder: where ``metrics.jsonl``, ``tensorboard/``, ``best.safetensors`` and ``last.safetensors`` go, and, of a
+            `MetaLearner`, ``settings.json``, with which the commands make it again (``innerloop evaluate FOLDER``).
         resume: continue from ``folder``; from the beginning if it holds no checkpoint yet.
         start_from: the folder of another run, whose best weights the learner begins with where they fit by name and
             shape; a head of another width stays as it is. A run that is resumed goes on from its own.
@@ -183,6 +187,8 @@ def fit(
             for each in logs:
                 each({"kind": kind, "step": at.step, "seconds": round(at.seconds, 3), **record})
 
+        if processes.rank() == 0 and run.folder and not (run.folder / SETTINGS).exists():
+            _record(run, tasks, steps=steps, tasks_per_batch=tasks_per_batch)
         while at.step < steps and not late and (patience is None or at.stale < patience):
             torch.manual_seed(int(np.random.SeedSequence((seed, at.step, processes.rank())).generate_state(1)[0]))
             learner.meta_gradient = FirstOrder() if at.step < (first_order or 0) else own
@@ -319,8 +325,8 @@ class _Run:
             self.progress.best, self.progress.best_step = scores.quality, self.progress.step
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.learner.state_dict().items()}
             if self.folder and processes.rank() == 0:
-                shape = {name: getattr(tasks, name, None) for name in ("input_shape", "output_size", "ways")}
-                save_weights(self.folder / BEST, self.best_weights, {"step": self.progress.step, **shape})
+                notes = {"step": self.progress.step, **shape_of(tasks)}
+                save_weights(self.folder / BEST, self.best_weights, notes)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(scores.loss.mean if self.scheduler.mode == "min" else scores.quality)
         judged = scores.accuracy or scores.loss
@@ -416,6 +422,13 @@ def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
     moving = len(learner.adapted) or len(list(learner.parameters()))
     if text := proposal(seconds, learner.inner.steps * moving, remaining):
         logging.getLogger("innerloop").info("%s", text)
+
+
+def _record(run: _Run, tasks: Source, **outer: int) -> None:
+    """Write the settings of a learner that was made in Python, for the commands to make it again."""
+    assert run.folder
+    if isinstance(run.learner, MetaLearner):
+        settings_of(run.learner, tasks, shape_of(tasks), **outer).save(run.folder / SETTINGS)
 
 
 def _check_positive(**settings: float | None) -> None:

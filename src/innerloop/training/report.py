@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
 from innerloop.training.checkpoints import save_weights
+from innerloop.training.code import short
+from innerloop.training.confusion import confusion, plot_confusion
 from innerloop.training.evaluation import Assessment, Estimate, verdict
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
@@ -40,13 +43,14 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 LEARNING, ADAPTATION, TASKS, REPORT = "learning_curve.png", "adaptation_curve.png", "tasks.png", "report.md"
+CONFUSION = "confusion.png"
 EXAMPLES, MOST_ROWS, MOST_SHOTS, MOST_QUERIES = 3, 5, 5, 10
 
 PROTOCOL = {
     "transductive": "transductive (queries predicted together)",
     "inductive": "inductive (each query predicted alone)",
 }
-IMAGES = "A row a class: its number, support images, queries. Green: right; red: wrong, with the class predicted."
+IMAGES = "A row a class: its name, support images, queries. Green: right; red: wrong, with the class predicted."
 REGRESSION = "Black: support. Lines: the truth, and what is predicted for the queries before and after adaptation."
 PAGE = """# {title}
 
@@ -113,6 +117,9 @@ def write_report(
     if plot_tasks(folder / TASKS, tasks, learner, "test", settings.dataset in INK):
         legend = REGRESSION if tasks.ways is None else IMAGES
         examples = f"\n## Some test tasks\n\n![Some test tasks]({TASKS})\n\n{legend}\n"
+    if mistaken := confusion(tasks, "test", assessment.inductive.answers):
+        plot_confusion(folder / CONFUSION, mistaken)
+        examples += f"\n## Which classes are taken for which\n\n![A row a class, a column a guess]({CONFUSION})\n"
     page = PAGE.format(
         title=task_words(settings),
         scores=describe(assessment, settings, "test"),
@@ -124,12 +131,20 @@ def write_report(
     )
     (folder / REPORT).write_text(page, encoding="utf-8")
     # Last, because a run that has results counts as done.
-    save_results(folder / RESULTS, {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)})
+    results = {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)}
+    save_results(folder / RESULTS, results | {"confusion": mistaken._asdict() if mistaken else None})
 
 
 def task_words(settings: Settings) -> str:
     """What the tasks are, such as "glyphs, 5-way 1-shot"."""
-    return f"{settings.dataset}, {f'{settings.ways}-way ' if settings.ways else ''}{settings.shots}-shot"
+    sizes = f"{f'{settings.ways}-way ' if settings.ways else ''}{f'{settings.shots}-shot' if settings.shots else ''}"
+    return ", ".join(filter(None, (short(settings.dataset), sizes.strip())))
+
+
+def slug(settings: Settings) -> str:
+    """The same for names of files."""
+    sizes = (f"{settings.ways}way", f"{settings.shots}shot") if settings.shots else ()
+    return "-".join([re.sub(r"[^\w.]+", "-", short(settings.dataset)), *sizes])
 
 
 def summary(assessment: Assessment) -> dict[str, Any]:
@@ -137,7 +152,7 @@ def summary(assessment: Assessment) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for each in assessment.protocols:
         scores[each.protocol] = each._asdict()
-        del scores[each.protocol]["accuracies"]
+        del scores[each.protocol]["accuracies"], scores[each.protocol]["answers"]
         scores[each.protocol]["baselines"] = {name: found._asdict() for name, found in each.baselines.items()}
     if assessment.nearest_neighbour:
         scores |= {"verdict": verdict(assessment.protocols[0].baselines), "no_features": assessment.no_features}
@@ -247,6 +262,7 @@ def plot_tasks(
     if not images and tasks.input_shape != (1,):
         return False
     batch = tasks.batch(split, 0, EXAMPLES)
+    called = tasks.class_names(split, 0, EXAMPLES) or [[str(label) for label in range(tasks.ways or 0)]] * EXAMPLES
     (support, labels), (query, targets) = batch
     guesses = [learner.evaluate(batch, steps).outputs.float().cpu() for steps in (0, None)] if learner else []
     with mpl.rc_context(STYLE):
@@ -264,11 +280,11 @@ def plot_tasks(
                 _draw_numbers(axes, shown, asked, before, after)
             elif after is None:
                 title = f"{split} task {index}"
-                _draw_images(axes, shown, asked, None, ink)
+                _draw_images(axes, shown, asked, None, ink, called[index])
             else:
                 right = int((after.argmax(-1) == asked[1]).sum())
                 title = f"{split} task {index}: {right} of {len(after)} queries right"
-                _draw_images(axes, shown, asked, after.argmax(-1), ink)
+                _draw_images(axes, shown, asked, after.argmax(-1), ink, called[index])
             axes.set_title(title, loc="left", fontsize=10)
         if not images:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -287,14 +303,17 @@ def _draw_numbers(axes: Axes, support: Pair, query: Pair, before: Tensor | None,
     axes.plot(support[0].flatten(), support[1].flatten(), "o", color="black", label="support")
 
 
-def _draw_images(axes: Axes, support: Pair, query: Pair, guesses: Tensor | None, ink: bool) -> None:
-    """A row a class: its number, support, and queries, framed green where right, red and with the guess where not."""
+def _draw_images(
+    axes: Axes, support: Pair, query: Pair, guesses: Tensor | None, ink: bool, names: Sequence[str]
+) -> None:
+    """A row a class: its name, support, and queries, framed green where right, red and with the guess where not."""
+    names = [name.rpartition("/")[2] for name in names]
     width, height = _grid_size(support[1], query[1])
     left = 0.5
     for (inputs, labels), most, found in ((support, MOST_SHOTS, None), (query, MOST_QUERIES, guesses)):
         for label in range(int(height)):
             bottom = height - 1 - label
-            axes.text(0.25, bottom + 0.5, str(label), ha="center", va="center")
+            axes.text(0.25, bottom + 0.5, names[label][:12], ha="center", va="center", rotation=90, fontsize=6)
             for column, index in enumerate((labels == label).nonzero().flatten()[:most].tolist()):
                 x, guess = left + column, None if found is None else int(found[index])
                 picture = inputs[index].movedim(0, -1).squeeze(-1).numpy()
@@ -306,7 +325,7 @@ def _draw_images(axes: Axes, support: Pair, query: Pair, guesses: Tensor | None,
                 axes.add_patch(frame)
                 if guess not in (None, label):
                     badge = {"facecolor": RED, "edgecolor": "none", "pad": 1.2}
-                    corner = axes.text(x + 0.9, bottom + 0.1, str(guess), color="white", fontsize=7, bbox=badge)
+                    corner = axes.text(x + 0.9, bottom + 0.1, names[guess][:9], color="white", fontsize=5, bbox=badge)
                     corner.set(ha="right", va="bottom")
         left += min(int((labels == 0).sum()), most) + 0.5
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal")

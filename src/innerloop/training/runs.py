@@ -8,6 +8,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +18,13 @@ from typing import Any
 import torch
 
 from innerloop.learner import MetaLearner
-from innerloop.training.build import build_learner
+from innerloop.training.build import build_learner, some
 from innerloop.training.checkpoints import load_weights
+from innerloop.training.code import PYTHON, check_known, is_code, remember, short
 from innerloop.training.fit import BEST
-from innerloop.training.settings import Settings
+from innerloop.training.settings import SETTINGS, Settings
 
-SETTINGS, RESULTS, ACCURACIES = "settings.json", "results.json", "test.safetensors"
+RESULTS, ACCURACIES = "results.json", "test.safetensors"
 
 
 def new_run(folder: Path, settings: Settings) -> None:
@@ -38,17 +41,42 @@ def new_run(folder: Path, settings: Settings) -> None:
         raise ValueError(f"{folder} holds something that is not a run; name a new folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / SETTINGS)
+    remember(*filter(is_code, (settings.model, settings.dataset)))
 
 
-def read_run(folder: Path) -> Settings:
+def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool = True) -> Settings:
     """The settings of a run.
+
+    Code that they name, a model or tasks of the user's own, is what the user has once typed to a command, unchanged.
+
+    Args:
+        folder: of the run.
+        given: settings that were typed and win over the run's.
+        tasks: whether tasks will be drawn, or the model alone is needed.
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: code that the user has not typed, or, of a run made in Python, a model or tasks without a text.
     """
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder} is no run folder (no {SETTINGS}); name one that innerloop train has written")
-    return Settings.load(folder / SETTINGS)
+    settings = replace(Settings.load(folder / SETTINGS), **given or {})
+    kind = "the whole il.MetaLearner" if settings.adapts == PYTHON else "the nn.Module"
+    gives = {"model": f"a function that returns {kind}", "dataset": "a data set, or a function that returns a source"}
+    code: dict[str, str] = {}
+    for name in ("model", "dataset") if tasks else ("model",):
+        text = getattr(settings, name)
+        if text == PYTHON:
+            raise ValueError(
+                f"{folder} was made in Python, and its {name} has no text: add --{name} path/to/file.py:name, "
+                f"{gives[name]}"
+            )
+        if is_code(text) and name in (given or {}):
+            remember(text)
+        elif is_code(text):
+            code[name] = text
+    check_known(folder, code)
+    return settings
 
 
 def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -> tuple[MetaLearner, dict[str, Any]]:
@@ -79,10 +107,12 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     weights, trained = load_weights(folder / BEST)
     trained["head"] = "the trained head is used as it is"
     ways, shape = trained["output_size"], tuple(trained["input_shape"])
+    settings = replace(settings, weights=None)  # those of the run take their place
     learner = build_learner(settings, shape, outputs or ways, regression=trained["ways"] is None)
     own = learner.state_dict()
     if odd := sorted(set(weights) ^ set(own)):
-        raise ValueError(f"{folder / BEST} does not fit {SETTINGS}: only one of them has {', '.join(odd)}")
+        which = f"model {short(settings.model)}" if is_code(settings.model) else SETTINGS
+        raise ValueError(f"{folder / BEST} does not fit {which}: only one of them has {some(odd)}")
     if changed := {name: own[name] for name, value in weights.items() if value.shape != own[name].shape}:
         if outputs in (None, ways):
             raise ValueError(

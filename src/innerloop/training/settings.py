@@ -20,12 +20,21 @@ from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.tasks import SOURCES
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
+from innerloop.training.code import PYTHON, absolute, is_code
 
+SETTINGS = "settings.json"
+OF_PYTHON = "dataset", "model", "adapts"  # what a run made in Python may have no text for; the last, any other choice
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def option(
-    default: Any, help: str, *, names: Iterable[str] = (), at_least: float = -math.inf, above: float = -math.inf
+    default: Any,
+    help: str,
+    *,
+    names: Iterable[str] = (),
+    code: bool = False,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
 
@@ -33,10 +42,12 @@ def option(
         default: its value where none is given.
         help: one line for ``--help``.
         names: allowed names; arguments may follow a name behind a colon.
+        code: a function of the user's own will do as well, ``file.py:name``.
         at_least: smallest allowed number.
         above: number that it must exceed.
     """
-    return field(default=default, metadata={"help": help, "names": tuple(names), "at_least": at_least, "above": above})
+    limits = {"names": tuple(names), "code": code, "at_least": at_least, "above": above}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
@@ -48,6 +59,10 @@ def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
         value = _converted(kind, value)
     except (KeyError, ValueError):
         raise ValueError(f"{what} is {value!r}; it must be {KINDS[kind]}{' or none' if other else ''}") from None
+    if value == PYTHON and each.name in OF_PYTHON:
+        return value
+    if limits["code"] and value.partition(":")[0] not in limits["names"] and is_code(value):
+        return absolute(value)
     if limits["names"]:
         check_name(what, value.partition(":")[0], limits["names"])
     elif kind in (int, float) and not (value >= limits["at_least"] and value > limits["above"]):
@@ -114,23 +129,28 @@ class Settings:
     }
     """The first field of each group, for ``--help``."""
 
-    dataset: str = option("glyphs", "where tasks come from", names=SOURCES)
+    dataset: str = option("glyphs", "where tasks come from, or your own: file.py:name", names=SOURCES, code=True)
     data: str | None = option(None, "folder or file of a data set that is not downloaded or rendered")
     ways: int | None = option(None, "classes of a task; none: as the data set has it, 5 for images", at_least=2)
     shots: int | None = option(None, "support examples a class; none: 1 for images", at_least=1)
     queries: int | None = option(None, "query examples a class; none: 5 for images, enough to train on", at_least=1)
     rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes")
     class_split: str | None = option(None, "omniglot: background, 1200 or vinyals; folder: how classes are split")
-    size: int | None = option(None, "folder: side of the images", at_least=1)
+    size: int | None = option(None, "folder: side of the images; none: as they are, at most 84", at_least=1)
     channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1)
+    group: str | None = option(
+        None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN"
+    )
+    augment: str | None = option(None, "folder: changes of training images: flip, crop or flip,crop")
 
-    model: str = option("conv4", "the model", names=MODEL)
+    model: str = option("conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, code=True)
+    weights: str | None = option(None, "safetensors file with pretrained weights of the model")
     filters: int | None = option(None, "channels of the model's blocks (mlp: hidden units)", at_least=1)
     downsample: str | None = option(None, "conv4: how a block halves the image", names=("pool", "stride"))
     spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening")
     context: int | None = option(None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1)
 
-    adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*,head.*", names=ADAPTS)
+    adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS)
     inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
     inner_lr: float = option(0.5, "inner rate", above=0)
     inner_steps: int = option(3, "inner steps in training; 0 with a start alone", at_least=0)
@@ -177,10 +197,13 @@ class Settings:
         hints = get_type_hints(Settings)
         for each in fields(self):
             object.__setattr__(self, each.name, _checked(each, hints[each.name], getattr(self, each.name)))
-        self.method()
+        if self.adapts != PYTHON:
+            self.method()
         make("schedule", SCHEDULE, self.schedule)
         if self.start is not None:
             make("start", START, self.start)
+        if self.dataset not in SOURCES:
+            return
         source = inspect.signature(SOURCES[self.dataset]).parameters
         for name in {"ways", "shots", "queries"} & source.keys():
             if getattr(self, name) is None:

@@ -1,0 +1,67 @@
+"""Which classes are taken for which, over the tasks of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from innerloop.tasks import TaskSource
+
+MOST = 100  # classes beyond which a matrix says little
+
+
+class Confusion(NamedTuple):
+    """How often queries of each class (a row) were taken for each class (a column).
+
+    Attributes:
+        classes: their names, sorted.
+        counts: queries, ``[classes][classes]``.
+    """
+
+    classes: list[str]
+    counts: list[list[int]]
+
+
+def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> Confusion | None:
+    """The confusion matrix of the first tasks of a split.
+
+    Args:
+        tasks: where they come from.
+        split: theirs.
+        answers: label and guess of every query, ``[tasks, queries, 2]``; see `innerloop.training.evaluation.Scores`.
+
+    Returns:
+        The matrix; None without answers, for classes that have no names, and for more than 100 of them.
+    """
+    names = None if answers is None else tasks.class_names(split, 0, len(answers))
+    if answers is None or names is None:
+        return None
+    classes = sorted({name for task in names for name in task})
+    if len(classes) > MOST:
+        return None
+    place = {name: index for index, name in enumerate(classes)}
+    rows = np.array([[place[name] for name in task] for task in names])
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    both = answers.numpy()
+    which = np.arange(len(rows))[:, None]
+    np.add.at(counts, (rows[which, both[..., 0]], rows[which, both[..., 1]]), 1)
+    return Confusion(classes, counts.tolist())
+
+
+def plot_confusion(path: Path, found: Confusion) -> None:
+    """Draw the share of each class's queries (a row) that were taken for each class."""
+    counts = np.array(found.counts, float)
+    side = 2.2 + 0.16 * len(counts)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=100), label="% of the row's queries", shrink=0.7)
+    options: Any = {"labels": found.classes, "fontsize": 7}
+    axes.set_xticks(range(len(counts)), rotation=90, **options)
+    axes.set_yticks(range(len(counts)), **options)
+    axes.set(xlabel="predicted", ylabel="class")
+    figure.savefig(path, dpi=150)
