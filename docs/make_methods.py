@@ -91,7 +91,7 @@ def _row(name: str, each: Method) -> str:
 
 
 def _inner(settings: Settings) -> str:
-    parts = [f"`{settings.inner}` at {settings.inner_lr:g}"]
+    parts = [f"`{settings.inner}` at {settings.inner_lr}"]
     if not settings.inner_steps:
         return "no step"
     parts.append(f"{settings.inner_steps} step{'s' * (settings.inner_steps > 1)}")

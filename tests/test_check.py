@@ -18,9 +18,10 @@ from innerloop.errors import Failed
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Tree
-from innerloop.studies.check import Row, Spread, check, lanczos
+from innerloop.studies.check import Row, Spread, check
 from innerloop.tasks import TaskSource
 from innerloop.tasks._regression import quadratic_form
+from innerloop.training.health import lanczos
 
 
 def linear_learner(inner: InnerSolver) -> il.MetaLearner:

@@ -87,6 +87,8 @@ def test_every_field_is_an_option_with_help() -> None:
     for each in fields(Settings):
         assert f"--{flag(each.name)}" in text
         assert "".join(each.metadata["help"].split()) in text
+    assert text.count("[none]") == 1  # of --carry, where it is a name
+    assert "[5forimages]" in text
 
 
 def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
@@ -112,6 +114,8 @@ def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
         ({"batch_norm": "batches"}, "batch-norm 'batches' is unknown: did you mean 'batch'? choose one of batch, "),
         ({"meta_gradient": "exact:2"}, "meta-gradient 'exact' is unknown: choose one of unrolled, "),
         ({"start": "prototype"}, "start 'prototype' is unknown: did you mean 'prototypes'? choose one of prototypes"),
+        ({"inner_lr": "automatic"}, "inner-lr is 'automatic'; it must be a number, auto or none"),
+        ({"products": "block"}, "products 'block' is unknown: did you mean 'blocks'? choose one of auto, autograd, "),
         ({"carry": "slots"}, "carry 'slots' is unknown: did you mean 'slot'? choose one of none, slot"),
         ({"proximal": -0.5}, "proximal is -0.5; it must be 0 or more"),
         ({"weight_decay": "nan"}, "weight-decay is nan; it must be 0 or more"),
@@ -246,6 +250,7 @@ def test_settings_build_a_learner() -> None:
     terms: dict[str, Any] = {"weight_decay": 0.05, "meta_gradient": "memory-reduced", "carry": "slot"}
     reduced = build_learner(Settings(filters=4, inner="sgd", **terms), (1, 28, 28), 5)
     assert (reduced.inner, reduced.carry) == (il.SGD(lr=0.5, steps=3, weight_decay=0.05), "slot")
+    assert build_learner(Settings(filters=4, products="differences"), (1, 28, 28), 5).products == "differences"
     assert build_learner(Settings(filters=4, start="prototypes", inner="sgd"), (1, 28, 28), 5).few_shot.start
     optimizer, scheduler = build_optimizer(Settings(outer_lr=0.2, schedule="cosine", steps=4), learner)
     for _ in range(2):
@@ -267,6 +272,7 @@ def test_settings_build_a_learner() -> None:
         ),
         ({"meta_gradient": "implicit", "proximal": 2.0}, "Implicit gives no gradient to the rates of LearnedRates"),
         ({"meta_gradient": "released-imaml", "inner": "sgd", "proximal": 2.0}, "takes plain gradient steps"),
+        ({"products": "blocks", "chunk_size": 2}, "products='blocks' takes tasks one by one"),
     ],
 )
 def test_choices_that_do_not_fit(given: dict[str, Any], message: str) -> None:

@@ -41,7 +41,10 @@ def add_settings(
             group = parser.add_argument_group(Settings.GROUPS[each.name])
         if names is not None and each.name not in names:
             continue
-        allowed, default = each.metadata["names"], "the run's" if run else _text(each.default)
+        allowed, default = (
+            each.metadata["names"],
+            "the run's" if run else each.metadata["otherwise"] or _text(each.default),
+        )
         default = (otherwise or {}).get(each.name, default)
         choices = f" ({', '.join(allowed)})" if allowed else ""
         group.add_argument(

@@ -22,7 +22,7 @@ from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import Failed, UsageError
 from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
-from innerloop.training.build import arithmetic, build_learner, build_tasks
+from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import Settings, read_config
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in estimators:
             make("estimator", META_GRADIENT, name)
         tasks = build_tasks(settings, [arguments.split])
+        settings = with_inner_rate(settings, tasks)
         learners = {
             "fresh weights": build_learner(
                 settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None

@@ -34,7 +34,7 @@ from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
 
 USAGE = "[--methods NAME,NAME,...] [--budget TIME] [options]"
-OTHERWISE = dict.fromkeys(CHOSEN, "the method's") | {"steps": "as many as --budget allows"}
+OTHERWISE = dict.fromkeys(CHOSEN, "the method's") | {"steps": "as many as --budget allows", "threads": "1"}
 UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +19,22 @@ from innerloop.errors import UsageError
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training import processes
-from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, choose_device
+from innerloop.training.build import (
+    arithmetic,
+    build_learner,
+    build_optimizer,
+    build_tasks,
+    choose_device,
+    choose_threads,
+    with_inner_rate,
+)
 from innerloop.training.checkpoints import load_checkpoint, take_weights
 from innerloop.training.code import short
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import BEST, LAST, fit, multi_step_weights
+from innerloop.training.health import ailment, inner_losses, opening
 from innerloop.training.methods import METHODS, method_settings
-from innerloop.training.report import describe, slug, task_words, write_report
+from innerloop.training.report import describe, ending, slug, task_words, write_report
 from innerloop.training.runs import new_run, read_run
 from innerloop.training.settings import SETTINGS, Settings, flag, read_config
 
@@ -53,22 +63,29 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         settings = _settings(arguments)
         device = choose_device(settings)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        most = torch.get_num_threads()
+        if settings.threads or device.type == "cpu":
+            torch.set_num_threads(settings.threads or 1)  # until it is known what pays
         processes.join(device)
         with processes.rank_0_first():
             tasks = build_tasks(settings)
         processes.check_batch(settings.tasks_per_batch)  # before there is a folder
         if settings.dataset == "folder":
             settings = replace(settings, size=tasks.input_shape[-1])  # also where it was left to the images
+        settings = processes.agree(with_inner_rate(settings, tasks))
         trained_on = settings.method()[2].trains_on(tasks)
         learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
         optimizer, scheduler = build_optimizer(settings, learner)
-        _try_out(settings, learner, tasks)
+        trial = _trial(settings, learner, tasks)
+        trial()
+        if settings.threads is None and device.type == "cpu":
+            settings = replace(settings, threads=choose_threads(trial, most))
         begun = arguments.resume is not None and (arguments.resume / LAST).exists()
         fresh = None
         if settings.start_from is not None and not begun:
             fresh = take_weights(learner, Path(settings.start_from) / BEST)
+        with arithmetic(settings):
+            words, warning = opening(learner, tasks)
         folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
         writes = processes.rank() == 0
         if begun:
@@ -81,13 +98,19 @@ def run(arguments: argparse.Namespace) -> None:
             new_run(folder, settings)
     if writes:
         size = sum(parameter.numel() for parameter in learner.parameters())
+        threads = torch.get_num_threads()
+        place = f"{device}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device
         shape = " x ".join(map(str, tasks.input_shape))
         print(
             f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
-            f"{device}, into {folder}"
+            f"{place}, into {folder}"
         )
         if fresh is not None:
             print(f"weights of {settings.start_from}" + (f"; left fresh: {fresh}" if fresh else ""))
+        if words:
+            print(words)
+        if warning:
+            print(f"warning: {warning}")
 
     try:
         with arithmetic(settings):
@@ -110,25 +133,36 @@ def run(arguments: argparse.Namespace) -> None:
                 seed=settings.seed,
             )
             if writes:
-                print(f"{fitted.step} steps in {fitted.seconds / 60:.1f} min, best at {fitted.best_step}; now the test")
-            assessment = assess(learner, tasks, "test", settings.test_tasks)
+                print(f"{ending(folder, settings, fitted)}\nnow the test")
+            assessment = assess(learner, tasks, "test", settings.test_tasks, label="test")
             # Each point of the curve is one more pass over the queries: fewer tasks are enough for a picture.
-            curve = assess(learner, tasks, "test", min(settings.test_tasks, 100), curve=True)
+            curve = assess(learner, tasks, "test", min(settings.test_tasks, 100), curve=True, label="curve")
+            found = ailment(
+                assessment.protocols[0], tasks.ways, inner_losses(learner, tasks, "test", settings.test_tasks)
+            )
+            warnings = [text for text in (warning, found) if text]
             if writes:
-                write_report(folder, settings, learner, tasks, fitted, assessment, curve)
+                write_report(folder, settings, learner, tasks, fitted, assessment, curve, warnings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; continue with: innerloop train --resume {folder}") from None
     if writes:
         print(describe(assessment, settings, "test"))
+        if found:
+            print(f"warning: {found}")
         print(f"report: {folder / 'report.md'}")
     processes.leave()
 
 
-def _try_out(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> None:
-    """Take the meta-gradient of one task, so that what does not go together is refused before there is a folder."""
+def _trial(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Callable[[], object]:
+    """Takes the meta-gradient of one task, so that what does not go together is refused before there is a folder."""
     weights = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_loss else None
-    with arithmetic(settings):
-        copy.deepcopy(learner).meta_step(tasks.batch("train", 0, 1), step_weights=weights)
+    mine, batch = copy.deepcopy(learner), tasks.batch("train", 0, 1)
+
+    def trial() -> None:
+        with arithmetic(settings):
+            mine.meta_step(batch, step_weights=weights)
+
+    return trial
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

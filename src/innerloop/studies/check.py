@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.bilevel import Bilevel
 from innerloop.choices import choice
@@ -29,12 +27,12 @@ from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Source, evaluation_mode
 from innerloop.training.evaluation import draw as draw_tasks
+from innerloop.training.health import eigenvalues, single
 from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
 NO_STEP = "the learner takes no inner step, so that every estimator is exact: check it with 1 inner step or more"
 ROUNDING, CLOSE = 1e-4, 0.1  # relative errors below which nothing, or little, is lost
-LANCZOS = 20  # iterations, a curvature product each
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ def check(
         # what follows from that is measured here
         warnings.filterwarnings("ignore", message=".* without weight_decay or proximal in the inner solver")
         for index in range(count):
-            task = _single(learner, draw_tasks(tasks, learner, split, index, 1))
+            task = single(learner, draw_tasks(tasks, learner, split, index, 1))
             torch.default_generator.manual_seed(index)  # the CPU's, from which every seed is drawn
             with torch.no_grad():
                 loop, _ = learner.loop(task)
@@ -235,14 +233,6 @@ def _refused(learner: Bilevel, estimator: MetaGradient) -> str | None:
         except ValueError as error:
             return str(error)
     return None
-
-
-def _single(learner: Bilevel, batch: Task | Sequence[Task]) -> Task:
-    """The only task of a batch, without a task dimension."""
-    if not isinstance(batch, Task):
-        return batch[0]
-    task: Task = pytree.tree_map(lambda value: value[0], batch) if learner.stacked else batch
-    return task
 
 
 def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradient, seed: int) -> _Measured:
@@ -303,7 +293,7 @@ def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
         places = loop.begin.params, loop.run(learner.inner.steps).params
         if not finite(places):
             return math.nan, math.nan
-        seen = torch.cat([_eigenvalues(loop, params) for params in places])
+        seen = torch.cat([eigenvalues(loop, params) for params in places])
     seen = seen + (0.0 if learner.inner.decoupled else learner.inner.weight_decay) + learner.inner.proximal
     return seen.min().item(), seen.abs().max().item()
 
@@ -317,52 +307,6 @@ def _unsolved(learner: Bilevel, loop: InnerLoop, solved: Tree) -> float:
         )
     sizes = [torch.cat([value.reshape(-1) for value in grad.values()]).norm() for grad in (last, first)]
     return (sizes[0] / sizes[1]).item()
-
-
-def _eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
-    """Ritz values of the Hessian of the inner loss at a point."""
-    shapes = {name: value.shape for name, value in params.items()}
-    sizes = [value.numel() for value in params.values()]
-    like = next(iter(params.values()))
-
-    hessian = loop.hessian(loop.begin.step, params)
-
-    def product(vector: Tensor) -> Tensor:
-        parts = zip(shapes.items(), vector.split(sizes), strict=True)
-        direction = {name: part.view(shape) for (name, shape), part in parts}
-        bent = hessian(direction)
-        return torch.cat([bent[name].reshape(-1) for name in shapes])
-
-    first = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return lanczos(product, first.to(like), min(LANCZOS, sum(sizes)))
-
-
-def lanczos(product: Callable[[Tensor], Tensor], vector: Tensor, iterations: int) -> Tensor:
-    """Eigenvalues of a symmetric matrix as seen in the Krylov space of a vector (Lanczos 1950), ``[iterations]``.
-
-    The outer ones come close to those of the matrix first. Without re-orthogonalisation, which would keep every vector:
-    rounding then repeats eigenvalues that are already found, and moves none out of the spectrum.
-
-    Args:
-        product: ``x -> M x``.
-        vector: where to begin, ``[n]``, not 0.
-        iterations: products to take; fewer where the space is exhausted.
-    """
-    last, vector = torch.zeros_like(vector), vector / vector.norm()
-    diagonal: list[float] = []
-    beside: list[float] = [0.0]
-    for _ in range(iterations):
-        image = product(vector) - beside[-1] * last
-        diagonal.append((vector @ image).item())
-        image = image - diagonal[-1] * vector
-        beside.append(image.norm().item())
-        if not beside[-1] > 100 * torch.finfo(vector.dtype).eps * max(map(abs, diagonal)):
-            break  # also NaN
-        last, vector = vector, image / beside[-1]
-    small, large = torch.tensor(diagonal, dtype=torch.float64), torch.tensor(beside[1:-1], dtype=torch.float64)
-    if not (small.isfinite().all() and large.isfinite().all()):
-        return torch.full_like(small, math.nan)
-    return torch.linalg.eigvalsh(torch.diag(small) + torch.diag(large, 1) + torch.diag(large, -1))
 
 
 # In words.

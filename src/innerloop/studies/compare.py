@@ -2,9 +2,9 @@
 
 First every method is measured alone, one process after another: seconds and peak memory of a meta-step, curvature
 products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that whatever else
-runs on the machine later, other trainings of the study too, changes no timing; nor any result, where the number of
-threads is given, for sums over other numbers of threads round differently. Then every method is trained and tested with
-every seed, by `innerloop train`, in a run folder of its own.
+runs on the machine later, other trainings of the study too, changes no timing; nor any result, for all is computed on
+one thread unless settings name more. Then every method is trained and tested with every seed, by `innerloop train`, in
+a run folder of its own.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def plan(
         changes: settings of single methods, by the method's name, that win over all others; only what a method
             chooses, `CHOSEN`.
         **settings: for all methods, winning over what the methods set; see `innerloop.training.settings.Settings`.
+            ``threads`` is 1 where it is not given.
 
     Raises:
         ValueError: unknown methods or settings, values out of range, the same method twice, changes to a method that is
@@ -149,6 +150,7 @@ def plan(
     dataset = settings.get("dataset", Settings.dataset)
     if dataset in SOURCES and "ways" not in inspect.signature(SOURCES[dataset]).parameters:
         raise ValueError(f"{dataset} is regression; methods are compared by accuracy, so they need classes")
+    settings.setdefault("threads", 1)
     found, overridden = {}, set()
     for name in methods:
         own = {"dataset": dataset, **method_settings(name, dataset)}
@@ -192,8 +194,7 @@ def compare(
         minutes: of meta-steps for each method and seed; None takes ``steps``, the same for all, if the settings have
             that, and 5 minutes otherwise.
         seeds: trainings of each method.
-        jobs: trainings at once. Timings are taken before, alone, and do not depend on it; accuracies do, in the last
-            digits, where ``threads`` is not given.
+        jobs: trainings at once. Timings are taken before, alone, and do not depend on it.
         progress: show a progress bar; where there is no terminal, a line now and then.
         **options: ``memory_steps``, ``share``, ``changes`` and settings, as `plan` takes them.
 

@@ -60,7 +60,7 @@ def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[P
         while waiting or running:
             while waiting and len(running) < jobs:
                 each = waiting.pop(0)
-                running[each] = _start(each, jobs)
+                running[each] = _start(each)
             time.sleep(0.2)
             for each in [each for each, process in running.items() if process.poll() is not None]:
                 status = running.pop(each).returncode
@@ -73,7 +73,7 @@ def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[P
     return failed
 
 
-def _start(training: Training, jobs: int) -> subprocess.Popen[bytes]:
+def _start(training: Training) -> subprocess.Popen[bytes]:
     folder = training.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (folder / SETTINGS).exists():
@@ -82,15 +82,10 @@ def _start(training: Training, jobs: int) -> subprocess.Popen[bytes]:
         config = folder.parent / f"{folder.name}.json"
         training.settings.save(config)
         arguments = ["--config", str(config), "--out", str(folder)]
-    environment = {**os.environ}
-    if training.settings.threads is None and jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     with _log(training).open("ab") as log:
         command = [sys.executable, "-m", "innerloop", "train", *arguments]
         # In a session of its own: Ctrl-C then reaches it once, from here.
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, env=environment
-        )
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _log(training: Training) -> Path:

@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from innerloop.tasks import SOURCES, TaskSource
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.code import PYTHON, build, is_code, load, short
-from innerloop.training.settings import Settings, flag
+from innerloop.training.health import fitting_rate
+from innerloop.training.settings import AUTO, Settings, flag
 
 SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels", "group", "augment"  # what only some take
 INK = "glyphs", "omniglot"  # image sets whose strokes are 1 on 0
@@ -92,9 +95,23 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
         carry=settings.carry,  # type: ignore[arg-type]
         chunk_size=settings.chunk_size,
         compile=settings.compile,
+        products=settings.products,  # type: ignore[arg-type]
         memory=None if settings.memory is None else settings.memory * 2**20,
     )
     return learner.to(choose_device(settings), dtype)
+
+
+def with_inner_rate(settings: Settings, tasks: TaskSource) -> Settings:
+    """The settings with a number as inner rate, which is measured where it is auto.
+
+    Raises:
+        ValueError: as `build_learner` and `innerloop.training.health.fitting_rate`.
+    """
+    if settings.inner_lr != AUTO:
+        return settings
+    learner = build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
+    with arithmetic(settings):
+        return replace(settings, inner_lr=fitting_rate(learner, tasks))
 
 
 def build_model(settings: Settings, shape: tuple[int, ...], outputs: int) -> nn.Module:
@@ -167,6 +184,32 @@ def choose_device(settings: Settings) -> torch.device:
     if settings.device == "cpu" or not there:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def choose_threads(trial: Callable[[], object], most: int) -> int:
+    """Set how many CPU threads compute: all that are free, where they halve the time of a trial; otherwise one.
+
+    Threads of one operation wait for each other, spinning. Beside other work two can be a hundred times slower than
+    one, and on small convolutions they gain little at best. What ``OMP_NUM_THREADS`` says is taken.
+
+    Args:
+        trial: what is timed.
+        most: how many torch would take, by the cores that this process may use.
+    """
+    free = most - round(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)
+    seconds = {1: 0.0}
+    if "OMP_NUM_THREADS" in os.environ:
+        seconds = {most: 0.0}
+    elif free > 1:
+        for threads in (1, free):
+            torch.set_num_threads(threads)
+            trial()  # the first call of each sets up its own
+            began = time.perf_counter()
+            trial()
+            seconds[threads] = (time.perf_counter() - began) * (2 if threads > 1 else 1)
+    chosen = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(chosen)
+    return chosen
 
 
 def arithmetic(settings: Settings) -> contextlib.AbstractContextManager[object]:

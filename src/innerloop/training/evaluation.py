@@ -18,6 +18,7 @@ from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training import baselines, processes
+from innerloop.training.logs import tracked
 
 
 class Source(Protocol):
@@ -138,6 +139,7 @@ def evaluate(
     steps: int | None = None,
     inductive: bool = False,
     curve: bool = False,
+    label: str = "",
 ) -> Scores:
     """Adapt to the first ``count`` tasks of a split, without dropout, and score them; the learner stays as it is.
 
@@ -153,6 +155,7 @@ def evaluate(
         steps: adaptation steps; None takes the inner solver's.
         inductive: predict each query without seeing the others.
         curve: score after every adaptation step as well.
+        label: what a terminal shows beside a progress bar; empty shows none.
 
     Raises:
         ValueError: ``count`` or ``tasks_per_batch`` below 1, or what the source refuses.
@@ -161,7 +164,7 @@ def evaluate(
         raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
     size = tasks_per_batch if learner.stacked else 1
     results: list[tuple[int, dict[str, Tensor]]] = []
-    for start in range(processes.rank() * size, count, processes.world() * size):
+    for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
         batch = draw(tasks, learner, split, start, min(size, count - start))
         with evaluation_mode(learner):
             found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
@@ -255,14 +258,15 @@ def assess(
     *,
     steps: int | None = None,
     curve: bool = False,
+    label: str = "",
 ) -> Assessment:
     """Evaluate a learner under both protocols beside the baselines; arguments as in `evaluate`."""
     # Only batch norm that takes statistics from the queries lets one query see another.
     mixes = learner.batch_norm in ("batch", "step") and any(
         isinstance(module, TaskBatchNorm) for module in learner.modules()
     )
-    transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve) if mixes else None
-    inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True)
+    transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, label=label) if mixes else None
+    inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True, label=label)
     if tasks.ways is None or not isinstance(tasks.batch(split, 0, 1).query[0], Tensor):
         return Assessment(transductive, inductive, None)
     with evaluation_mode(learner):

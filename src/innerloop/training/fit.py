@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
 from innerloop.compiled import proposal
@@ -26,7 +26,7 @@ from innerloop.errors import Diverged
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
-from innerloop.training import processes
+from innerloop.training import health, processes
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint, save_weights, take_weights
 from innerloop.training.evaluation import Source, draw, evaluate, shape_of
 from innerloop.training.logs import JsonLines, Log, ProgressDisplay, Record, TensorBoard
@@ -34,6 +34,7 @@ from innerloop.training.record import settings_of
 from innerloop.training.settings import SETTINGS
 
 TRIED = 20  # outer steps after which compiling is thought of
+_log = logging.getLogger("innerloop")
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
 
 
@@ -102,7 +103,9 @@ def fit(
         validate_every: outer steps between validations, each followed by a checkpoint. The last step has one too.
         validation_tasks: tasks in a validation, always the same ones; 0 for none.
         patience: stop after so many validations in a row without a better one.
-        minutes: stop, after a last validation, when training has taken this long, earlier sessions included.
+        minutes: stop, after a last validation, when training has taken this long, earlier sessions included. The
+            scheduler and what is annealed run over this time or over the steps, whichever is used up sooner; where
+            it is the time, only the log says at which rates a run was trained.
         folder: where ``metrics.jsonl``, ``tensorboard/``, ``best.safetensors`` and ``last.safetensors`` go, and, of a
             `MetaLearner`, ``settings.json``, with which the commands make it again (``innerloop evaluate FOLDER``).
         resume: continue from ``folder``; from the beginning if it holds no checkpoint yet.
@@ -119,7 +122,8 @@ def fit(
             is False.
         FileNotFoundError: ``start_from`` holds no weights.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
-            checkpoint stay as they were.
+            checkpoint stay as they were. Or three validations in a row at chance, with a loss ten times that of
+            guessing: nothing is learned there any more. What is wrong sooner is a warning in the log.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the step at hand, once the checkpoint is written.
 
     Example:
@@ -191,13 +195,15 @@ def fit(
             _record(run, tasks, steps=steps, tasks_per_batch=tasks_per_batch)
         while at.step < steps and not late and (patience is None or at.stale < patience):
             torch.manual_seed(int(np.random.SeedSequence((seed, at.step, processes.rank())).generate_state(1)[0]))
-            learner.meta_gradient = FirstOrder() if at.step < (first_order or 0) else own
+            place = at.step + at.ahead
+            learner.meta_gradient = FirstOrder() if place < (first_order or 0) else own
             batch = draw(tasks, learner, "train", at.step * tasks_per_batch + processes.rank() * share, share)
-            weights = multi_step_weights(learner.inner.steps, at.step, multi_step_loss) if multi_step_loss else None
+            weights = multi_step_weights(learner.inner.steps, place, multi_step_loss) if multi_step_loss else None
             # The processes must stop at the same step: what one of them sees is averaged along with the gradients.
-            flags = [float(interrupted()), float(time.monotonic() - began >= limit)]
+            flags = [float(interrupted()), (time.monotonic() - began) / limit]
             before = time.monotonic()
-            record, flags = run.step(batch, weights, clip, flags)
+            record, (stop, used) = run.step(batch, weights, clip, flags)
+            run.anneal(max(int(min(used, 1.0) * steps) - at.step, 0))
             taken.append(time.monotonic() - before)
             if len(taken) == TRIED and processes.rank() == 0:
                 _propose(learner, min(taken), steps - at.step)
@@ -212,7 +218,7 @@ def fit(
                     "inner rate, or use Unrolled(), which takes no more curvature products. The log has it as reach",
                     stacklevel=2,
                 )
-            stop, late = (flag > 0 for flag in flags)
+            late = used >= 1
             tell("train", record)
             due = at.step % validate_every == 0 or at.step == steps or late
             if due and validation_tasks:
@@ -221,6 +227,11 @@ def fit(
                 run.save()
             if stop:
                 raise KeyboardInterrupt
+            if due and at.hopeless >= health.PATIENCE:
+                raise Diverged(
+                    f"stopped at step {at.step}, after {at.hopeless} hopeless validations: {run.warned}"
+                    f"{run.saved and f' ({run.saved})'}"
+                )
         if interrupted():
             raise KeyboardInterrupt
 
@@ -245,12 +256,18 @@ def multi_step_weights(inner_steps: int, step: int, annealing: int) -> list[floa
 
 @dataclass
 class _Progress:
-    """What a checkpoint keeps of the loop itself; ``stale`` counts the validations since the best one."""
+    """What a checkpoint keeps of the loop itself.
+
+    ``stale`` counts the validations since the best one, ``hopeless`` those in a row of which `health.hopeless` says so,
+    and ``ahead`` the steps by which the schedule is ahead of the run, where time runs faster.
+    """
 
     step: int = 0
     best_step: int | None = None
     best: float = -math.inf
     stale: int = 0
+    hopeless: int = 0
+    ahead: int = 0
     seconds: float = 0.0
 
 
@@ -265,6 +282,7 @@ class _Run:
     progress: _Progress = field(default_factory=_Progress)
     best_weights: dict[str, Tensor] | None = None
     saved: str = ""
+    warned: str = ""
 
     def step(
         self, batch: Task | Sequence[Task], weights: list[float] | None, clip: float | None, flags: list[float]
@@ -297,10 +315,19 @@ class _Run:
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), clip, norm)
         self.optimizer.step()
-        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
         self.progress.step += 1
         return record, means[len(values) :]
+
+    def anneal(self, ahead: int) -> None:
+        """Advance the schedule by the step just taken, and to where it is so many steps ahead of the run."""
+        if isinstance(self.scheduler, LambdaLR):  # knows its rate anywhere: where more time is given it goes back
+            self.scheduler.last_epoch += ahead - self.progress.ahead
+            self.scheduler.step()
+        elif self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            ahead = max(ahead, self.progress.ahead - 1)
+            for _ in range(1 + ahead - self.progress.ahead):
+                self.scheduler.step()
+        self.progress.ahead = ahead
 
     def _cause(self, batch: Task | Sequence[Task], share: int, weights: list[float] | None) -> str:
         """What `Bilevel.diagnose` finds, on the first process that finds something."""
@@ -329,9 +356,16 @@ class _Run:
                 save_weights(self.folder / BEST, self.best_weights, notes)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(scores.loss.mean if self.scheduler.mode == "min" else scores.quality)
+        ways = getattr(tasks, "ways", None)
+        self.progress.hopeless = self.progress.hopeless + 1 if health.hopeless(scores, ways) else 0
+        known = self.warned
+        self.warned = health.ailment(scores, ways, health.inner_losses(self.learner, tasks, "validation", count))
+        if self.warned and not known and processes.rank() == 0:
+            _log.warning("step %s, validation: %s", self.progress.step, self.warned)
         judged = scores.accuracy or scores.loss
         accuracy = scores.accuracy and scores.accuracy.mean
-        return {"loss": scores.loss.mean, "accuracy": accuracy, "interval": judged.interval, "best": better}
+        record = {"loss": scores.loss.mean, "accuracy": accuracy, "interval": judged.interval, "best": better}
+        return record | ({"warning": self.warned} if self.warned else {})
 
     def save(self) -> None:
         """Write the checkpoint, on rank 0 and where there is a folder."""
@@ -421,7 +455,7 @@ def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
         return
     moving = len(learner.adapted) or len(list(learner.parameters()))
     if text := proposal(seconds, learner.inner.steps * moving, remaining):
-        logging.getLogger("innerloop").info("%s", text)
+        _log.info("%s", text)
 
 
 def _record(run: _Run, tasks: Source, **outer: int) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
 
 Record = dict[str, Any]
 Log = Callable[[Record], None]
+T = TypeVar("T")
 
 
 class JsonLines:
@@ -56,12 +57,18 @@ class TensorBoard:
         if record["kind"] == "train" and record["step"] % 10:
             return
         for name, value in record.items():
-            if name not in ("kind", "step") and value is not None:
+            if name != "step" and value is not None and not isinstance(value, str):
                 self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Write what is buffered and close the file."""
         self._writer.close()
+
+
+def tracked(items: Sequence[T], label: str) -> Iterable[T]:
+    """Items, with a bar on a terminal while they are gone through; without one where the label is empty."""
+    console = Console()
+    return track(items, label, console=console, transient=True, disable=not (label and console.is_terminal))
 
 
 class ProgressDisplay:

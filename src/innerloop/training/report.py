@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -54,7 +55,7 @@ IMAGES = "A row a class: its name, support images, queries. Green: right; red: w
 REGRESSION = "Black: support. Lines: the truth, and what is predicted for the queries before and after adaptation."
 PAGE = """# {title}
 
-```
+{warnings}```
 {scores}
 ```
 
@@ -94,6 +95,7 @@ def write_report(
     fitted: Fitted,
     assessment: Assessment,
     curve: Assessment,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write ``results.json``, the pictures and ``report.md`` of a run that was trained and tested.
 
@@ -107,6 +109,7 @@ def write_report(
         fitted: how training ended.
         assessment: of the test.
         curve: of fewer test tasks, with curves.
+        warnings: what is wrong with the run, a sentence each.
     """
     accuracies = {each.protocol: each.accuracies for each in assessment.protocols if each.accuracies is not None}
     if accuracies:
@@ -123,7 +126,8 @@ def write_report(
     page = PAGE.format(
         title=task_words(settings),
         scores=describe(assessment, settings, "test"),
-        training=f"{fitted.step} steps in {fitted.seconds / 60:.1f} minutes; best weights at step {fitted.best_step}.",
+        warnings="".join(f"**Warning:** {text}.\n\n" for text in warnings),
+        training=ending(folder, settings, fitted),
         curve_tasks=curve.inductive.tasks,
         examples=examples,
         made="\n".join(f"* {key}: {value}" for key, value in _flat(provenance())),
@@ -131,7 +135,8 @@ def write_report(
     )
     (folder / REPORT).write_text(page, encoding="utf-8")
     # Last, because a run that has results counts as done.
-    results = {"training": fitted._asdict(), "test": summary(assessment), "curve": summary(curve)}
+    results = {"training": fitted._asdict(), "warnings": list(warnings)}
+    results |= {"test": summary(assessment), "curve": summary(curve)}
     save_results(folder / RESULTS, results | {"confusion": mistaken._asdict() if mistaken else None})
 
 
@@ -145,6 +150,20 @@ def slug(settings: Settings) -> str:
     """The same for names of files."""
     sizes = (f"{settings.ways}way", f"{settings.shots}shot") if settings.shots else ()
     return "-".join([re.sub(r"[^\w.]+", "-", short(settings.dataset)), *sizes])
+
+
+def ending(folder: Path, settings: Settings, fitted: Fitted) -> str:
+    """How far training came, and how to go on where it stopped early."""
+    done = f"{fitted.step:,} steps in {fitted.seconds / 60:.1f} minutes; best weights at step {fitted.best_step}."
+    if fitted.stopped == "steps":
+        return done
+    share, why, more = fitted.step / settings.steps, "validation got no better", "--patience none"
+    if fitted.stopped == "minutes":
+        why, more = "the time was up", f"--minutes {math.ceil(fitted.seconds / 60 / share)}"
+    return (
+        f"{done} That is {100 * share:.2g} % of the {settings.steps:,} steps planned: {why}. "
+        f"To go on: innerloop train --resume {folder} {more}"
+    )
 
 
 def summary(assessment: Assessment) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def new_run(folder: Path, settings: Settings) -> None:
     """
     if (folder / SETTINGS).exists():
         raise ValueError(
-            f"{folder} already holds a run; continue it with --resume {folder}, or name another with --run"
+            f"{folder} already holds a run; continue it with --resume {folder}, or name another with --out"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something that is not a run; name a new folder with --out")

@@ -16,6 +16,7 @@ import yaml
 
 from innerloop.adapts import Adapts
 from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
+from innerloop.engine import ENGINES
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.tasks import SOURCES
@@ -24,6 +25,8 @@ from innerloop.training.code import PYTHON, absolute, is_code
 
 SETTINGS = "settings.json"
 OF_PYTHON = "dataset", "model", "adapts"  # what a run made in Python may have no text for; the last, any other choice
+AUTO = "auto"
+TUNED = dict.fromkeys(("glyphs", "omniglot"), 0.5)  # inner rates by data set; on all others it is measured
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -35,6 +38,7 @@ def option(
     code: bool = False,
     at_least: float = -math.inf,
     above: float = -math.inf,
+    otherwise: str = "",
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
 
@@ -45,20 +49,24 @@ def option(
         code: a function of the user's own will do as well, ``file.py:name``.
         at_least: smallest allowed number.
         above: number that it must exceed.
+        otherwise: in words, what holds where the default is None.
     """
     limits = {"names": tuple(names), "code": code, "at_least": at_least, "above": above}
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "otherwise": otherwise, **limits})
 
 
 def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
     kind, *other = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if other and value in (None, "none"):
         return None
+    if str in other and value == AUTO:
+        return value
     what, limits = flag(each.name), each.metadata
     try:
         value = _converted(kind, value)
     except (KeyError, ValueError):
-        raise ValueError(f"{what} is {value!r}; it must be {KINDS[kind]}{' or none' if other else ''}") from None
+        allowed = ", auto or none" if str in other else " or none" if other else ""
+        raise ValueError(f"{what} is {value!r}; it must be {KINDS[kind]}{allowed}") from None
     if value == PYTHON and each.name in OF_PYTHON:
         return value
     if limits["code"] and value.partition(":")[0] not in limits["names"] and is_code(value):
@@ -113,8 +121,8 @@ class Settings:
     """All that ``innerloop train`` can be told. The defaults are the recipe of ``make train``.
 
     Each value is converted to its type and checked. Text is read as on a command line: ``"1e-3"`` is a number where
-    one is wanted, and ``"none"`` is None where that is allowed. Ways, shots and queries that are None become those that
-    the data set has by default.
+    one is wanted, and ``"none"`` is None where that is allowed. Ways, shots, queries and inner rate that are None
+    become those that the data set has by default. An inner rate of ``"auto"`` is measured when training begins.
 
     Raises:
         ValueError: a value of another type, an unknown name, or a number out of range.
@@ -130,44 +138,84 @@ class Settings:
     """The first field of each group, for ``--help``."""
 
     dataset: str = option("glyphs", "where tasks come from, or your own: file.py:name", names=SOURCES, code=True)
-    data: str | None = option(None, "folder or file of a data set that is not downloaded or rendered")
-    ways: int | None = option(None, "classes of a task; none: as the data set has it, 5 for images", at_least=2)
-    shots: int | None = option(None, "support examples a class; none: 1 for images", at_least=1)
-    queries: int | None = option(None, "query examples a class; none: 5 for images, enough to train on", at_least=1)
-    rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes")
-    class_split: str | None = option(None, "omniglot: background, 1200 or vinyals; folder: how classes are split")
-    size: int | None = option(None, "folder: side of the images; none: as they are, at most 84", at_least=1)
-    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1)
-    group: str | None = option(
-        None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN"
+    data: str | None = option(None, "folder or file of a data set", otherwise="what is rendered, downloaded or cached")
+    ways: int | None = option(None, "classes of a task", at_least=2, otherwise="5 for images")
+    shots: int | None = option(
+        None, "support examples: of a class, or in all for regression", at_least=1, otherwise="1 for images"
     )
-    augment: str | None = option(None, "folder: changes of training images: flip, crop or flip,crop")
+    queries: int | None = option(None, "query examples, likewise", at_least=1, otherwise="5 for images")
+    rotations: bool | None = option(
+        None, "omniglot: quarter turns of the training classes as further classes", otherwise="false"
+    )
+    class_split: str | None = option(
+        None,
+        "omniglot: background, 1200 or vinyals; folder: how classes are split",
+        otherwise="background; 0.6,0.2,0.2",
+    )
+    size: int | None = option(None, "folder: side of the images", at_least=1, otherwise="as they are, at most 84")
+    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1, otherwise="3")
+
+    group: str | None = option(
+        None,
+        "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN",
+        otherwise="every image alone",
+    )
+    augment: str | None = option(
+        None, "folder: changes of training images: flip, crop or flip,crop", otherwise="no change"
+    )
 
     model: str = option("conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, code=True)
-    weights: str | None = option(None, "safetensors file with pretrained weights of the model")
-    filters: int | None = option(None, "channels of the model's blocks (mlp: hidden units)", at_least=1)
-    downsample: str | None = option(None, "conv4: how a block halves the image", names=("pool", "stride"))
-    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening")
-    context: int | None = option(None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1)
+    weights: str | None = option(
+        None, "safetensors file with pretrained weights of the model", otherwise="first weights by the seed"
+    )
+    filters: int | None = option(
+        None,
+        "channels of the model's blocks (mlp: hidden units)",
+        at_least=1,
+        otherwise="conv4 32, resnet12 64, mlp 40",
+    )
+    downsample: str | None = option(
+        None,
+        "conv4: how a block halves the image",
+        names=("pool", "stride"),
+        otherwise="stride for grey images, pool for colour",
+    )
+    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", otherwise="false")
+    context: int | None = option(
+        None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1, otherwise="no such vector"
+    )
 
     adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS)
     inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
-    inner_lr: float = option(0.5, "inner rate", above=0)
+    inner_lr: float | str | None = option(
+        None,
+        "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
+        above=0,
+        otherwise=f"0.5 for {' and '.join(TUNED)}, auto for others",
+    )
     inner_steps: int = option(3, "inner steps in training; 0 with a start alone", at_least=0)
-    test_steps: int | None = option(None, "inner steps in evaluation; none: as in training", at_least=0)
+    test_steps: int | None = option(None, "inner steps in evaluation", at_least=0, otherwise="as in training")
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
-    start: str | None = option(None, "where the inner loop begins: ridge; none: at the model", names=START)
-    start_from: str | None = option(None, "folder of another run, whose weights training begins with where they fit")
+    start: str | None = option(None, "where the inner loop begins: ridge", names=START, otherwise="at the model")
+    start_from: str | None = option(
+        None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
+    )
     carry: str = option(
         "none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot")
     )
     multi_step_loss: float | None = option(
-        None, "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all", above=0
+        None,
+        "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all",
+        above=0,
+        otherwise="not used",
     )
     first_order: float | None = option(
-        None, "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all", above=0
+        None,
+        "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all",
+        above=0,
+        otherwise="not used",
     )
     batch_norm: str = option(
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
@@ -181,22 +229,38 @@ class Settings:
     clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
     validate_every: int = option(500, "outer steps between validations", at_least=1)
     validation_tasks: int = option(200, "tasks of a validation", at_least=1)
-    patience: int | None = option(None, "stop after so many validations without a better one", at_least=1)
-    minutes: float | None = option(None, "stop training after so many minutes", above=0)
+    patience: int | None = option(
+        None, "stop after so many validations without a better one", at_least=1, otherwise="never"
+    )
+    minutes: float | None = option(
+        None, "stop after so many minutes, over which the schedule runs", above=0, otherwise="when all steps are done"
+    )
     test_tasks: int = option(1000, "tasks of the final test", at_least=1)
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0)
     device: str = option("auto", "auto takes a GPU where there is one", names=("auto", "cpu", "cuda"))
-    threads: int | None = option(None, "CPU threads; none: what torch takes", at_least=1)
+    threads: int | None = option(
+        None, "CPU threads", at_least=1, otherwise="1, or as many as are free where that is much faster"
+    )
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
-    chunk_size: int | None = option(None, "tasks computed at once; fewer take less memory", at_least=1)
+    chunk_size: int | None = option(
+        None, "tasks computed at once; fewer take less memory", at_least=1, otherwise="by the bytes of a task"
+    )
+    products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)
     compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
-    memory: int | None = option(None, "MiB for a meta-step; within it graphs are kept, which is faster", at_least=0)
+    memory: int | None = option(
+        None,
+        "MiB for a meta-step; within it graphs are kept, which is faster",
+        at_least=0,
+        otherwise="1024 on a CPU, half of what is free on a GPU",
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Settings)
         for each in fields(self):
             object.__setattr__(self, each.name, _checked(each, hints[each.name], getattr(self, each.name)))
+        if self.inner_lr is None:
+            object.__setattr__(self, "inner_lr", TUNED.get(self.dataset, AUTO))
         if self.adapts != PYTHON:
             self.method()
         make("schedule", SCHEDULE, self.schedule)
@@ -216,10 +280,11 @@ class Settings:
         Raises:
             ValueError: arguments that the choices do not take, or out of range.
         """
+        rate = 1.0 if self.inner_lr == AUTO else self.inner_lr  # of a learner by which it is measured
         inner = {"test_steps": self.test_steps, "weight_decay": self.weight_decay, "proximal": self.proximal}
         return (
             make("adapts", ADAPTS, self.adapts),
-            make("inner", INNER, self.inner, lr=self.inner_lr, steps=self.inner_steps, **inner),
+            make("inner", INNER, self.inner, lr=rate, steps=self.inner_steps, **inner),
             make("meta-gradient", META_GRADIENT, self.meta_gradient),
         )
 
