@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import tomllib
 import types
@@ -18,6 +17,7 @@ from innerloop.adapts import Adapts
 from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
+from innerloop.reporting import write_json
 from innerloop.tasks import SOURCES
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 
@@ -202,7 +202,7 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, which ``--config`` reads as well."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Settings:
