@@ -28,9 +28,9 @@ from torch import nn
 from transformer import Block, Pool, peak
 
 import innerloop as il
+from innerloop import reporting
 from innerloop.curvature import second_order_kernels
 from innerloop.training.allocator import keep_freed_memory
-from innerloop.training.runs import provenance
 
 STEPS = 5
 OURS = {
@@ -38,6 +38,7 @@ OURS = {
     "innerloop, memory=0": {"memory": 0},
     "innerloop, first order": {"meta_gradient": "first-order"},
 }
+WHAT = "seconds", "mib"
 AXES = {
     "inner steps": ("steps", (1, 2, 4, 8, 16, 32)),
     "tasks": ("tasks", (1, 2, 4, 8, 16)),
@@ -147,35 +148,33 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def page(record: dict[str, Any]) -> str:
     """The tables, in Markdown."""
-    lines = ["# Costs in plain gradients", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
+    parts: list[reporting.Part] = [(__doc__ or "").split("\n\n")[2].replace("\n", " ")]
     for title, found in record["models"].items():
-        unit = found["unit"]
-        lines += [f"## {title}", "", f"One plain gradient: {1e3 * unit['seconds']:.3g} ms, {unit['mib']:.3g} MiB.", ""]
-        lines += ["| meta-gradient | time | peak memory |", "| --- | --- | --- |"]
+        unit, rows = found["unit"], []
         for name, each in found.items():
             if "error" in each:
-                lines.append(f"| {name} | does not run: {each['error']} | |")
+                rows.append([name, f"does not run: {each['error']}", ""])
             elif name != "unit":
-                lines.append(f"| {name} | {each['seconds'] / unit['seconds']:.3g} | {each['mib'] / unit['mib']:.3g} |")
-        lines.append("")
-    lines += ["## How cost grows", "", (growth.__doc__ or "") + " An exponent of 1 is growth in proportion.", ""]
+                rows.append([name, *(f"{each[what] / unit[what]:.3g}" for what in WHAT)])
+        parts += [
+            reporting.Heading(title),
+            f"One plain gradient: {1e3 * unit['seconds']:.3g} ms, {unit['mib']:.3g} MiB.",
+        ]
+        parts.append(reporting.Table(["meta-gradient", "time", "peak memory"], rows))
     names = [name for name in next(iter(next(iter(record["growth"].values())).values())) if name != "unit"]
-    lines.append("| grows with | from, to | " + " | ".join(f"{name}: time | memory" for name in names) + " |")
-    lines.append("| --- " * (2 + 2 * len(names)) + "|")
-    for title, rows in record["growth"].items():
-        cells = []
-        for name in names:
-            for what in ("seconds", "mib"):
-                cells.append(f"{slope([(float(at), row[name][what]) for at, row in rows.items()]):.2f}")
-        first, *_, last = rows
-        lines.append(f"| {title} | {int(first):,} to {int(last):,} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"* {name} {why}." for name, why in record["absent"].items())]
-    lines += [
-        "",
-        f"Made by `{record['command']}` at commit {record['commit']}, {record['time']}, torch "
-        f"{record['versions']['torch']}, Python {record['versions']['python']}, {record['machine']['processor']}.",
+    rows = []
+    for title, found in record["growth"].items():
+        curves = [[(float(at), row[name][what]) for at, row in found.items()] for name in names for what in WHAT]
+        first, *_, last = found
+        rows.append([title, f"{int(first):,} to {int(last):,}", *(f"{slope(curve):.2f}" for curve in curves)])
+    parts += [
+        reporting.Heading("How cost grows"),
+        (growth.__doc__ or "") + " An exponent of 1 is growth in proportion.",
     ]
-    return "\n".join(lines) + "\n"
+    head = [f"{name}: {what}" for name in names for what in ("time", "memory")]
+    parts.append(reporting.Table(["grows with", "from, to", *head], rows))
+    parts.append("\n".join(f"* {name} {why}." for name, why in record["absent"].items()))
+    return reporting.markdown("Costs in plain gradients", [*parts, f"Made by {reporting.made(record)}."])
 
 
 def main() -> None:
@@ -193,10 +192,9 @@ def main() -> None:
     for title, case in models(args.quick):
         found[title] = measured(case, runners(case, OURS, deepcopy(others)), rounds)
         print(title, {name: each.get("seconds") for name, each in found[title].items()}, flush=True)
-    record = {"models": found, "growth": growth(args.quick, rounds), "absent": gone, **provenance()}
-    record["command"] = "python benchmarks/costs.py" + (" --quick" if args.quick else "")
-    (args.out / "costs.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "costs.md").write_text(page(json.loads(json.dumps(record))))
+    record = {"models": found, "growth": growth(args.quick, rounds), "absent": gone, **reporting.provenance()}
+    reporting.write_json(args.out / "costs.json", record, indent=1)
+    reporting.write_text(args.out / "costs.md", page(json.loads(json.dumps(record))))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,6 @@ meta-step gains over the loaded model and data: resident memory of the process o
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +20,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop.studies.measure import peak_memory, quiet_environment, time_of
+from innerloop import reporting
+from innerloop.errors import Failed
+from innerloop.reporting.figures import MARKED, OWN, Line, Panel, panels, save
 
 RECORDED = il.Unrolled(record=True)
 AUTOGRAD = "autograd"  # rows that begin so go back through the recorded inner loop, by plain autograd
@@ -54,6 +51,7 @@ ROWS: dict[str, Any] = {
 }  # fmt: skip
 TERMS = {"implicit": {"proximal": 2.0}, "memory-reduced": {"weight_decay": 0.05}}  # of the inner solver
 CG, WINDOW = 5, 5  # where they do not vary
+VARIES = {"Inner steps": "steps", "Iterations of conjugate gradient": "iterations", "Steps in a window": "window"}
 SOLVING, WINDOWED = ("implicit", "memory-reduced"), ("window, frozen", "window, true forward")
 
 
@@ -66,22 +64,21 @@ class Cell(NamedTuple):
     window: int = WINDOW
 
 
-class Table(NamedTuple):
-    """A row a method, a column a value of what varies."""
+class Asked(NamedTuple):
+    """A table: a row a method, a column a value of what varies."""
 
     title: str
-    varies: str
     cells: dict[str, dict[int, Cell]]
 
 
-def tables(args: argparse.Namespace) -> list[Table]:
+def tables(args: argparse.Namespace) -> list[Asked]:
     """What is to be measured."""
     iterations = {row: {n: Cell(row, args.fixed_steps, cg=n) for n in args.iterations} for row in SOLVING}
     windows = {row: {n: Cell(row, args.fixed_steps, window=n) for n in args.windows} for row in WINDOWED}
     return [
-        Table("Inner steps", "inner steps", {row: {n: Cell(row, n) for n in args.steps} for row in args.methods}),
-        Table("Iterations of conjugate gradient", "iterations", iterations),
-        Table("Steps in a window", "window", windows),
+        Asked("Inner steps", {row: {n: Cell(row, n) for n in args.steps} for row in args.methods}),
+        Asked("Iterations of conjugate gradient", iterations),
+        Asked("Steps in a window", windows),
     ]
 
 
@@ -126,22 +123,26 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, float]:
     meta_step = step_by_hand if cell.row == BY_HAND else il.MetaLearner.meta_step
     # Libraries load their kernels on first use; that is not the meta-step's memory.
     meta_step(build(cell._replace(steps=2), 2, 1, args.device), batch(1, 1, args.device))
-    gained = peak_memory(lambda: meta_step(learner, tasks), args.device)
+    gained = reporting.peak_memory(lambda: meta_step(learner, tasks), args.device)
     norm = sum(float(p.grad.square().sum()) for p in learner.parameters() if p.grad is not None) ** 0.5
     found = {"mib": gained / 2**20, "gradient_norm": norm}
     if args.repeats:
-        found["seconds"] = time_of(lambda: meta_step(learner, tasks), args.repeats, args.device).median
+        found["seconds"] = reporting.time_of(lambda: meta_step(learner, tasks), args.repeats, args.device).median
     return found
 
 
-def in_fresh_process(cells: list[Cell]) -> list[dict[str, Any]]:
-    """Run this file again for some cells."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", json.dumps(cells)]
-    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]
-        return [{"failed": reason}] * len(cells)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(cells: list[list[Any]], settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Of some cells, in this process."""
+    return [measure(Cell(*cell), argparse.Namespace(**settings)) for cell in cells]
+
+
+def measured_apart(cells: list[Cell], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same in a fresh process."""
+    needed = ("filters", "chunk", "device", "tasks", "shots", "repeats")
+    try:
+        return reporting.in_fresh_process(measured, cells, {name: getattr(args, name) for name in needed})
+    except Failed as error:
+        return [{"failed": str(error)[:200]}] * len(cells)
 
 
 def activations(args: argparse.Namespace) -> float:
@@ -162,57 +163,46 @@ def activations(args: argparse.Namespace) -> float:
     return sum(kept.values()) / 2**20
 
 
-def commit() -> str:
-    """The commit that is measured, or 'unknown'."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or "unknown"
-
-
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
-def markdown(varies: str, results: Results, key: str, form: str) -> str:
-    """A table of one figure."""
+def shown(varies: str, results: Results, key: str, form: str) -> reporting.Table:
+    """One figure, and of memory what each row gains a step of what varies."""
     columns = list(next(iter(results.values())))
-    lines = [f"| {varies} | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    rows = []
     for method, row in results.items():
+        found = [(int(n), cell[key]) for n, cell in row.items() if key in cell]
+        each = (found[-1][1] - found[0][1]) / (found[-1][0] - found[0][0]) if len(found) > 1 else 0.0
         cells = [format(row[n][key], form) if key in row[n] else "failed" for n in columns]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([method, *cells, f"{each:+.3f}" if len(found) > 1 else "–"])
+    return reporting.Table([varies, *columns, "gain each"], rows)
 
 
-def growth(varies: str, results: Results) -> str:
-    """How much memory each row gains from its first column to its last, in words."""
-    lines = []
-    for method, row in results.items():
-        found = [(int(n), cell["mib"]) for n, cell in row.items() if "mib" in cell]
-        if len(found) > 1:
-            (first, low), (last, high) = found[0], found[-1]
-            slope = (high - low) / (last - first)
-            each = f"{slope:.2f} MiB" if abs(slope) >= 0.1 else f"{1024 * slope:.0f} KiB"
-            lines.append(f"* {method}: {high - low:+.1f} MiB from {varies} {first} to {last}, {each} each")
-    return "\n".join(lines)
+def page(record: dict[str, Any], picture: str) -> str:
+    """The page that a record makes."""
+    parts: list[reporting.Part] = [
+        f"{record['setting']}. Peak memory above the loaded model in MiB; the last column is what one more gains, from "
+        f"the first column to the last. Autograd keeps {record['support_activations_mib']:.2f} MiB of activations of "
+        "one pass of a support set through the body.",
+        reporting.Gallery([reporting.Picture(picture, "Peak memory against inner steps, a line a method")]),
+    ]
+    for title, varies in VARIES.items():
+        parts += [reporting.Heading(title), shown(varies, record["results"][title], "mib", ".1f")]
+    steps = record["results"]["Inner steps"]
+    if all("seconds" in cell for row in steps.values() for cell in row.values() if "mib" in cell):
+        parts += [reporting.Heading("Seconds of one meta-step"), shown("inner steps", steps, "seconds", ".2f")]
+    return reporting.markdown("Memory of one meta-step", [*parts, f"Made by {reporting.made(record)}."])
 
 
 def draw(results: Results, path: Path) -> None:
     """Memory against steps, one line a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 5.6), layout="constrained")
-    for number, (method, row) in enumerate(results.items()):
-        shown = [(int(n), cell["mib"]) for n, cell in row.items() if "mib" in cell]
-        style = "--" if method.startswith(AUTOGRAD) else "-"
-        axes.plot(*zip(*shown, strict=True), style, marker="osv^D"[number // 4], color=f"C{number % 10}", label=method)
-    axes.set(xlabel="inner steps", ylabel="peak memory of a meta-step, MiB", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    lines = {}
+    for method, row in results.items():
+        found = [(int(n), cell["mib"]) for n, cell in row.items() if "mib" in cell]
+        look = MARKED | {"marker": OWN, "linestyle": "--" if method.startswith(AUTOGRAD) else "-"}
+        lines[method] = Line(*zip(*found, strict=True), look)
+    axes = {"xlabel": "inner steps", "ylabel": "peak memory of a meta-step, MiB", "yscale": "log"}
+    save(path, panels([Panel(lines, axes)], width=7.2, height=4.6))
 
 
 def parse() -> argparse.Namespace:
@@ -231,7 +221,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="few steps, 8 filters, no times, all in one process")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.steps, args.iterations, args.windows, args.fixed_steps = [1, 6, 11], [1, 20], [1, 5], 5
@@ -242,56 +231,30 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure every row and write the result files."""
     args = parse()
-    if args.only:
-        print(json.dumps([measure(Cell(*cell), args) for cell in json.loads(args.only)]))
-        return
-
     asked = tables(args)
     cells = list(dict.fromkeys(cell for table in asked for row in table.cells.values() for cell in row.values()))
     found: dict[Cell, dict[str, Any]] = {}
     for group in [cells] if args.quick else [[cell] for cell in cells]:
-        found.update(zip(group, in_fresh_process(group), strict=True))
+        found.update(zip(group, measured_apart(group, args), strict=True))
         for cell in group:
             print(*cell, found[cell], flush=True)
     results: dict[str, Results] = {
         table.title: {row: {str(n): found[cell] for n, cell in cells.items()} for row, cells in table.cells.items()}
         for table in asked
     }
-
-    accelerator = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     record = {
-        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
+        **reporting.provenance(),
         "setting": f"Conv4, {args.filters} filters, 28x28, 5-way {args.shots}-shot, 5 queries a class, "
         f"{args.tasks} tasks, {args.chunk} at once, SGD inside, float32; where they do not vary, "
         f"{args.fixed_steps} inner steps, {CG} iterations of conjugate gradient, windows of {WINDOW}",
         "support_activations_mib": activations(args),
         "results": results,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"memory-{args.device}"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    text = f"""# Memory of one meta-step
-
-{record["setting"]}. Peak memory above the loaded model in MiB.
-Autograd keeps {record["support_activations_mib"]:.2f} MiB of activations of one pass of a support set through the body.
-"""
-    for table in asked:
-        name = table.varies
-        text += f"\n## {table.title}\n\n{markdown(name, results[table.title], 'mib', '.1f')}\n\n"
-        text += growth(name, results[table.title]) + "\n"
-    if args.repeats:
-        seconds = markdown("inner steps", results["Inner steps"], "seconds", ".2f")
-        text += f"\n## Seconds of one meta-step\n\n{seconds}\n"
-    text += f"""
-Made by `{record["command"].strip()}` at commit {record["commit"]}, Python {platform.python_version()}, torch
-{torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, accelerator: {accelerator}.
-"""
-    stem.with_suffix(".md").write_text(text)
+    reporting.write_json(stem.with_suffix(".json"), record, indent=1)
+    reporting.write_text(stem.with_suffix(".md"), page(record, f"{stem.name}.png"))
     draw(results["Inner steps"], stem.with_suffix(".png"))
-    print(text)
+    print(page(record, f"{stem.name}.png"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ See peers.py for those that need their source on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
+from innerloop.reporting import made, provenance, table, write_json, write_text
 from innerloop.training.allocator import keep_freed_memory
-from innerloop.training.runs import provenance
 
 Step = Callable[[], None]
 OURS = "innerloop"
@@ -371,8 +370,6 @@ def rows(results: dict[str, Any]) -> Iterator[list[str]]:
 
 def page(record: dict[str, Any]) -> str:
     head = ["work", "ours", "ours over the fastest other", "bound", "met", "everyone, in plain gradients"]
-    lines = [head, ["---"] * len(head), *rows(record["results"])]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     left = {
         f"{name}, in {WORKS[key].title}": why
         for key, row in record["results"].items()
@@ -384,14 +381,13 @@ def page(record: dict[str, Any]) -> str:
 Processor time on one thread, in turns, medians; below 1 we are faster. The unit of the last column is one plain
 gradient of the query images of all tasks.
 
-{body}
+{table(head, list(rows(record["results"])))}
 
 Not raced:
 
 {gone}
 
-Made by `{record["command"]}` at commit {record["commit"]}, {record["time"]}, torch {record["versions"]["torch"]},
-Python {record["versions"]["python"]}, {record["machine"]["processor"]}.
+Made by {made(record)}.
 """
 
 
@@ -410,11 +406,10 @@ def main() -> None:
         results[key] = race(WORKS[key], args.seconds or (4 if args.quick else 25), 3)
         print(" | ".join(next(rows({key: results[key]}))), flush=True)
     record = {"results": results, "absent": absent(), **provenance()}
-    record["command"] = "python benchmarks/speed.py" + (" --quick" if args.quick else "")
     if args.out or not args.quick:
         folder = args.out or Path(__file__).parent
-        (folder / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / "speed.md").write_text(page(record))
+        write_json(folder / "speed.json", record, indent=1)
+        write_text(folder / "speed.md", page(record))
 
 
 if __name__ == "__main__":

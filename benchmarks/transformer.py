@@ -13,13 +13,6 @@ transformer.json and .md (transformer-cuda.json and .md) beside this file.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +25,10 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 import innerloop as il
+from innerloop import reporting
 from innerloop.blockwise import Blockwise
 from innerloop.curvature import curvature, gradient, second_order_kernels
 from innerloop.differences import Differences
-from innerloop.studies.measure import quiet_environment
 
 WAYS = 5
 
@@ -127,11 +120,7 @@ def ours(model: nn.Module, task: il.Task, steps: int, rate: float, **settings: A
 def peak(function: Callable[[], Any], device: str) -> float:
     """MiB live at once, at most, of those that a call allocates."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return reporting.peak_memory(function, device) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
     now = top = 0
@@ -193,21 +182,15 @@ def tables(args: argparse.Namespace) -> dict[str, Rows]:
     return found
 
 
-def peaks(found: dict[str, Rows], device: str) -> dict[str, dict[str, float]]:
-    """The peak of every row, on its second call."""
+@torch.no_grad()
+def peaks(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The peak of every row, on its second call, in a process of its own: the profiler keeps freed memory."""
     result: dict[str, dict[str, float]] = {}
-    for table, rows in found.items():
+    for table, rows in tables(argparse.Namespace(**settings)).items():
         for name, row in rows.items():
             row()
-            result.setdefault(table, {})[name] = peak(row, device)
+            result.setdefault(table, {})[name] = peak(row, settings["device"])
     return result
-
-
-def peaks_in_fresh_process() -> dict[str, dict[str, float]]:
-    """The same in another process, since what records allocations keeps freed memory from going back."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--peaks"]
-    done = subprocess.run(command, env=quiet_environment(), check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured(rows: Rows, mib: dict[str, float], args: argparse.Namespace) -> dict[str, Any]:
@@ -216,40 +199,41 @@ def measured(rows: Rows, mib: dict[str, float], args: argparse.Namespace) -> dic
     found = {name: {"distance": distance(row(), expected), "mib": mib[name]} for name, row in rows.items()}
     for name, row in found.items():
         assert row["distance"] < (1e-2 if "differences" in name else 1e-4), (name, row)
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(args.repeats):
-        for name, row in rows.items():
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            row()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    for name, each in seconds.items():
-        if each:
-            found[name]["ms"] = 1000 * statistics.median(each)
-        print(name, found[name], flush=True)
+    if args.repeats:
+        for name, each in reporting.in_turns(rows, args.repeats, args.device, warm_up=0).items():
+            found[name]["ms"] = 1000 * each.median
+    for name, row in found.items():
+        print(name, row, flush=True)
     return found
 
 
-def markdown(rows: dict[str, Any], first: str, unit: dict[str, float]) -> str:
-    """A table: figures, and as multiples of one plain gradient."""
+def shown(rows: dict[str, Any], first: str, unit: dict[str, float]) -> reporting.Table:
+    """Figures, and as multiples of one plain gradient."""
     timed = "ms" in unit
-    heads = [first, "peak MiB", "plain gradients"] + (["ms", "plain gradients"] if timed else []) + ["distance"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    head = [first, "peak MiB", "plain gradients"] + (["ms", "plain gradients"] if timed else []) + ["distance"]
+    cells = []
     for name, row in rows.items():
-        cells = [name, f"{row['mib']:.1f}", f"{row['mib'] / unit['mib']:.2f}"]
-        cells += [f"{row['ms']:.0f}", f"{row['ms'] / unit['ms']:.1f}"] if timed else []
-        lines.append("| " + " | ".join([*cells, f"{row['distance']:.0e}"]) + " |")
-    return "\n".join(lines)
+        times = [f"{row['ms']:.0f}", f"{row['ms'] / unit['ms']:.1f}"] if timed else []
+        memory = [f"{row['mib']:.1f}", f"{row['mib'] / unit['mib']:.2f}"]
+        cells.append([name, *memory, *times, f"{row['distance']:.0e}"])
+    return reporting.Table(head, cells)
 
 
-def commit() -> str:
-    """The commit that is measured, or 'unknown'."""
-    command, place = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
-    return done.stdout.strip() or "unknown"
+def page(record: dict[str, Any]) -> str:
+    """The page that a record makes."""
+    gradients = record["gradients"]
+    unit = gradients["plain gradient"]
+    parts: list[reporting.Part] = [
+        f"{record['setting']}. Peak is what is live beyond model and data; plain gradients are multiples of one. The "
+        "distance is that to plain autograd, relative. As chosen: by default, graphs kept within 1 GiB on a CPU.",
+        shown({**gradients, **record["products"]}, "one", unit),
+    ]
+    for steps, rows in record["meta_gradients"].items():
+        parts += [reporting.Heading(f"{steps} inner step{'s' * (steps != '1')}"), shown(rows, "meta-gradient", unit)]
+    parts.append(f"Made by {reporting.made(record)}.")
+    return reporting.markdown(
+        "A transformer: gradients, products, meta-gradients", [*parts, f"Made by {reporting.made(record)}."]
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -261,12 +245,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--rate", type=float, default=0.01, help="of the inner loop")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds timed; 0 for none")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds timed, 2 or more; 0 for none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="narrow, 1 and 4 steps, no times")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--peaks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.steps, args.width, args.tokens, args.repeats = [1, 4], 32, 64, 0
@@ -277,48 +260,23 @@ def main() -> None:
     """Measure every row and write the result files."""
     args = parse()
     torch.set_num_threads(args.threads)
+    mib = reporting.in_fresh_process(peaks, {name: value for name, value in vars(args).items() if name != "out"})
     with torch.no_grad():
-        rows = tables(args)
-        if args.peaks:
-            print(json.dumps(peaks(rows, args.device)))
-            return
-        mib = peaks_in_fresh_process()
-        results = {table: measured(rows[table], mib[table], args) for table in rows}
-    gradients, products = results.pop("gradient"), results.pop("product")
+        results = {table: measured(rows, mib[table], args) for table, rows in tables(args).items()}
     parameters = sum(p.numel() for p in build(args)[0].parameters())
-    accelerator = torch.cuda.get_device_name() if args.device == "cuda" else "none"
     record = {
-        "command": shlex.join(["python", "benchmarks/transformer.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator},
+        **reporting.provenance(),
         "setting": f"{args.depth} pre-norm blocks of width {args.width}, {args.sequences} sequences of {args.tokens} "
         f"tokens, {parameters:,} parameters, all adapted, SGD inside, float32, "
         "math attention (fused under differences)",
-        "gradients": gradients,
-        "products": products,
+        "gradients": results.pop("gradient"),
+        "products": results.pop("product"),
         "meta_gradients": results,
     }
-    unit = gradients["plain gradient"]
-    text = f"""# A transformer: gradients, products, meta-gradients
-
-{record["setting"]}.
-Peak is what is live beyond model and data; "plain gradients" are multiples of one. The distance is that to plain
-autograd, relative. "As chosen" is by default: graphs are kept within 1 GiB on a CPU.
-
-{markdown({**gradients, **products}, "one", unit)}
-"""
-    for steps, rows in results.items():
-        text += f"\n## {steps} inner step{'s' * (steps != '1')}\n\n{markdown(rows, 'meta-gradient', unit)}\n"
-    text += f"""
-Made by `{record["command"].strip()}` at commit {record["commit"]}, Python {platform.python_version()}, torch
-{torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, accelerator: {accelerator}.
-"""
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / ("transformer" if args.device == "cpu" else f"transformer-{args.device}")
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text)
+    reporting.write_json(stem.with_suffix(".json"), record, indent=1)
+    reporting.write_text(stem.with_suffix(".md"), page(record))
+    print(page(record))
 
 
 if __name__ == "__main__":

@@ -9,29 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
-from unittest.mock import patch
 
-import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
-from innerloop.studies.measure import quiet_environment
-from innerloop.training.report import STYLE
-from innerloop.training.runs import provenance
+from innerloop import reporting
+from innerloop.reporting.figures import MARKED, Line, Panel, save
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("INNERLOOP_DATA", ROOT.parent / "shared" / "data"))
-COLOURS = ["#1f6fb4", "#d9720a", "#2a9d4a", "#d43a2f", "#7d55b0", "#808080", "#a0792c", "#c2588f"]
 
 Results = dict[str, Any]
 Key = TypeVar("Key")
@@ -80,7 +71,7 @@ def run(doc: str, folder: Path, parts: dict[str, Part], page: Callable[[dict[str
         found = {
             name: json.loads(file.read_text("utf-8")) for name in parts if (file := out / f"{name}.json").is_file()
         }
-        (out / "README.md").write_text(page(found), "utf-8")
+        reporting.write_text(out / "README.md", page(found))
 
 
 def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) -> None:
@@ -94,64 +85,62 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
     else:
         began = time.monotonic()
         results = measure(arguments)
-        command = shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
-        made = provenance() | {"command": command, "seconds": round(time.monotonic() - began, 1)}
-        partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(results | {"made": made}, indent=1) + "\n", "utf-8")
-        partial.replace(file)
+        made = reporting.provenance() | {"seconds": round(time.monotonic() - began, 1)}
+        reporting.write_json(file, results | {"made": made}, indent=1)
         print(f"{name}: done in {time.monotonic() - began:.0f} s", flush=True)
     if part.draw:
-        with mpl.rc_context(STYLE):
-            part.draw(results).savefig(out / f"{name}.png")
-
-
-def in_fresh_process(function: Callable[..., Results], *arguments: Any) -> Results:
-    """Call a function of a module in a process of its own, with as many threads, for honest peaks of memory."""
-    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
-    with (
-        patch.dict(os.environ, quiet_environment()),
-        ProcessPoolExecutor(1, get_context("spawn"), **threads) as pool,
-    ):
-        return pool.submit(function, *arguments).result()
+        save(out / f"{name}.png", part.draw(results))
 
 
 def in_turns(functions: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
-    """Median seconds of each function; they take turns, so that a machine that is busy for a while is so for all."""
-    seconds: dict[Key, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+    """Median seconds of each function."""
+    return {name: seconds.median for name, seconds in reporting.in_turns(functions, rounds).items()}
 
 
-def percent(estimate: Sequence[float], sign: str = "") -> str:
-    """A mean and the half-width of its interval in percent."""
-    return f"{100 * estimate[0]:{sign}.2f} ± {100 * estimate[1]:.2f}"
+def validations(records: list[dict[str, Any]]) -> list[list[float]]:
+    """Outer steps, accuracy and loss of each validation of a training's records."""
+    return [[each["step"], each["accuracy"], each["loss"]] for each in records if each["kind"] == "validation"]
 
 
-def verdict(holds: bool) -> str:
+def learning(
+    rows: dict[str, Results], by: str = "seconds of outer steps", name: str = "validation accuracy, %"
+) -> Panel:
+    """Validation accuracy of each method, over the seconds or the steps that it has had."""
+    lines = {}
+    for method, row in rows.items():
+        x, y, _ = zip(*row["curve"], strict=True)
+        scale = 1 if by == "outer steps" else row["seconds a step"]
+        lines[method] = Line([scale * step for step in x], [100 * value for value in y], MARKED)
+    return Panel(lines, {"xlabel": by, "ylabel": name})
+
+
+def check_learning(rows: dict[str, Results]) -> None:
+    """Every method lowers its validation loss."""
+    for name, row in rows.items():
+        losses = [loss for _, _, loss in row["curve"]]
+        assert losses[-1] < losses[0] - 0.02, f"{name}: validation loss does not fall in {row['steps']} steps: {losses}"
+
+
+def holds(claim: bool) -> str:
     """Of a claim."""
-    return "holds" if holds else "does not hold"
+    return "holds" if claim else "does not hold"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+Section = tuple[list[list[str]], str]  # rows of the table of claims, and the text
 
 
-def details(results: dict[str, Results], how: str) -> str:
-    """How to make all parts, and how each of them was made, a line each; folded away."""
-    lines = []
-    for name, found in results.items():
-        one = found["made"]
-        machine = one["machine"]
-        versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
-        lines.append(
-            f"* {name}: `{one['command']}`, {one['seconds']:.0f} s on {machine['gpu'] or machine['processor']} "
-            f"with {machine['threads']} threads, {versions}, commit {one['commit']}, {one['time'][:10]}"
-        )
-    made = "\n".join(lines)
-    return f"<details><summary>How each part was made</summary>\n\n{how}\n\n{made}\n\n</details>\n"
+def page_of(
+    header: str,
+    head: list[str],
+    sections: dict[str, Callable[[Results], Section]],
+    results: dict[str, Results],
+    how: str,
+    plain: tuple[str, ...] = (),
+) -> str:
+    """A page: what differs from the paper, the claims, a section a part with its picture, and provenance."""
+    found = {name: sections[name](each) for name, each in results.items()}
+    claims = reporting.table(head, [row for rows, _ in found.values() for row in rows])
+    parts = [text if name in plain else f"{text}\n\n![{name}]({name}.png)" for name, (_, text) in found.items()]
+    made = "\n".join(f"* {name}: {reporting.made(each['made'])}" for name, each in results.items())
+    folded = f"<details><summary>How each part was made</summary>\n\n{how}\n\n{made}\n\n</details>\n"
+    return "\n\n".join([header, claims, *parts, folded])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -47,4 +48,16 @@ def test_memory_is_flat_in_what_it_should_be_flat_in(tmp_path: Path) -> None:
     # Where only the head adapts, the backbone's activations are there once.
     assert steps["memory-reduced"][11] < 0.75 * steps["unrolled"][11] < 0.3 * most
     assert (tmp_path / "memory-cpu.png").stat().st_size > 10_000
-    assert "* implicit: " in (tmp_path / "memory-cpu.md").read_text()
+    assert (tmp_path / "memory-cpu.md").read_text().count("| implicit |") == 2
+
+
+def test_committed_pages_are_what_their_records_make_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    memory = importlib.import_module("memory")
+    for place in (folder, folder / "every-estimator"):
+        record = json.loads((place / "memory-cpu.json").read_text("utf-8"))
+        assert memory.page(record, "memory-cpu.png") == (place / "memory-cpu.md").read_text("utf-8")
+    for name in ("speed", "transformer"):
+        record = json.loads((folder / f"{name}.json").read_text("utf-8"))
+        assert importlib.import_module(name).page(record) == (folder / f"{name}.md").read_text("utf-8")

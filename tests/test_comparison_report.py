@@ -1,7 +1,7 @@
 """The report of a comparison: the recommendation, the JSON, the pages, the pictures, and a browser that opens it."""
 
+import base64
 import io
-import itertools
 import json
 import math
 import re
@@ -14,23 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
-from innerloop.studies.comparison import (
-    RULE,
-    Comparison,
-    Entry,
-    Point,
-    Timing,
-    duration,
-    percent,
-    recommend,
-    size,
-    words,
-)
-from innerloop.studies.comparison_report import frontier, read, summary_figure, table, write_report
+from innerloop.reporting import Timing
+from innerloop.studies.comparison import RULE, Comparison, Entry, Point, recommend
+from innerloop.studies.comparison_report import read, summary_figure, table, write_report
 from innerloop.training.evaluation import Estimate
 
 MIB = 2**20
@@ -130,109 +118,78 @@ def test_of_the_accurate_methods_the_one_that_is_soonest_is_recommended() -> Non
         )
     )
     assert [each.title for each in found.candidates] == ["MAML", "ANIL", "BOIL"]
-    assert (found.best.title, found.chosen.title) == ("MAML", "ANIL")
-    assert found.text == (
-        "Recommended: ANIL. The best test accuracy is 52.30 ± 0.60 % (MAML); not below it by more than the 95 % "
-        "interval of the difference are ANIL and BOIL. Its own is 51.90 ± 0.60 %. Of these 3, ANIL is the first to "
-        "stay above 45.00 % validation accuracy, after 50 s of meta-steps (next: BOIL, 60 s)."
-    )
+    assert found.chosen
+    assert (found.best.title, found.chosen.title, found.first) == ("MAML", "ANIL", "Recommended: ANIL.")
+    for part in ("51.90 ± 0.60 %", "50 s", "120 MiB", "12 ms", "Other candidates: MAML, BOIL."):
+        assert part in found.rest
 
 
-@pytest.mark.parametrize(("behind", "candidates"), [(0.0019, 2), (0.0021, 1)])
-def test_the_interval_of_the_difference_decides_and_not_those_of_the_accuracies(behind: float, candidates: int) -> None:
+@pytest.mark.parametrize(
+    ("behind", "interval", "candidates"),
+    [
+        (0.0019, 0.002, 2),
+        (0.0021, 0.002, 1),
+        (0.0099, 0.1, 2),
+        (0.0101, 0.1, 1),
+        (0.0, math.nan, 2),
+        (0.1, math.nan, 1),
+    ],
+)
+def test_the_paired_interval_decides_and_a_wide_one_makes_no_candidate(
+    behind: float, interval: float, candidates: int
+) -> None:
     far = comparison(entry("A", 0.5), entry("B", 0.5 - behind))
-    paired = [far.entries[0], far.entries[1]._replace(behind=Estimate(behind, 0.002))]
-    assert len(recommend(far).candidates) == 2
+    paired = [far.entries[0], far.entries[1]._replace(behind=Estimate(behind, interval))]
     assert len(recommend(far._replace(entries=paired)).candidates) == candidates
 
 
 def test_whoever_reaches_the_target_at_all_comes_first_and_ties_go_to_the_faster_step() -> None:
     fast, slow = Timing(0.1, 0.1, 0.1), Timing(0.2, 0.2, 0.2)
     late, never = entry("late", reached=500.0, meta_step=slow), entry("never", reached=None, meta_step=fast)
-    found = recommend(comparison(never, late))
-    assert found.chosen is late
-    assert "after 500 s of meta-steps (the others never do)" in found.text
+    assert recommend(comparison(never, late)).chosen is late
     tied = entry("tied", reached=500.0, meta_step=fast)
     assert recommend(comparison(late, tied)).chosen is tied
+    faster = entry("faster", reached=None, meta_step=Timing(0.05, 0.04, 0.06))
+    assert recommend(comparison(never, faster)).chosen is faster
 
 
-def test_where_nobody_reaches_the_target_the_fastest_step_is_recommended() -> None:
-    fast = entry("fast", reached=None, meta_step=Timing(0.05, 0.04, 0.06))
-    found = recommend(comparison(entry("slow", reached=None), fast))
-    assert found.chosen is fast
-    assert "None of these stays above 45.00 %" in found.text
-    assert "fast has the fastest meta-step, 50 ms (next: slow, 100 ms)." in found.text
-
-
-@pytest.mark.parametrize(
-    ("reached", "time"),
-    [
-        (60.0, "It stays above 45.00 % validation accuracy after 60 s of meta-steps."),
-        (None, "It does not stay above 45.00 % validation accuracy; a meta-step takes 100 ms."),
-    ],
-)
-def test_a_single_method_is_not_called_the_best(reached: float | None, time: str) -> None:
-    text = recommend(comparison(entry("MAML", reached=reached))).text
-    assert text == f"Recommended: MAML. It is the only method compared; its test accuracy is 50.00 ± 0.60 %. {time}"
-
-
-def test_methods_that_failed_and_notes_are_told(tmp_path: Path) -> None:
-    found = comparison(entry("MAML"))._replace(
-        failed={"anil": "the loss is <NaN> at outer step 3"}, notes=["maml: seed 2 diverged and is left out"]
-    )
-    assert "It is the only method that could be trained;" in recommend(found).text
-    write_report(tmp_path, found)
-    assert read(tmp_path / "comparison.json") == found
-    told = "anil could not be trained: the loss is <NaN> at outer step 3. maml: seed 2 diverged and is left out."
-    assert told in (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert told in unescape((tmp_path / "report.html").read_text(encoding="utf-8")).replace("\xa0", " ")
-
-
-def test_methods_that_save_memory_or_adaptation_time_are_named() -> None:
+def test_methods_that_save_memory_or_adaptation_time_are_named_candidates_first() -> None:
     light = entry("light", memory=40 * MIB, reached=70.0)
     quick = entry("quick", adaptation=Timing(0.003, 0.003, 0.003), reached=80.0)
-    found = recommend(comparison(entry("MAML"), light, quick))
+    weak = entry("weak", 0.40, memory=30 * MIB)
+    found = recommend(comparison(entry("MAML"), light, quick, weak))
+    assert found.chosen
     assert (found.chosen.title, found.lightest, found.quickest) == ("MAML", light, quick)
-    assert "If memory binds: light, 40 MiB instead of 120 MiB." in found.text
-    assert "If adaptation must be fast: quick, 3 ms instead of 12 ms." in found.text
+    assert "light, 40 MiB, test accuracy 50.00 ± 0.60 %" in found.rest
+    assert "quick, 3 ms, test accuracy 50.00 ± 0.60 %" in found.rest
+    costly = recommend(comparison(entry("MAML", 0.53), weak))
+    assert costly.lightest
+    assert costly.lightest.title == "weak"
+    little = recommend(comparison(entry("MAML"), entry("B", memory=119 * MIB, reached=70.0)))
+    assert little.lightest is little.quickest is little.chosen
 
 
-def test_a_method_that_saves_next_to_nothing_is_not_named() -> None:
-    found = recommend(comparison(entry("MAML"), entry("B", memory=119 * MIB, reached=70.0)))
-    assert found.lightest is found.quickest is found.chosen
-    assert "instead of" not in found.text
-
-
-def test_a_saving_that_costs_accuracy_says_how_much() -> None:
-    found = recommend(comparison(entry("MAML", 0.53), entry("FOMAML", 0.50, memory=40 * MIB)))
-    assert found.lightest is found.chosen
-    assert "is the best, by more than the 95 % interval of the difference" in found.text
-    assert "(next: FOMAML, 50.00 ± 0.60 %, 3.00 ± 0.85 points below)" in found.text
-    assert "If memory binds: FOMAML, 40 MiB instead of 120 MiB, at 50.00 ± 0.60 % test accuracy." in found.text
-
-
-def test_a_method_that_has_not_learned_is_no_alternative() -> None:
-    useless = entry("Reptile", 0.33, memory=10 * MIB, adaptation=Timing(0.001, 0.001, 0.001))
+def test_a_method_below_raw_pixels_is_neither_recommended_nor_named_nor_on_a_frontier() -> None:
+    useless = entry("Reptile", 0.33, memory=10 * MIB, adaptation=Timing(0.001, 0.001, 0.001), reached=1.0)
     light = entry("FOMAML", 0.40, memory=40 * MIB)
-    found = recommend(comparison(entry("MAML", 0.53), light, useless))  # nearest neighbour: 33.1 %
-    assert "If memory binds: FOMAML, 40 MiB instead of 120 MiB, at 40.00 ± 0.60 % test accuracy." in found.text
-    assert "Reptile" not in found.text
-    hopeless = recommend(comparison(entry("MAML", 0.30), entry("ANIL", 0.30, memory=10 * MIB, reached=90.0)))
-    assert hopeless.lightest is hopeless.chosen
-    assert "If" not in hopeless.text
+    study = comparison(entry("MAML", 0.53), light, useless)  # nearest neighbour: 33.1 %
+    found = recommend(study)
+    assert found.lightest
+    assert (found.lightest.title, found.quickest) == ("FOMAML", found.chosen)
+    for axes, costs in zip(summary_figure(study).axes, ([40 * MIB, 120 * MIB], [60.0]), strict=True):
+        line = next(line for line in axes.lines if line.get_label() == "frontier")
+        assert list(np.asarray(line.get_xdata())) == costs
+    alone = recommend(comparison(entry("MAML", 0.33), entry("ANIL", 0.33, memory=10 * MIB)))
+    assert (alone.chosen, alone.candidates, alone.lightest, alone.quickest) == (None, [], None, None)
+    assert alone.first == "Recommended: none."
+    # far behind the best, which is above raw pixels, a wide interval helps no method either
+    wide = study._replace(entries=[study.entries[0], useless._replace(behind=Estimate(0.2, 0.5))])
+    assert recommend(wide).candidates == [study.entries[0]]
 
 
 def test_fewer_than_three_seeds_are_said_to_be_few() -> None:
-    few = comparison(entry("A"), entry("B", seeds=[0.4, 0.5]))
-    assert recommend(few).text.endswith("how much training itself varies (give --seeds 3 or more).")
-    assert "--seeds" not in recommend(comparison(entry("A"), entry("B"))).text
-
-
-def test_unknown_intervals_count_as_zero() -> None:
-    best, other = entry("A", 0.51, interval=math.nan, reached=90.0), entry("B", 0.50, interval=math.nan)
-    found = recommend(comparison(other, best))
-    assert found.candidates == [best]
-    assert "Its test accuracy, 51.00 %, is the best" in found.text
+    assert "--seeds 3" in recommend(comparison(entry("A", seeds=[0.4, 0.5]))).rest
+    assert "--seeds" not in recommend(comparison(entry("A"))).rest
 
 
 def test_without_a_transductive_accuracy_the_inductive_one_counts() -> None:
@@ -245,25 +202,6 @@ def test_no_methods_are_refused() -> None:
         recommend(comparison())
 
 
-def test_numbers_as_text() -> None:
-    assert percent(Estimate(0.52314, 0.00601)) == "52.31 ± 0.60 %"
-    assert percent(Estimate(0.5, math.nan)) == "50.00 %"
-    assert [size(count) for count in (512, 40.25 * MIB, 1023 * MIB, 1.25 * 2**30)] == [
-        "0.5 KiB",
-        "40.2 MiB",
-        "1,023 MiB",
-        "1.25 GiB",
-    ]
-    assert [duration(seconds) for seconds in (0.0001234, 0.0123, 1.0, 35.24, 1234.0)] == [
-        "0.123 ms",
-        "12.3 ms",
-        "1 s",
-        "35.2 s",
-        "1,234 s",
-    ]
-    assert [words(names) for names in ([], ["A"], ["A", "B"], ["A", "B", "C"])] == ["", "A", "A and B", "A, B and C"]
-
-
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -272,6 +210,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison") / "report"
     write_report(folder, THREE)
     return folder
+
+
+def test_methods_that_failed_and_notes_are_told(tmp_path: Path) -> None:
+    found = comparison(entry("MAML"))._replace(
+        failed={"anil": "the loss is <NaN> at outer step 3"}, notes=["maml: seed 2 diverged and is left out"]
+    )
+    write_report(tmp_path, found)
+    assert read(tmp_path / "comparison.json") == found
+    pages = (tmp_path / "report.md").read_text("utf-8"), unescape((tmp_path / "report.html").read_text("utf-8"))
+    for page in pages:
+        assert all(told in page for told in (*found.failed.values(), *found.notes))
 
 
 def test_json_gives_the_comparison_back(folder: Path) -> None:
@@ -308,15 +257,19 @@ def test_what_is_no_comparison_is_refused(tmp_path: Path) -> None:
             read(path)
 
 
+def marked(found: Comparison) -> dict[str, list[bool]]:
+    shown = table(found)
+    return {name: [getattr(row[place], "best", False) for row in shown.rows] for place, name in enumerate(shown.head)}
+
+
 def test_the_best_of_each_column_is_marked() -> None:
-    shown = table(THREE)
-    best = {name: [row[place].best for row in shown.rows] for place, name in enumerate(shown.head)}
+    best = marked(THREE)
     assert best["transductive"] == [True, False, False]
     assert best["to target"] == best["memory"] == [False, True, False]
     assert best["products"] == [False, False, True]
     assert best["meta-step"] == [True, True, True]
     assert not any(best["outer steps"] + best["each seed"] + best["method"])
-    assert not any(cell.best for row in table(comparison(entry("MAML"))).rows for cell in row)
+    assert not any(any(column) for column in marked(comparison(entry("MAML"))).values())
 
 
 def test_a_bare_arxiv_number_becomes_a_link(tmp_path: Path) -> None:
@@ -332,6 +285,13 @@ def test_columns_without_numbers_are_left_out() -> None:
     assert not {"transductive", "each seed"} & set(table(comparison(alone, alone)).head)
 
 
+def test_the_committed_page_is_what_its_json_makes_of_it(tmp_path: Path) -> None:
+    committed = Path(__file__).parents[1] / "experiments" / "compare"
+    write_report(tmp_path, read(committed / "comparison.json"))
+    for name in ("comparison.json", "report.md"):
+        assert (tmp_path / name).read_text("utf-8") == (committed / name).read_text("utf-8")
+
+
 def test_markdown_has_its_pictures_and_regular_tables(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
@@ -339,7 +299,7 @@ def test_markdown_has_its_pictures_and_regular_tables(folder: Path) -> None:
     assert all(Image.open(folder / name).width >= 600 for name in pictures)
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
-    assert recommend(THREE).text.partition(". ")[2] in text
+    assert f"**{recommend(THREE).first}** {recommend(THREE).rest}" in text
     assert RULE in text
 
 
@@ -377,9 +337,9 @@ def test_html_is_one_regular_file(folder: Path) -> None:
     assert page.open == []
     assert page.all("html")[0]["lang"] == "en"
     assert not page.all("script", "link", "iframe", "object")
-    loaded = [str(each.get("src") or each.get("srcset")) for each in page.all("img", "source")]
-    assert len(loaded) == 10  # five panels, each light and dark
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in loaded)
+    loaded = [str(each["src"]).removeprefix("data:image/png;base64,") for each in page.all("img")]
+    files = ("summary.png", "learning.png", "memory.png")
+    assert [base64.b64decode(each) for each in loaded] == [(folder / name).read_bytes() for name in files]
     assert "url(" not in text
     assert "@import" not in text
     assert {each["href"] for each in page.all("a")} == {"https://arxiv.org/abs/1703.03400"}
@@ -392,57 +352,36 @@ def test_html_is_one_regular_file(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def test_frontier_is_what_nothing_else_beats() -> None:
-    points = [(3.0, 0.5), (1.0, 0.4), (1.0, 0.3), (2.0, 0.4), (4.0, 0.5), (5.0, 0.6)]
-    assert frontier(points) == [(1.0, 0.4), (3.0, 0.5), (5.0, 0.6)]
-    assert frontier([]) == []
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_every_method_is_in_the_legend_once_and_stands_out(count: int) -> None:
+    study = many(count)
+    figure = summary_figure(study)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [*(each.title for each in study.entries), "recommended", "frontier"]
+    looks = {
+        (line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_label() in names[:count]
+    }
+    assert len(looks) == count
+    figure.draw_without_rendering()
+    box, frame = figure.legends[0].get_window_extent(), figure.bbox
+    assert frame.x0 <= box.x0 < box.x1 <= frame.x1
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 12])
-def test_names_in_the_summary_overlap_neither_each_other_nor_the_frame(count: int) -> None:
-    figure = summary_figure(many(count))
-    for axes in figure.axes:
-        frame = axes.get_window_extent()
-        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
-        assert len(boxes) == count
-        for box in boxes:
-            assert frame.x0 <= box.x0 < box.x1 <= frame.x1
-            assert frame.y0 <= box.y0 < box.y1 <= frame.y1
-        for one, other in itertools.combinations(boxes, 2):
-            across = min(one.x1, other.x1) - max(one.x0, other.x0)
-            along = min(one.y1, other.y1) - max(one.y0, other.y0)
-            assert min(across, along) <= 2  # pixels
+def test_whoever_never_reaches_the_target_is_left_out_of_the_panel_of_times() -> None:
+    axes = summary_figure(THREE).axes[1]
+    shown = {str(line.get_label()): np.asarray(line.get_xdata()) for line in axes.lines}
+    assert np.isnan(shown["Reptile"]).all()
+    assert list(shown["frontier"]) == [35.0, 60.0]
 
 
-def test_whoever_never_reaches_the_target_stands_apart_and_not_on_the_frontier() -> None:
-    figure = summary_figure(THREE)
-    names = [text.get_text() for text in figure.axes[1].get_xticklabels()]
-    assert names[-1] == "never"
-    line = next(line for line in figure.axes[1].lines if line.get_label() == "frontier")
-    assert list(np.asarray(line.get_xdata())) == [35.0, 60.0, 60.0]
-
-
-def test_where_most_never_reach_the_target_the_time_of_a_meta_step_is_drawn_instead(tmp_path: Path) -> None:
+def test_where_most_never_reach_the_target_the_time_of_a_meta_step_is_drawn_instead() -> None:
     fast = Timing(0.05, 0.05, 0.05)
     mostly = comparison(entry("A", reached=None, meta_step=fast), entry("B", reached=None), entry("C"))
-    figure = summary_figure(mostly)
-    assert figure.axes[1].get_xlabel() == "time of a meta-step"
-    assert np.asarray(figure.axes[1].lines[0].get_xdata())[0] == 0.05
-    write_report(tmp_path, mostly)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "Test accuracy against the time of a meta-step; most of these methods never stay above 45.00 %" in text
-    assert "Test accuracy and time of a meta-step. A 50.00 ± 0.60 %, 50 ms; B 50.00 ± 0.60 %, 100 ms" in text
+    axes = summary_figure(mostly).axes[1]
+    assert axes.get_xlabel() == "time of a meta-step"
+    assert np.asarray(axes.lines[0].get_xdata())[0] == 0.05
     half = summary_figure(comparison(entry("A", reached=None), entry("B")))
-    assert "never" in [label.get_text() for label in half.axes[1].get_xticklabels()]
-
-
-def test_a_frontier_of_one_point_can_be_seen_and_intervals_lie_in_front() -> None:
-    axes = summary_figure(comparison(entry("A", 0.6, memory=30 * MIB), entry("B"))).axes[0]
-    frontier_line = next(line for line in axes.lines if line.get_label() == "frontier")
-    assert list(np.asarray(frontier_line.get_xdata())) == [30 * MIB]
-    assert frontier_line.get_marker() == "o"
-    markers = [line.get_zorder() for line in axes.lines if line.get_marker() in ("o", "s")]
-    assert all(bar.get_zorder() > max(markers) for bar in axes.collections)
+    assert "45.00 %" in half.axes[1].get_xlabel()
 
 
 def test_an_axis_of_memory_has_several_marks() -> None:
@@ -453,24 +392,7 @@ def test_an_axis_of_memory_has_several_marks() -> None:
 def test_numbers_at_zero_can_be_drawn() -> None:
     zero = entry("A", reached=0.0, memory=0, interval=math.nan, meta_step=Timing(0.01, 0.01, 0.01))
     figure = summary_figure(comparison(zero, entry("B")))
-    positions = [
-        next(float(x) for line in axes.lines if line.get_marker() == "o" for x in np.asarray(line.get_xdata()))
-        for axes in figure.axes
-    ]
-    assert positions == [1.0, 0.01]
-
-
-def test_a_dark_summary_is_dark_wherever_it_is_saved() -> None:
-    def pixels(figure: Figure) -> Any:
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-        return np.asarray(Image.open(content).convert("L"))
-
-    light, dark = (pixels(summary_figure(THREE, dark=dark)) for dark in (False, True))
-    assert light.shape == dark.shape
-    assert np.median(light) > 240
-    assert np.median(dark) < 40
-    assert sum(to_rgb(summary_figure(THREE, dark=True).axes[0].xaxis.label.get_color())) > 2
+    assert [np.asarray(axes.lines[0].get_xdata())[0] for axes in figure.axes] == [1.0, 0.01]
 
 
 # ---------------------------------------------------------------------------------------------- a browser
@@ -513,7 +435,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_report_in_light_and_dark(browser: Any, folder: Path, width: int) -> None:
-    sources, brightness = {}, {}
+    brightness = {}
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, offline=True)
         page = context.new_page()
@@ -531,28 +453,23 @@ def test_a_browser_shows_the_report_in_light_and_dark(browser: Any, folder: Path
         assert faults == []
         root = "document.documentElement"
         assert page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth")
-        images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width, i.currentSrc])")
-        assert len(images) == 5
-        assert all(complete and natural > 0 and shown > 300 for complete, natural, shown, _ in images)
+        images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
+        assert len(images) == 3
+        assert all(complete and natural > 0 and shown > 300 for complete, natural, shown in images)
         lowest, text = page.evaluate(CONTRAST)
         assert lowest >= 4.5, text
-        sources[scheme] = [address for *_, address in images]
-        pictures = [page.screenshot(), page.locator("img").first.screenshot()]
-        brightness[scheme] = [np.median(np.asarray(Image.open(io.BytesIO(each)).convert("L"))) for each in pictures]
+        place = page.locator("h1").bounding_box()
+        assert place
+        brightness[scheme] = np.median(np.asarray(Image.open(io.BytesIO(page.screenshot(clip=place))).convert("L")))
         context.close()
-    assert not set(sources["light"]) & set(sources["dark"])
-    assert min(brightness["light"]) > 240
-    assert max(brightness["dark"]) < 40
-    assert brightness["dark"][0] == brightness["dark"][1]  # pictures stand on the page's own colour
+    assert brightness["dark"] < 40 < 240 < brightness["light"]
 
 
 def test_paper_is_light_and_holds_the_whole_report(browser: Any, folder: Path) -> None:
     page = browser.new_page(color_scheme="dark", viewport={"width": 720, "height": 1000})
     page.goto((folder / "report.html").as_uri())
-    dark = page.evaluate("document.images[0].currentSrc")
     page.emulate_media(media="print")
-    page.wait_for_function("dark => document.images[0].currentSrc != dark", arg=dark)
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'")
     boxes = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth, e.clientWidth])")
     assert all(content <= shown for content, shown in boxes)
     assert page.pdf(format="A4").startswith(b"%PDF")

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import innerloop as il
 from innerloop.cli import main
 from innerloop.problem import Tree
-from innerloop.studies.comparison import Timing
+from innerloop.reporting import Timing
 from innerloop.studies.patterns import (
     Row,
+    best_trades,
     choose,
     deployed,
-    frontier,
     movable_blocks,
     multiply_adds,
     patterns_for,
@@ -370,8 +370,8 @@ def test_ties_and_the_last_resort() -> None:
     tied = [full, row("00111", 0.6, 0.5), row("00011", 0.6, 0.5), row("00001", 0.595, 0.5), row("00110", 0.6, 0.5)]
     assert choose(tied, 1.0).pattern == "00011"
     assert choose([*tied, row("00010", 0.6, 0.5), row("00001", 0.6, 0.5)], 1.0).pattern == "00001"
-    assert [each.pattern for each in frontier(tied)] == ["00011"]
-    assert [each.pattern for each in frontier([full, row("00001", 0.5, 0.1), row("10000", 0.5, 0.9)])] == [
+    assert [each.pattern for each in best_trades(tied)] == ["00011"]
+    assert [each.pattern for each in best_trades([full, row("00001", 0.5, 0.1), row("10000", 0.5, 0.9)])] == [
         "00001",
         "11111",
     ]
@@ -491,7 +491,7 @@ def test_the_command_from_a_run_to_its_files(tmp_path: Path, capsys: pytest.Capt
     assert page.count("\n| ") == 2 * 34  # a header, a rule and 32 patterns
     one_step = page.partition("## 1 step\n")[2].partition("## 2 steps")[0]
     for each in PATTERNS:
-        assert re.search(rf"\| \**{each}\**( \*)? \| \d+\.\d+ ± \d+\.\d+ \| [+-]\d+\.\d+ ± \d+\.\d+ \|", one_step)
+        assert re.search(rf"\| \**{each}\** \| (yes)? \| \d+\.\d+ ± \d+\.\d+ \| [+-]\d+\.\d+ ± \d+\.\d+ \|", one_step)
     assert f"**{pattern}**" in page
     pixels = np.asarray(Image.open(run / "patterns.png").convert("L"))
     assert min(pixels.shape) > 300

@@ -31,10 +31,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import COLOURS, Part, Results, details, in_turns, run, table, verdict
+from common import Part, Results, Section, holds, in_turns, page_of, run
 
 import innerloop as il
 from innerloop.errors import Diverged
+from innerloop.reporting import table
+from innerloop.reporting.figures import DASHED, DOTTED, MARKED, Line, Panel, panels
 from innerloop.tasks import TaskSource
 
 FOLDER = Path(__file__).parent
@@ -187,27 +189,21 @@ def quick_nonconvex(arguments: Namespace) -> Results:
 
 def draw_curves(results: Results) -> Figure:
     """Loss against steps and against seconds; a row an inner rate."""
-    cases = results["rates"]
-    figure = Figure(figsize=(9, 0.9 + 2.8 * len(cases)), layout="constrained")
-    grid = figure.subplots(len(cases), 2, squeeze=False, sharex="col", sharey=True)
-    for case, row in zip(cases, grid, strict=True):
-        level, _ = summary(case)
-        for (count, losses), colour, style in zip(case["curves"].items(), COLOURS, STYLES, strict=False):
-            curve = smooth(losses)
-            steps = np.arange(curve.shape[1]) + WINDOW
-            for axes, x in zip(row, (steps, steps * case["seconds"][count]), strict=True):
-                axes.plot(x, curve.mean(0), linestyle=style, color=colour, label=f"N = {count}")
-                axes.fill_between(x, curve.min(0), curve.max(0), color=colour, alpha=0.1, linewidth=0)
-        for axes in row:
-            axes.axhline(GUESSING, color="#808080", linewidth=1, linestyle=":", label="guessing")
-            axes.axhline(level, color="black", linewidth=1, label="level of the table")
-        row[0].set(ylabel="training query loss")
-        row[0].set_title(f"inner rate {case['name']}", loc="left")
-    grid[-1, 0].set(xlabel="outer steps")
-    grid[-1, 1].set(xlabel="seconds of meta-steps")
-    grid[0, 0].set_ylim(top=min(grid[0, 0].get_ylim()[1], 2.2))
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
-    return figure
+    shown = []
+    for case in results["rates"]:
+        smoothed = {count: smooth(losses) for count, losses in case["curves"].items()}
+        for label in ("outer steps", "seconds of meta-steps"):
+            lines = {}
+            for place, (count, curve) in enumerate(smoothed.items()):
+                steps = np.arange(curve.shape[1]) + WINDOW
+                x = steps * (1 if label == "outer steps" else case["seconds"][count])
+                look = {"linestyle": STYLES[place]}
+                lines[f"N = {count}"] = Line(x, curve.mean(0), look, curve.min(0), curve.max(0))
+            levels = {"guessing": (GUESSING, DOTTED), "level of the table": (summary(case)[0], {"color": "black"})}
+            axes = {"xlabel": label, "ylabel": "training query loss", "title": f"inner rate {case['name']}"}
+            top = min(2.2, max(float(np.nanmax(curve)) for curve in smoothed.values()))
+            shown.append(Panel(lines, axes | {"ylim": (None, top)}, levels))
+    return panels(shown, height=3)
 
 
 # --- decay of the head's gradient -----------------------------------------------------------------
@@ -278,17 +274,16 @@ def quick_decay(arguments: Namespace) -> Results:
 
 
 def draw_decay(results: Results) -> Figure:
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for (penalty, row), colour in zip(results["penalties"].items(), COLOURS, strict=False):
-        axes.plot(row["steps"], row["left"], "o-", color=colour, label=f"L2 weight {float(penalty):g}")
-        axes.plot(row["steps"], row["bound"], "--", color=colour, linewidth=1)
-    axes.plot([], [], "--", color="black", linewidth=1, label=r"$(1-\alpha\mu)^N$, $\mu$ = L2 weight")
+    lines = {}
+    for penalty, row in results["penalties"].items():
+        name = f"L2 weight {float(penalty):g}"
+        lines[name] = Line(row["steps"], row["left"], MARKED)
+        lines[f"_{name}"] = Line(row["steps"], row["bound"], DASHED)
+    lines[r"$(1-\alpha\mu)^N$, $\mu$ = L2 weight"] = Line([], [], DASHED | {"color": "black"})
     lowest = min(min(row["left"]) for row in results["penalties"].values())
-    axes.set(xscale="log", yscale="log", xlabel="inner steps N", ylabel="|gradient at the start| / |at the end|")
-    axes.set(ylim=(max(lowest, 1e-12) / 3, 2))
-    figure.legend(loc="outside right center")
-    return figure
+    axes = {"xlabel": "inner steps N", "ylabel": "|gradient at the start| / |at the end|"}
+    scales = {"xscale": "log", "yscale": "log", "ylim": (max(lowest, 1e-12) / 3, 2)}
+    return panels([Panel(lines, axes | scales)], width=6)
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -362,31 +357,20 @@ def quick_geometry(arguments: Namespace) -> Results:
 
 
 def draw_geometry(results: Results) -> Figure:
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True)
-    for (case, rows), axes in zip(results["losses"].items(), grid.flat, strict=True):
+    shown = []
+    for case, rows in results["losses"].items():
+        lines = {}
         for place, (count, losses) in enumerate(rows.items()):
-            # from thick to thin, so that lines on one another can be told apart
+            # from thick to thin, so that lines on one another can be told apart; one that diverges ends with a cross
             kept = [loss for loss in losses if loss is not None]
-            axes.plot(
-                range(1, len(kept) + 1), kept, linestyle=STYLES[place], color=COLOURS[place], linewidth=5 - 0.9 * place,
-                marker="x" if len(kept) < 10 else None, label=f"N = {count}",
-            )  # fmt: skip
-        spectrum, _, rate = case.rpartition(", ")
-        axes.set(xscale="log", yscale="log")
-        axes.set_title(f"{spectrum}, inner rate {rate}", loc="left")
-        axes.text(0.97, 0.93, ends_of(rows), transform=axes.transAxes, ha="right", va="top")
-    plain = [axes for (case, rows), axes in zip(results["losses"].items(), grid.flat, strict=True) if not gone(rows)]
-    for axes in plain:
-        axes.set(ylim=(0.5, 7), yticks=(0.5, 1, 2, 5))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-    for axes in grid[-1]:
-        axes.set(xlabel="outer step")
-    for axes in grid[:, 0]:
-        axes.set(ylabel="outer loss")
-    figure.legend(*grid[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, handlelength=3)
-    return figure
+            look = {"linestyle": STYLES[place], "linewidth": 5 - 0.9 * place, "markersize": 8}
+            look |= {"marker": "x", "markevery": [len(kept) - 1]} if len(kept) < len(losses) else {}
+            lines[f"N = {count}"] = Line(range(1, len(kept) + 1), kept, look)
+        axes = {"xscale": "log", "yscale": "log", "xlabel": "outer step", "ylabel": "outer loss"}
+        axes |= {} if gone(rows) else {"ylim": (0.5, 7)}
+        axes["title"] = "{}, inner rate {}".format(*case.rsplit(", ", 1))
+        shown.append(Panel(lines, axes, ticks={"y": "{:g}".format}))
+    return panels(shown, height=3)
 
 
 def gone(rows: Results) -> list[str]:
@@ -394,28 +378,19 @@ def gone(rows: Results) -> list[str]:
     return [count for count, losses in rows.items() if losses[-1] is None]
 
 
-def ends_of(rows: Results) -> str:
-    """Where the losses end, in words."""
-    last = [losses[-1] for losses in rows.values() if losses[-1] is not None]
-    ends = f"at the end {min(last):.2f} to {max(last):.2f}"
-    return f"N = {', '.join(gone(rows))} diverge\n(x: while finite)\nothers {ends}" if gone(rows) else ends
-
-
 # --- page -----------------------------------------------------------------------------------------
 
-HEADER = """# Adaptation of part of the parameters: do more inner steps help? (arXiv 2006.09486)
+HEADER = f"""# Adaptation of part of the parameters: do more inner steps help? (arXiv 2006.09486)
 
 **What differs from the paper.** Its inner rates, penalty and plotted values are not known to us: only the directions
-that its abstract claims can be compared. Settings are ours: Conv4 with {filters} filters, {tasks} tasks a batch,
-{seeds} seeds, {steps} outer steps; the images of FC100 are a lossy copy. A seed's batches and first weights are
-the same for every N.
-"""
-
-
-def in_words(values: dict[int, float], form: str) -> str:
-    """A number for every N."""
-    listed = (f"{'never' if math.isinf(value) else format(value, form)}" for value in values.values())
-    return f"{', '.join(listed)} (N = {', '.join(map(str, values))})"
+that its abstract claims can be compared. Settings are ours: Conv4 with {FILTERS} filters, {TASKS_PER_BATCH} tasks a
+batch, {SEEDS} seeds; the images of FC100 are a lossy copy. A seed's batches and first weights do not depend on N."""
+TRAINING = f"""Loss: query loss in training, mean over {WINDOW} outer steps, over {LAST} at the end. Level: the highest
+loss that an N ends at in its worst seed, of those below guessing ({GUESSING:.3f}) that no run has in its first {WINDOW}
+steps. ±: standard deviation over the seeds."""
+FORGET = f""" L2 weight ({PENALTY:g}) and rate contract the inner loop by
+{100 * (1 - (1 - CONVEX_LR * PENALTY) ** max(CONVEX)):.0f} % in {max(CONVEX)} steps, too little to forget its start: the
+likely reason where even the largest N gains."""
 
 
 def rises(values: Sequence[float]) -> bool:
@@ -427,136 +402,87 @@ def faster(steps: dict[int, float]) -> str:
     counts = list(steps)
     fastest = min(steps, key=steps.__getitem__)
     climbs = rises([-steps[count] for count in counts[: counts.index(fastest) + 1]])
-    if fastest == counts[0] or not climbs:
-        return verdict(False)
-    return f"holds up to N = {fastest}" + (", the largest tried" if fastest == counts[-1] else "")
+    return f"holds up to N = {fastest}" if climbs and fastest != counts[0] else holds(False)
 
 
 def slower(steps: dict[int, float]) -> str:
     """Whether larger N are slower, and from which on."""
     counts = list(steps)
     fastest = min(steps, key=steps.__getitem__)
-    if steps[counts[-1]] <= steps[counts[0]] or not rises([steps[each] for each in counts[counts.index(fastest) :]]):
-        return verdict(False)
-    return verdict(True) if fastest == counts[0] else f"holds from N = {fastest} on, not below"
+    climbs = rises([steps[each] for each in counts[counts.index(fastest) :]])
+    return f"holds from N = {fastest} on" if climbs and steps[counts[-1]] > steps[counts[0]] else holds(False)
 
 
-def claims_on_curves(found: dict[str, Results]) -> list[list[str]]:
-    rows = []
-    for name in ("convex", "nonconvex"):
-        for case in found[name]["rates"] if name in found else ():
-            level, of_counts = summary(case)
-            steps, seconds, final = (
-                {count: float(row[what].mean()) for count, row in of_counts.items()}
-                for what in ("steps", "seconds", "final")
-            )
-            counts, measured = list(steps), f"outer steps to a loss of {level:.3f}: {in_words(steps, '.0f')}"
-            if name == "convex":
-                rows.append(["strongly convex inner loss: faster with larger N", measured, faster(steps)])
-                cheapest = min(seconds, key=seconds.__getitem__)
-                saved = 1 - steps[counts[-1]] / steps[counts[-2]]
-                rows.append(
-                    [
-                        "the same: a moderate N costs least in all (a third party's summary of the paper)",
-                        f"seconds to it: {in_words(seconds, '.1f')}; from N = {counts[-2]} to {counts[-1]} the steps "
-                        f"fall by {100 * saved:.0f} %, the final loss from {final[counts[-2]]:.3f} to "
-                        f"{final[counts[-1]]:.3f}",
-                        f"not seen up to N = {counts[-1]}"
-                        if cheapest == counts[-1]
-                        else f"{verdict(cheapest != counts[0])}: N = {cheapest}",
-                    ]
-                )
-            else:
-                lost = [str(count) for count, row in of_counts.items() if not row["final"].min() < GUESSING]
-                above = f"; N = {', '.join(lost)} ends no better than guessing, {GUESSING:.3f}" if lost else ""
-                claim = f"nonconvex inner loss: slower with larger N; inner rate {case['name']}"
-                rows.append([claim, measured + above, slower(steps)])
-    return rows
-
-
-def claims_on_geometry(losses: Results) -> list[list[str]]:
-    rows = []
-    for spectrum, claim in zip(
-        GEOMETRIES,
-        ("negative curvature: the inner rate must fall like 1/N (2002.07836, of multi-step MAML)",
-         "strongly convex quadratics: faster with larger N"),
-        strict=True,
-    ):  # fmt: skip
-        fixed, falling = (losses[f"{spectrum}, {rate}"] for rate in ("1/L", "1/(N L)"))
-        ends = {int(count): each[-1] for count, each in fixed.items() if each[-1] is not None}
-        diverge = f"; N = {', '.join(gone(fixed))} diverge" if gone(fixed) else ""
-        found = f"outer loss at the end, rate 1/L: {in_words(ends, '.2f')}{diverge}; rate 1/(N L): {ends_of(falling)}"
-        if min(GEOMETRIES[spectrum], 0) < 0:
-            rows.append([claim, found, verdict(bool(gone(fixed)) and not gone(falling))])
+def curves_section(deep: bool, results: Results) -> Section:
+    claims, rows = [], []
+    for case in results["rates"]:
+        level, of_counts = summary(case)
+        steps, seconds = (
+            {count: float(row[what].mean()) for count, row in of_counts.items()} for what in ("steps", "seconds")
+        )
+        listed = ", ".join("never" if math.isinf(value) else f"{value:.0f}" for value in steps.values())
+        here = f"outer steps to a loss of {level:.3f}: {listed} (N = {', '.join(map(str, steps))})"
+        if deep:
+            claims.append([f"nonconvex inner loss: slower with larger N; rate {case['name']}", here, slower(steps)])
         else:
-            rows.append([claim, found, verdict(rises([-end for end in ends.values()]))])
-    return rows
+            cheapest, last = min(seconds, key=seconds.__getitem__), max(seconds)
+            claims.append(["strongly convex inner loss: faster with larger N", here, faster(steps)])
+            claims.append(["the same: a moderate N costs least in all (a third party's summary of the paper)",
+                           f"least seconds: N = {cheapest}", holds(cheapest not in (min(seconds), last))])  # fmt: skip
+        rows += [
+            [case["name"], str(count), f"{case['seconds'][str(count)]:.3f}", spread(row["final"], ".3f"),
+             f"{level:.3f}", spread(row["steps"], ".0f"), spread(row["seconds"], ".1f")]
+            for count, row in of_counts.items()
+        ]  # fmt: skip
+    outer = len(next(iter(results["rates"][0]["curves"].values()))[0])
+    title = f"**Two layers adapt**, without an L2 term, {outer} outer steps. {TRAINING}"
+    if not deep:
+        title = f"**The last layer adapts**, with an L2 term, {outer} outer steps. {TRAINING}{FORGET}"
+    head = ["inner rate", "N", "s a meta-step", "final loss", "level", "outer steps to it", "seconds to it"]
+    return claims, f"{title}\n\n{table(head, rows)}"
 
 
-def claim_on_decay(found: Results) -> list[str]:
-    worst = max(
-        left / bound
-        for row in found["penalties"].values()
-        for left, bound in zip(row["left"], row["bound"], strict=True)
-    )
-    return [
-        "the gradient at the head's start shrinks at least like (1 - alpha mu)^N (our derivation)",
-        f"at most {worst:.2f} times that, inner rate 1/L, L = {found['smoothness']:.0f}, L2 weights "
-        f"{', '.join(f'{float(name):g}' for name in found['penalties'])}",
-        verdict(worst <= 1 + 1e-9),
+def decay_section(results: Results) -> Section:
+    found = results["penalties"].values()
+    worst = max(left / bound for row in found for left, bound in zip(row["left"], row["bound"], strict=True))
+    claim = "the gradient at the head's start shrinks at least like (1 - alpha mu)^N (our derivation)"
+    here = f"at most {worst:.2f} times that, inner rate 1/L, L = {results['smoothness']:.0f}"
+    text = "**What is left of the query gradient at the head's start**, on features after"
+    return [[claim, here, holds(worst <= 1 + 1e-9)]], f"{text} {results['outer_steps']} outer steps."
+
+
+def geometry_section(results: Results) -> Section:
+    losses, claims = results["losses"], []
+    for spectrum, least in GEOMETRIES.items():
+        fixed, falling = (losses[f"{spectrum}, {rate}"] for rate in ("1/L", "1/(N L)"))
+        if least < 0:
+            claim = "negative curvature: the inner rate must fall like 1/N (2002.07836, of multi-step MAML)"
+            here = "diverge: {} at 1/L, {} at 1/(N L)".format(
+                *(", ".join(gone(each)) or "none" for each in (fixed, falling))
+            )
+            claims.append([claim, here, holds(bool(gone(fixed)) and not gone(falling))])
+        else:
+            ends = [each[-1] for each in fixed.values()]
+            here = f"outer loss at the end, rate 1/L: {', '.join(f'{end:.2f}' for end in ends)}"
+            verdict = holds(rises([-end for end in ends]))
+            claims.append(["strongly convex quadratics: faster with larger N", here, verdict])
+    rows = [
+        [case, *("diverges" if each[-1] is None else f"{each[-1]:.2f}" for each in found.values())]
+        for case, found in losses.items()
     ]
-
-
-def curves_table(found: dict[str, Results]) -> str:
-    cells = [
-        [
-            f"{title}, rate {case['name']}", str(count), f"{case['seconds'][str(count)]:.3f}",
-            spread(row["final"], ".3f"), f"{level:.3f}", spread(row["steps"], ".0f"), spread(row["seconds"], ".1f"),
-        ]
-        for name, title in (("convex", "last layer"), ("nonconvex", "two layers"))
-        for case in (found[name]["rates"] if name in found else ())
-        for level, rows in [summary(case)]
-        for count, row in rows.items()
-    ]  # fmt: skip
-    return table(["adapted", "N", "s a meta-step", "final loss", "level", "outer steps to it", "seconds to it"], cells)
+    return claims, (
+        f"**Curvature alone**: {COUNT} quadratic tasks, gradient descent outside; outer loss at the end. Where the "
+        "inner loss is strongly convex every N converges, but to different ends at 1/L: probably because long inner "
+        "loops forget the head's start, and fewer parameters are left that matter.\n\n"
+        + table(["curvature, inner rate", *(f"N = {count}" for count in results["counts"])], rows)
+    )
 
 
 def page(found: dict[str, Results]) -> str:
-    cases = [found[name]["rates"][0] for name in ("convex", "nonconvex") if name in found]
-    lengths = [next(iter(case["curves"].values())) for case in cases]
-    steps = " and ".join(str(len(losses[0])) for losses in lengths)
-    seeds = max((len(losses) for losses in lengths), default=SEEDS)
-    parts = [HEADER.format(filters=FILTERS, tasks=TASKS_PER_BATCH, seeds=seeds, steps=steps)]
-    claims = claims_on_curves(found)
-    if "decay" in found:
-        claims.append(claim_on_decay(found["decay"]))
-    if "geometry" in found:
-        claims += claims_on_geometry(found["geometry"]["losses"])
-    parts.append(table(["claim", "here", "verdict"], claims) + "\n")
-    if cases:
-        parts.append(
-            f"**Training.** The last layer has an L2 weight of {PENALTY:g}, the two layers none. Loss: query loss in "
-            f"training, mean over {WINDOW} outer steps, over {LAST} at the end. Level: the highest loss that an N ends "
-            f"at in its worst seed, of those below guessing that no run has in its first {WINDOW} steps. ±: standard "
-            f"deviation over the seeds. L2 weight and rate contract the inner loop by "
-            f"{100 * (1 - (1 - CONVEX_LR * PENALTY) ** max(CONVEX)):.0f} % in {max(CONVEX)} steps, too little to "
-            "forget its start: the likely reason where even the largest N gains.\n\n" + curves_table(found) + "\n"
-        )
-        parts += [f"![training loss, {name}]({name}.png)\n" for name in ("convex", "nonconvex") if name in found]
-    if "decay" in found:
-        parts.append(
-            "**What is left of the query gradient at the head's start**, on features after "
-            f"{found['decay']['outer_steps']} outer steps:\n\n![decay](decay.png)\n"
-        )
-    if "geometry" in found:
-        parts.append(
-            f"**Curvature alone**: {COUNT} quadratic tasks, plain gradient descent outside. Where the inner loss is "
-            "strongly convex every N converges, but to different ends at 1/L: probably because long inner loops forget "
-            "the head's start, and fewer parameters are left that matter.\n\n![geometry](geometry.png)\n"
-        )
+    sections = {"convex": partial(curves_section, False), "nonconvex": partial(curves_section, True)}
+    sections |= {"decay": decay_section, "geometry": geometry_section}
     how = "`python experiments/anil_convergence/run.py --threads 1`"
-    parts.append(details(found, how))
-    return "\n".join(parts)
+    return page_of(HEADER, ["claim", "here", "verdict"], sections, found, how)
 
 
 PARTS = {

@@ -24,12 +24,13 @@ from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 import innerloop as il
-from innerloop.studies.measure import peak_memory, time_of
+from innerloop.reporting import in_fresh_process, peak_memory, percent, table, time_of
+from innerloop.reporting.figures import MARKED, Line, Panel, panels
 from innerloop.tasks._regression import quadratic_form
 from innerloop.training.evaluation import assess, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import COLOURS, Part, Results, details, in_fresh_process, in_turns, percent, run, table, verdict
+from common import Part, Results, Section, check_learning, holds, in_turns, learning, page_of, run, validations
 
 PROXIMAL = 2.0
 
@@ -98,14 +99,12 @@ def quick_error(_: argparse.Namespace) -> Results:
 
 
 def draw_error(results: Results) -> Figure:
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
-    for colour, (name, curve) in zip(COLOURS, results["curves"].items(), strict=False):
-        axes.loglog(*zip(*curve, strict=True), "o--" if name == "unrolled" else "o-", ms=4, color=colour, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="inner steps (iMAML-HF: Newton steps)", ylabel="relative error of the meta-gradient")
-    figure.legend(loc="outside right center")
-    return figure
+    lines = {
+        name: Line(*zip(*curve, strict=True), MARKED | {"linestyle": "--" if name == "unrolled" else "-"})
+        for name, curve in results["curves"].items()
+    }
+    labels = {"xlabel": "inner steps (iMAML-HF: Newton steps)", "ylabel": "relative error of the meta-gradient"}
+    return panels([Panel(lines, {"xscale": "log", "yscale": "log", **labels})], width=7)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -164,20 +163,18 @@ def quick_memory(_: argparse.Namespace) -> Results:
 
 
 def draw_memory(results: Results) -> Figure:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    both = zip(figure.subplots(1, 2), ("mib", "seconds"), ("MiB at the peak", "seconds"), strict=True)
-    for axes, key, label in both:
-        for colour, (name, row) in zip(COLOURS, results["rows"].items(), strict=False):
-            values = [cell[key] for cell in row]
-            axes.plot(results["steps"], values, "o-", ms=4, color=colour, label=name if key == "mib" else None)
-        axes.set(xlabel="inner steps", ylabel=f"{label} of a meta-step", ylim=(0, None))
-    figure.legend(loc="outside upper center", ncols=3)
-    return figure
+    shown = []
+    for key, label in (("mib", "MiB at the peak"), ("seconds", "seconds")):
+        rows = results["rows"].items()
+        lines = {name: Line(results["steps"], [cell[key] for cell in row], MARKED) for name, row in rows}
+        shown.append(Panel(lines, {"xlabel": "inner steps", "ylabel": f"{label} of a meta-step", "ylim": (0, None)}))
+    return panels(shown)
 
 
 # --- Omniglot ---------------------------------------------------------------------------------------------------------
 
 TASKS_PER_BATCH, QUERIES, FILTERS = 4, 5, 32
+PROTOCOLS = "transductive", "inductive"
 
 
 class Recipe(NamedTuple):
@@ -280,25 +277,19 @@ def trained(
     """Train and test; the curve holds (outer steps, accuracy, loss) of each validation."""
     before = evaluate(learner, tasks, "validation", validation_tasks)
     optimizer, scheduler = recipe.outer(learner, steps)
-    curve = [[0, before.quality, before.loss.mean]]
-    negative = []
-
-    def note(record: dict[str, Any]) -> None:
-        if record["kind"] == "validation":
-            curve.append([record["step"], record["accuracy"], record["loss"]])
-        else:
-            negative.append(record.get("negative_curvature", 0.0))
-
+    records: list[dict[str, Any]] = []
     il.fit(
         learner, tasks, steps=steps, tasks_per_batch=TASKS_PER_BATCH, optimizer=optimizer, scheduler=scheduler, clip=10,
         multi_step_loss=int(recipe.multi_step_share * steps) or None, validate_every=max(10, steps // 6),
-        validation_tasks=validation_tasks, progress=False, log=note,
+        validation_tasks=validation_tasks, progress=False, log=records.append,
     )  # fmt: skip
     found = assess(learner, tasks, count=test_tasks)
     return {
         "steps": steps,
-        "curve": curve,
-        "negative curvature": statistics.mean(negative),
+        "curve": [[0, before.quality, before.loss.mean], *validations(records)],
+        "negative curvature": statistics.mean(
+            each.get("negative_curvature", 0.0) for each in records if each["kind"] == "train"
+        ),
         "nearest neighbour": found.nearest_neighbour.mean,
         **{scores.protocol: list(scores.accuracy) for scores in found.protocols},
     }
@@ -309,112 +300,97 @@ def quick_omniglot(ways: int, methods: list[str], _: argparse.Namespace) -> Resu
         return il.tasks.glyphs(ways, shots, QUERIES)
 
     results = accuracies(source, ways, 16, methods, 24, 8, steps=20)
-    for name, row in results["rows"].items():
-        losses = [loss for _, _, loss in row["curve"]]
-        assert losses[-1] < losses[0] - 0.02, f"{name}: validation loss does not fall in {row['steps']} steps: {losses}"
+    check_learning(results["rows"])
     return results
 
 
 def draw_omniglot(results: Results) -> Figure:
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
-    for colour, (name, row) in zip(COLOURS, results["rows"].items(), strict=False):
-        x, y, _ = zip(*row["curve"], strict=True)
-        axes.plot(
-            [step * row["seconds a step"] for step in x], [100 * v for v in y], "o-", ms=4, color=colour, label=name
-        )
-    axes.set(xlabel="seconds of outer steps", ylabel=f"validation accuracy, {results['ways']}-way 1-shot, %")
-    figure.legend(loc="outside right center")
-    return figure
+    label = f"validation accuracy, {results['ways']}-way 1-shot, %"
+    return panels([learning(results["rows"], name=label)], width=7)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+HEADER = f"""# iMAML: implicit meta-gradients (arXiv 1909.04630)
+
+**Not the paper's budget.** Each method has the seconds named below on one processor thread, {TASKS_PER_BATCH} tasks a
+step, {QUERIES} queries a class and {FILTERS} filters, one seed; the authors ask for 20,000 steps of 32 tasks with 64
+filters. Vinyals' split of an area-averaged Omniglot with quarter rotations as further training classes."""
+NEGATIVE = (
+    "The last column is the share of the training tasks in which the solve met negative curvature and stopped: the "
+    "inner steps do not end near a minimum, which the implicit gradient takes for granted."
+)
+
+
 def page(results: dict[str, Results]) -> str:
-    parts = ["# iMAML: implicit meta-gradients (arXiv 1909.04630)"]
-    sections = {"error": error_words, "memory": memory_words, "omniglot5": omniglot_words, "omniglot20": omniglot_words}
-    trained = [results[name] for name in ("omniglot5", "omniglot20") if name in results]
-    if trained:
-        budgets = ", ".join(f"{found['seconds']:g} s ({found['ways']}-way)" for found in trained)
-        parts.append(
-            f"**Not the paper's budget.** A method has {budgets} of outer steps on one processor thread, "
-            f"{TASKS_PER_BATCH} tasks a step, {QUERIES} queries a class and {trained[0]['filters']} filters, one seed; "
-            "the authors ask for 20,000 steps of 32 tasks with 64 filters. Vinyals' split of an area-averaged Omniglot "
-            "with quarter rotations as further training classes."
-        )
-    parts += [sections[name](found) + f"\n\n![{name}]({name}.png)" for name, found in results.items()]
-    parts.append(details(results, "`python experiments/imaml/run.py --threads 1`"))
-    return "\n\n".join(parts)
+    sections = {"error": error_section, "memory": memory_section}
+    sections |= {"omniglot5": omniglot_section, "omniglot20": omniglot_section}
+    how = "`python experiments/imaml/run.py --threads 1`"
+    return page_of(HEADER, ["claim", "here", "verdict"], sections, results, how)
 
 
-def error_words(results: Results) -> str:
-    last = {name: curve[-1][1] for name, curve in results["curves"].items()}
-    first = {name: curve[0][1] for name, curve in results["curves"].items()}
-    falls = last["iMAML-GD, CG 20"] < 1e-6 * first["iMAML-GD, CG 20"]
-    floor = last["iMAML-GD, CG 2"] > 1e3 * last["iMAML-GD, CG 20"]
-    steps = results["curves"]["unrolled"][-1][0]
-    errors = ", ".join(f"{name} {value:.1e}" for name, value in last.items() if not name.startswith("iMAML-HF"))
-    newton = results["curves"]["iMAML-HF, CG 20"][-1]
-    return (
+def error_section(results: Results) -> Section:
+    ends = {name: (curve[0], curve[-1]) for name, curve in results["curves"].items()}
+    (_, first), (_, last) = ends["iMAML-GD, CG 20"]
+    floor = ends["iMAML-GD, CG 2"][1][1]
+    claims = [
+        ["the error falls with the inner steps", f"{first:.1e} to {last:.1e} (CG 20)", holds(last < 1e-6 * first)],
+        ["few conjugate gradients leave a floor", f"{floor:.1e} (CG 2)", holds(floor > 1e3 * last)],
+    ]
+    rows = [[name, *(f"{error:.1e} ({steps})" for steps, error in pair)] for name, pair in ends.items()]
+    return claims, (
         f"**Error of the meta-gradient** on {results['tasks']} linear regressions ({INPUTS} weights, curvatures "
-        f"{EIGENVALUES[0]:g} to {EIGENVALUES[1]:g}, lambda {PROXIMAL:g}), median. It falls with the inner steps: "
-        f"{verdict(falls)}. Few conjugate gradients leave a floor: {verdict(floor)}. After {steps} steps: {errors}. "
-        f"After {newton[0]} Newton steps of five conjugate gradients each: {newton[1]:.1e}. First-order MAML keeps an "
-        f"error of {last['FOMAML']:.2f}, however far the inner loop goes."
+        f"{EIGENVALUES[0]:g} to {EIGENVALUES[1]:g}, lambda {PROXIMAL:g}), median. iMAML-HF counts Newton steps of five "
+        "conjugate gradients.\n\n" + table(["estimator", "first error (steps)", "last error (steps)"], rows)
     )
 
 
-def memory_words(results: Results) -> str:
+def memory_section(results: Results) -> Section:
     steps = results["steps"]
     rows = [
         [name, *(f"{cell['mib']:.0f}" for cell in row), f"{row[-1]['seconds']:.2f}"]
         for name, row in results["rows"].items()
     ]
-    implicit, recorded = results["rows"]["iMAML, CG 5"], results["rows"]["MAML, recorded graph"]
-    flat = implicit[-1]["mib"] < 1.2 * implicit[0]["mib"]
-    slope = (recorded[-1]["mib"] - recorded[0]["mib"]) / (steps[-1] - steps[0])
-    return (
+    ends = [
+        [results["rows"][name][place]["mib"] for place in (0, -1)] for name in ("iMAML, CG 5", "MAML, recorded graph")
+    ]
+    implicit, recorded = (f"{first:.0f} to {last:.0f} MiB" for first, last in ends)
+    flat = holds(ends[0][1] < 1.2 * ends[0][0])
+    claims = [["memory is flat in the inner steps", f"{implicit}; a recorded graph: {recorded}", flat]]
+    return claims, (
         f"**Memory**, peak MiB of a meta-step above model and task, {results['ways']}-way {results['shots']}-shot at "
-        f"28x28, Conv4 of {results['filters']} filters with strides, one task, each cell a fresh process. iMAML's is "
-        f"flat in the inner steps: {verdict(flat)}; a recorded graph takes {slope:.1f} MiB a step. `Unrolled()` finds "
-        "MAML's exact gradient without the graph, at the price of one copy of the weights a step.\n\n"
+        f"28x28, Conv4 of {results['filters']} filters with strides, one task, each cell a fresh process. `Unrolled()` "
+        "finds MAML's exact gradient without the graph, at the price of one copy of the weights a step.\n\n"
         + table(["inner steps", *map(str, steps), f"seconds at {steps[-1]}"], rows)
     )
 
 
-def omniglot_words(results: Results) -> str:
+def omniglot_section(results: Results) -> Section:
+    ways, found = results["ways"], results["rows"]
     rows = [
-        [name, recipes(results["ways"])[name].published.get(results["ways"], ""), percent(row["transductive"]),
-         percent(row["inductive"]), f"{row['steps']:,}"]
-        for name, row in results["rows"].items()
+        [name, recipes(ways)[name].published.get(ways, ""), *(percent(row[key], unit="") for key in PROTOCOLS),
+         f"{row['steps']:,}", f"{100 * row['negative curvature']:.1f} %" if row["negative curvature"] else ""]
+        for name, row in found.items()
     ]  # fmt: skip
-    found = {name: row["transductive"] for name, row in results["rows"].items()}
-    best = max(found, key=lambda name: found[name][0])
-    conclusion = f"Best here: {best}."
+    claims = []
     if {"MAML", "iMAML-GD", "iMAML-HF"} <= set(found):
-        best_implicit = max((found["iMAML-GD"], found["iMAML-HF"]))
-        holds = best_implicit[0] > found["MAML"][0] - (found["MAML"][1] ** 2 + best_implicit[1] ** 2) ** 0.5
-        steps = {name: f"{results['rows'][name]['steps']:,}" for name in ("MAML", "iMAML-GD", "iMAML-HF")}
-        conclusion += (
-            f" That iMAML matches or beats MAML {verdict(holds)} at this budget: iMAML-GD takes {steps['iMAML-GD']} "
-            f"and iMAML-HF {steps['iMAML-HF']} outer steps in the time of MAML's {steps['MAML']}; step for step MAML "
-            f"is {'ahead too' if ahead(results) else 'not ahead'}."
+        maml, best = (
+            found["MAML"]["transductive"],
+            max(found[each]["transductive"] for each in ("iMAML-GD", "iMAML-HF")),
         )
-    if refused := [
-        f"{100 * row['negative curvature']:.1f} % ({name})"
-        for name, row in results["rows"].items()
-        if row["negative curvature"]
-    ]:
-        conclusion += (
-            " The inner steps do not end near a minimum, which the implicit gradient takes for granted: the solve met "
-            f"negative curvature, and stopped there, in {', '.join(refused)} of the training tasks."
-        )
-    neighbour = next(iter(results["rows"].values()))["nearest neighbour"]
-    return (
-        f"**Omniglot {results['ways']}-way 1-shot**, accuracy in % on {results['test tasks']} test tasks, ± 95 %. "
-        f"Nearest neighbour on pixels: {100 * neighbour:.1f} %. {conclusion}\n\n"
-        + table(["method", "published (transductive)", "transductive", "inductive", "outer steps"], rows)
+        within = (maml[1] ** 2 + best[1] ** 2) ** 0.5
+        claims = [
+            [f"{ways}-way: iMAML matches or beats MAML", f"{percent(best)} against {percent(maml)} in the same time",
+             f"{holds(best[0] > maml[0] - within)} at this budget"],
+            [f"{ways}-way: the same, step for step", "validation accuracy at no more outer steps",
+             "does not hold either" if ahead(results) else "open"],
+        ]  # fmt: skip
+    neighbour = next(iter(found.values()))["nearest neighbour"]
+    return claims, (
+        f"**Omniglot {ways}-way 1-shot**, {results['seconds']:g} s a method, accuracy in % on {results['test tasks']} "
+        f"test tasks, ± 95 %. Nearest neighbour on pixels: {100 * neighbour:.1f} %. {NEGATIVE}\n\n"
+        + table(["method", "published (transductive)", *PROTOCOLS, "outer steps", "negative curvature"], rows)
     )
 
 

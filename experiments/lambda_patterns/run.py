@@ -24,11 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import COLOURS, ROOT, Part, Results, details, percent, run, table, verdict
+from common import ROOT, Part, Results, Section, holds, page_of, run
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 import innerloop as il
+from innerloop.reporting import digits, percent, points, table
+from innerloop.reporting.figures import DOTS, GREY, ORANGE, Line, Panel, panels
 from innerloop.studies.patterns import Row, study, times_of, with_pattern
 from innerloop.training.runs import SETTINGS
 
@@ -144,49 +145,29 @@ def _estimates(found: Results) -> Results:
 
 def draw(results: Results) -> Figure:
     """Accuracy over adaptation time, a panel a number of steps."""
-    sections = results["sections"]
-    figure = Figure(figsize=(4 * len(sections) + 1, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(sections), squeeze=False)[0]
-    for axes, section in zip(panels, sections, strict=True):
+    shown = []
+    for section in results["sections"]:
         moving = [row for row in section["rows"] if "1" in row["pattern"]]
-        for key, colour, label in (
-            ("time", "#808080", "everything each step"),
-            ("time_reusing", COLOURS[0], "prefix reused"),
-        ):
-            axes.plot(
-                [1000 * row[key]["median"] for row in moving], [100 * row["accuracy"][0] for row in moving], "o",
-                color=colour, markersize=4, fillstyle="full" if key == "time_reusing" else "none", label=label,
-            )  # fmt: skip
-        places = [
-            (1000 * row["time_reusing"]["median"], 100 * row["accuracy"][0], row["pattern"])
-            for row in moving if row["pattern"] in SUFFIXES or row["pattern"] == section["chosen"]
-        ]  # fmt: skip
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom, top + 0.3 * (top - bottom))
-        for rank, (x, y, pattern) in enumerate(sorted(places)):
-            chosen = pattern == section["chosen"]
-            axes.plot(
-                x, y, "o", color=COLOURS[1], markersize=8, fillstyle="none",
-                label="chosen" if chosen else None, alpha=1 if chosen else 0,
-            )  # fmt: skip
-            axes.annotate(
-                pattern, (x, y), (x, 0.99 - 0.055 * (rank % 4)), textcoords=axes.get_xaxis_transform(), fontsize=8,
-                ha="center", va="top", color=COLOURS[1] if chosen else "black",
-                arrowprops={"arrowstyle": "-", "color": "#c0c0c0", "linewidth": 0.8, "shrinkB": 3},
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.margins(x=0.1)
-        left, right = axes.get_xlim()
-        of_decade = (1, 2, 3, 5) if right > 5 * left else (1, 1.5, 2, 2.5, 3, 4, 5, 7)
-        ticks = [digit * 10**power for power in range(-1, 5) for digit in of_decade]
-        axes.set_xticks([tick for tick in ticks if left <= tick <= right])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("time of one adaptation, ms")
-        axes.set_title(f"{section['steps']} {'step' if section['steps'] == 1 else 'steps'}", loc="left", fontsize=10)
-    panels[0].set_ylabel("validation accuracy, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
+
+        def of(rows: list[Results], time: str, **look: object) -> Line:
+            accuracies = [100 * row["accuracy"][0] for row in rows]
+            return Line([1000 * row[time]["median"] for row in rows], accuracies, DOTS | look)
+
+        chosen = [row_of(section, section["chosen"])]
+        lines = {
+            "everything each step": of(moving, "time", color=GREY, fillstyle="none"),
+            "prefix reused": of(moving, "time_reusing"),
+            "chosen": of(chosen, "time_reusing", color=ORANGE, markersize=9, fillstyle="none"),
+        }
+        named = [row for row in moving if row["pattern"] in SUFFIXES or row in chosen]
+        notes = [(1000 * row["time_reusing"]["median"], 100 * row["accuracy"][0], row["pattern"]) for row in named]
+        axes = {"xscale": "log", "xlabel": "time of one adaptation, ms", "ylabel": "validation accuracy, %"}
+        shown.append(Panel(lines, axes | {"title": steps_of(section)}, notes=notes, ticks={"x": digits}))
+    return panels(shown, columns=3, width=4, height=4)
+
+
+def steps_of(section: Results) -> str:
+    return f"{section['steps']} {'step' if section['steps'] == 1 else 'steps'}"
 
 
 def row_of(section: Results, pattern: str) -> Results:
@@ -209,149 +190,69 @@ def faster(section: Results, pattern: str, of: str) -> float:
     return full[of]["median"] / row[of]["median"] if "time" in of else full[of] / row[of]
 
 
-def case_of(found: Results, section: Results) -> str:
-    return f"{found['shots']}-shot, {section['steps']} {'step' if section['steps'] == 1 else 'steps'}"
+HEADER = """# Lambda patterns (arXiv 2206.05930)
+
+**What differs from the paper.** Only its abstract was at hand: its patterns, tolerances, device and tables cannot be
+compared with. The CIFAR-FS images are lossy (5 bits of luma, half the chroma resolution), the models were trained for
+some minutes on one CPU thread, one seed each, and timings are of one task at a time on that CPU. Faster: how many times
+as fast as full adaptation in as many steps, by medians. ±: 95 % interval over tasks; of a difference, over its values
+on the same tasks."""
 
 
-def between(values: Sequence[float], form: str) -> str:
-    low, high = (format(value, form) for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
-def forward_share(found: Results) -> list[float]:
-    """Of the time of full adaptation."""
-    return [row["seconds"]["forward alone"] / row["seconds"]["11111"] for row in found["rows"]]
-
-
-def claims(results: dict[str, Results]) -> list[list[str]]:
-    """Claim, published, here, verdict, likely cause."""
-    pairs = [(found, section) for found in results.values() if "sections" in found for section in found["sections"]]
-    if not pairs:
-        return []
-    times = {
-        of: {case_of(*pair): faster(pair[1], pair[1]["chosen"], of) for pair in pairs}
-        for of in ("time", "time_reusing")
-    }
-    cause, rows = "", []
-    if "ceiling" in results:
-        shares = forward_share(results["ceiling"])
-        cause = (
-            f"forward passes, which no pattern saves, take {between([100 * share for share in shares], '.0f')} % of "
-            f"full adaptation on this CPU: at most {between([1 / share for share in shares], '.1f')} times"
-        )
-    plain = list(times["time"].values())
-    holds = all(value >= ABOUT_THREE for value in plain)
-    rows.append(
-        ["adaptation is faster, everything computed in each step", "about 3 times", f"{between(plain, '.2f')} times",
-         verdict(holds), "" if holds else cause]
-    )  # fmt: skip
-    several = [(found, section) for found, section in pairs if section["steps"] > 1]
-    if several:
-        reused = [times["time_reusing"][case_of(*pair)] for pair in several]
-        once = [value for case, value in times["time_reusing"].items() if case.endswith("1 step")]
-        least = min(section["steps"] for _, section in several)
-        rows.append(
-            ["adaptation is faster, blocks below the moving ones computed once (exact, ours)", "about 3 times",
-             f"{between(reused, '.1f')} times from {least} steps on"
-             + (f"; {between(once, '.1f')} in one step" if once else ""),
-             f"{verdict(all(value >= ABOUT_THREE for value in reused))} from {least} steps on",
-             "nothing below the moving blocks changes between steps; one step has nothing to reuse"]
-        )  # fmt: skip
-        lose = [pair for pair in several if sum(pair[1]["test"]["difference"]) < 0]
-        tasks = " and ".join(dict.fromkeys(f"{found['tasks']}" for found, _ in lose if "tasks" in found))
-        rows.append(
-            ["the loss of accuracy is minimal", "minimal",
-             "points: " + "; ".join(f"{percent(pair[1]['test']['difference'], '+')} ({case_of(*pair)})"
-                                    for pair in several),
-             f"no loss shown in {len(several) - len(lose)} of {len(several)}"
-             + (f"; {', '.join(case_of(*pair) for pair in lose)} loses" if lose else ""),
-             f"chosen on {tasks} tasks, too few to tell one point" if lose else ""]
-        )  # fmt: skip
-    for found, section in pairs:
-        if section["steps"] == 1:
-            test, none = section["test"], section["rows"][-1]
-            mean, interval = test["difference"]
-            best = max((row for row in section["rows"] if "1" in row["pattern"]), key=lambda row: row["accuracy"][0])
-            rows.append(
-                [f"one step gains accuracy, {found['shots']}-shot", "much better",
-                 f"{section['chosen']}: {percent(test['difference'], '+')} points, from {100 * test['full'][0]:.1f} to "
-                 f"{100 * test['chosen'][0]:.1f} % (guessing: 20); best in validation: {best['pattern']}",
-                 verdict(mean > interval) + (", near guessing" if mean > interval else ""),
-                 f"one step undershoots: {100 * section['rows'][0]['accuracy'][0]:.1f} % in validation, "
-                 f"{100 * none['accuracy'][0]:.1f} before any"]
-            )  # fmt: skip
-    for found in results.values():
-        if "trained" in found:
-            training, test = found["trained"]["training"], found["trained"]["test"]
-            rows.append(
-                [f"MAML itself, test %, {found['shots']}-shot", f"{MAML[found['shots']]} (other work)",
-                 f"{percent(test['transductive']['accuracy'])}; nearest neighbour on pixels "
-                 f"{percent(test['nearest_neighbour'])}", "far below",
-                 f"{training['step']:,} outer steps, {training['seconds'] / 60:.0f} minutes on one thread"]
-            )  # fmt: skip
-    return rows
-
-
-def bounds(found: Results) -> str:
+def ceiling_section(found: Results) -> Section:
     """What the machine allows."""
-    rows = []
-    for row in found["rows"]:
-        seconds = row["seconds"]
-        ratios = [f"{seconds['11111'] / seconds[name]:.2f}" for name in seconds if name != "11111"]
-        rows.append([f"{row['shots']}-shot, {row['filters']} filters", f"{1000 * seconds['11111']:.0f}", *ratios])
     names = [name for name in found["rows"][0]["seconds"] if name != "11111"]
-    return (
+    rows = [
+        [f"{row['shots']}-shot, {row['filters']} filters", f"{1000 * row['seconds']['11111']:.0f}",
+         *(f"{row['seconds']['11111'] / row['seconds'][name]:.2f}" for name in names)]
+        for row in found["rows"]
+    ]  # fmt: skip
+    return [], (
         f"**What this machine allows**: how many times as long full adaptation takes, {found['steps']} steps, random "
         f"weights, medians of {found['repetitions']}. The last column bounds what can be had without reuse.\n\n"
         + table(["", "full, ms", *names], rows)
     )
 
 
+def patterns_section(found: Results) -> Section:
+    """Every number of steps: the choice, and what the paper claims of it."""
+    name, claims, rows = f"{found['shots']}-shot", [], []
+    for section in found["sections"]:
+        case, test, chosen = f"{name}, {steps_of(section)}", section["test"], section["chosen"]
+        plain, reused = (faster(section, chosen, time) for time in ("time", "time_reusing"))
+        for times, words in ((plain, "everything computed in each step"), (reused, "blocks below computed once, ours")):
+            claim = f"{case}: adaptation is faster ({words})"
+            claims.append([claim, "about 3 times", f"{times:.2f} times", holds(times >= ABOUT_THREE)])
+        mean, interval = test["difference"]
+        loss = "a loss is shown" if mean + interval < 0 else "no loss is shown"
+        claims.append([f"{case}: the loss of accuracy is minimal", "minimal", points(test["difference"], "+"), loss])
+        if section["steps"] == 1:
+            here = f"{percent(test['full'])} (all blocks), {percent(test['chosen'])} ({chosen}); guessing: 20 %"
+            claims.append([f"{case}: one step gains accuracy", "much better", here, holds(mean > interval)])
+        rows.append(
+            [steps_of(section), f"**{chosen}**",
+             *(f"{faster(section, chosen, time):.2f} ({faster(section, chosen, cost):.2f})"
+               for time, cost in (("time", "cost"), ("time_reusing", "cost_reusing"))),
+             *(percent(test[key], unit="") for key in ("full", "chosen")), percent(test["difference"], "+", ""),
+             *(fastest(section, tolerance) for tolerance in TOLERANCES)]
+        )  # fmt: skip
+    if "trained" in found:
+        test = found["trained"]["test"]
+        here = f"{percent(test['transductive']['accuracy'])}; raw pixels: {percent(test['nearest_neighbour'])}"
+        claims.append([f"{name}: MAML itself", f"{MAML[found['shots']]} % (other work)", here, "far below"])
+    head = ["", "chosen", "faster", "with reuse", "full, test %", "chosen, test %", "difference, points",
+            *(f"within {each:g}" for each in TOLERANCES)]  # fmt: skip
+    return claims, (
+        f"**Patterns, {name}** (conv1 to conv4, linear; 1 adapts): the fastest within a tolerance of full adaptation on"
+        " validation tasks, then tested on as many test tasks. In brackets: by multiply-adds. Last columns: the choice "
+        "at tolerances in points.\n\n" + table(head, rows)
+    )
+
+
 def page(results: dict[str, Results]) -> str:
     """The README of the folder."""
-    studies = {name: found for name, found in results.items() if "sections" in found}
-    rows = [
-        [
-            case_of(found, section), f"**{section['chosen']}**",
-            *(f"{faster(section, section['chosen'], time):.2f} ({faster(section, section['chosen'], cost):.2f})"
-              for time, cost in (("time", "cost"), ("time_reusing", "cost_reusing"))),
-            percent(section["test"]["full"]), percent(section["test"]["chosen"]),
-            percent(section["test"]["difference"], "+"),
-            " / ".join(fastest(section, tolerance) for tolerance in TOLERANCES),
-        ]
-        for found in studies.values() for section in found["sections"]
-    ]  # fmt: skip
-    tasks, repetitions, tolerance = (
-        " and ".join(dict.fromkeys(f"{found[key]:g}" for found in studies.values() if key in found))
-        for key in ("tasks", "repetitions", "tolerance")
-    )
-    minutes = " and ".join(
-        f"{found['trained']['training']['seconds'] / 60:.0f}" for found in studies.values() if "trained" in found
-    )
-    pictures = "\n".join(f"![Accuracy over adaptation time, {name}]({name}.png)" for name in studies)
-    head = ["", "chosen", "times faster", "with reuse", "full, test %", "chosen, test %", "difference, points",
-            f"within {' / '.join(f'{each:g}' for each in TOLERANCES)} points"]  # fmt: skip
-    return f"""# Lambda patterns (arXiv 2206.05930)
-
-**What differs from the paper.** Only its abstract was at hand: its patterns, tolerances, device and tables cannot be
-compared with. The CIFAR-FS images are lossy (5 bits of luma, half the chroma resolution), the models were trained for
-{minutes} minutes on one CPU thread, one seed each, and timings are of one task at a time on that CPU.
-
-{table(["claim", "published", "here", "verdict", "likely cause"], claims(results))}
-
-±: 95 % interval over tasks; of a difference, over its values on the same tasks.
-
-**Patterns** (conv1 to conv4, linear; 1 adapts): the fastest within {tolerance} point of full adaptation on {tasks}
-validation tasks, then tested on as many test tasks. Times faster: medians of {repetitions} adaptations, by
-multiply-adds in brackets. Last column: the choice at other tolerances.
-
-{table(head, rows)}
-
-{bounds(results["ceiling"]) if "ceiling" in results else ""}
-
-{pictures}
-
-{details(results, HOW)}"""
+    sections = {"ceiling": ceiling_section, "one_shot": patterns_section, "five_shot": patterns_section}
+    return page_of(HEADER, ["claim", "published", "here", "verdict"], sections, results, HOW, plain=("ceiling",))
 
 
 PARTS = {

@@ -1,17 +1,11 @@
 """Peak memory of one meta-step of one method, in this process, which should be a fresh one; see run.py.
 
-    python experiments/memory_reduced/peak.py METHOD --size 32 --filters 64 --steps 5
-
-Writes bytes, seconds and the norm of the meta-gradient to standard output, as JSON. One 5-way 5-shot task with 5
-queries a class, of random images. On a GPU where there is one: the bytes are then those that torch has allocated, on
-the CPU those of the process that are resident.
+One 5-way 5-shot task with 5 queries a class, of random images, on a GPU where there is one.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from typing import Any
 
 import torch
@@ -19,7 +13,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop.studies.measure import peak_memory
+from innerloop.reporting import peak_memory
 
 LABELS = torch.arange(5).repeat_interleave(5)
 RECORDED, HELD = il.Unrolled(record=True), il.Unrolled(record=True, learn_start=False)
@@ -77,11 +71,3 @@ def measure(method: str, size: int, filters: int, steps: int) -> dict[str, float
     seconds = time.perf_counter() - began
     norm = sum(float(p.grad.double().square().sum()) for p in measured.parameters() if p.grad is not None) ** 0.5
     return {"bytes": peak, "seconds": seconds, "gradient_norm": norm}
-
-
-if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
-    for name in ("size", "filters", "steps"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    print(json.dumps(measure(**vars(parser.parse_args()))))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from pathlib import Path
 
 import torch
@@ -16,10 +15,11 @@ import torch
 from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
+from innerloop.reporting import provenance, write_json
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
-from innerloop.training.runs import load_learner, provenance, read_run
+from innerloop.training.runs import load_learner, read_run
 
 USAGE = "RUN --support FOLDER --query PATH [PATH ...] [options]"
 
@@ -167,4 +167,4 @@ def _write_json(
         }
         for (image, label), row in zip(query, probabilities, strict=True)
     ]
-    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_json(path, rows)

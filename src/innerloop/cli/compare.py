@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name} could not be trained: {why}")
     for note in comparison.notes:
         print(note)
-    print(recommend(comparison).text)
+    choice = recommend(comparison)
+    print(choice.first, choice.rest)
     print(f"report: {folder / HTML}")
 
 

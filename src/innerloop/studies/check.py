@@ -12,11 +12,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from innerloop.bilevel import Bilevel
@@ -25,10 +24,10 @@ from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
+from innerloop.reporting.figures import DOTS, Line, Panel, panels, save
 from innerloop.training.evaluation import Source, evaluation_mode
 from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.health import eigenvalues, single
-from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
 NO_STEP = "the learner takes no inner step, so that every estimator is exact: check it with 1 inner step or more"
@@ -51,6 +50,9 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{_short(self.median)} ({_short(self.low)} .. {_short(self.high)})"
+
+
+NOTHING = Spread(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -377,37 +379,21 @@ def draw(path: Path, checks: Mapping[str, Check]) -> None:
         path: where the PNG goes.
         checks: of one or more points, by name, of the same estimators.
     """
-    names = [row.name for row in next(iter(checks.values())).rows]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.6 + 0.4 * len(names)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        for place, (label, colour) in enumerate(zip(checks, (BLUE, ORANGE), strict=False)):
+    names = [row.name + " (refused)" * (row.refused is not None) for row in next(iter(checks.values())).rows]
+    shown: list[Panel] = []
+    for quantity, label in (("cosine", "cosine with the exact meta-gradient"), ("error", "relative error")):
+        lines = {}
+        for place, (name, found) in enumerate(checks.items()):
             offset = 0.22 * (place - (len(checks) - 1) / 2)
-            for axes, quantity in ((left, "cosine"), (right, "error")):
-                spreads = [getattr(row, quantity) for row in checks[label].rows]
-                shown = [(index + offset, spread) for index, spread in enumerate(spreads) if spread is not None]
-                if not shown:
-                    continue
-                middle = np.array([spread.median for _, spread in shown])
-                ends = np.array([(spread.low, spread.high) for _, spread in shown])
-                axes.errorbar(
-                    middle,
-                    [at for at, _ in shown],
-                    xerr=np.abs(ends - middle[:, None]).T,
-                    fmt="o",
-                    color=colour,
-                    capsize=3,
-                    clip_on=False,  # an error of 0 lies on the axis
-                    label=label,
-                )
-        for index, row in enumerate(next(iter(checks.values())).rows):
-            if row.refused is not None:
-                left.text(0.02, index, "refused", transform=left.get_yaxis_transform(), color=GREY, va="center")
-        left.set_yticks(range(len(names)), names)
-        left.set_ylim(len(names) - 0.5, -0.5)
-        left.set_xlabel("cosine with the exact meta-gradient")
-        right.set_xlabel("relative error")
-        right.set_xscale("symlog", linthresh=CLOSE / 10)
-        right.set_xlim(0, max(right.get_xlim()[1], CLOSE))
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-        figure.savefig(path)
+            spreads = [getattr(row, quantity) or NOTHING for row in found.rows]
+            middle, low, high = ([getattr(each, end) for each in spreads] for end in ("median", "low", "high"))
+            # an error of 0 lies on the axis
+            lines[name] = Line(np.arange(len(names)) + offset, middle, DOTS | {"clip_on": False}, low, high)
+        axes: dict[str, Any] = {"xlabel": label, "ylim": (len(names) - 0.5, -0.5), "yticks": range(len(names))}
+        axes["yticklabels"] = [] if shown else names
+        shown.append(Panel(lines, axes, across=True))
+    figure = panels(shown, height=1.2 + 0.4 * len(names), width=5)
+    right = figure.axes[1]
+    right.set_xscale("symlog", linthresh=CLOSE / 10)
+    right.set_xlim(0, max(right.get_xlim()[1], CLOSE))
+    save(path, figure)

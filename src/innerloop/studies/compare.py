@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from innerloop.errors import Diverged, Failed
+from innerloop.reporting import provenance, student
 from innerloop.studies.comparison import Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
@@ -35,7 +36,7 @@ from innerloop.training.fit import BEST, METRICS
 from innerloop.training.logs import read_records
 from innerloop.training.methods import method, method_settings
 from innerloop.training.report import task_words
-from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
+from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings, flag
 
 METHODS = (
@@ -49,7 +50,6 @@ MEMORY_STEPS = (1, 5, 20)
 MEASURING = 20.0  # seconds that measuring a method counts in the progress bar
 VALIDATIONS = 12
 SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for which a target must hold
-STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantiles of t, from 2 degrees of freedom
 
 # What a method chooses; the comparison holds all else equal.
 CHOSEN = (
@@ -407,8 +407,8 @@ def _collect(
         made=made,
     )
     chosen = recommend(comparison).chosen
-    lost = verdict(chosen.baselines)
-    return comparison._replace(notes=[f"{chosen.title}: {lost}", *notes]) if lost else comparison
+    lost = verdict(chosen.baselines) if chosen else None
+    return comparison._replace(notes=[f"{chosen.title}: {lost}", *notes]) if chosen and lost else comparison
 
 
 def _budget(plan: Plan, steps: int) -> str:
@@ -453,10 +453,7 @@ def _over_seeds(found: Sequence[Estimate]) -> Estimate:
     """
     means = [each.mean for each in found]
     over_tasks = math.hypot(*(each.interval for each in found)) / len(found)
-    over_seeds = 0.0
-    if len(means) >= 3:
-        quantile = STUDENT[min(len(means) - 3, len(STUDENT) - 1)]
-        over_seeds = quantile * statistics.stdev(means) / math.sqrt(len(means))
+    over_seeds = student(means) if len(means) >= 3 else 0.0
     return Estimate(statistics.fmean(means), max(over_tasks, over_seeds))
 
 

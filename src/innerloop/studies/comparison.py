@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from innerloop.reporting import Timing, duration, percent, size
 from innerloop.training.evaluation import Baseline, Estimate
-
-
-class Timing(NamedTuple):
-    """Seconds: the median of the repetitions, and the quartiles around it."""
-
-    median: float
-    lower: float
-    upper: float
 
 
 class Point(NamedTuple):
@@ -106,14 +99,14 @@ class Comparison(NamedTuple):
     notes: list[str] = []  # noqa: RUF012
 
 
-SAVING = 0.05
+SAVING, MARGIN = 0.05, 0.01
 RULE = (
-    "Candidates are the methods whose test accuracy is not below the best one's by more than the 95 % interval of the "
-    "difference, taken task by task (an unknown interval counts as 0). Recommended is "
-    "the candidate whose validation accuracy reaches the target soonest; where none of them reaches it, or two do so "
-    "at once, the one with the fastest meta-step. Named beside it are methods that save at least 5 % of its memory or "
-    "of its adaptation time, and whose test accuracy is above that of the nearest neighbour on raw pixels: candidates "
-    "if there are such, otherwise others, with the accuracy that they cost."
+    "Candidates are the methods above the nearest neighbour on raw pixels whose test accuracy is at most 1 point below "
+    "the best one's, and not below it by more than the 95 % interval of the difference, taken task by task (an unknown "
+    "interval counts as 0). Recommended is the candidate whose validation accuracy reaches the target soonest; where "
+    "none of them reaches it, or two do so at once, the one with the fastest meta-step. Named beside it are methods "
+    "that save at least 5 % of its memory or of its adaptation time: candidates if there are such, otherwise others "
+    "above the nearest neighbour, with the accuracy that they have."
 )
 FEW_SEEDS = (
     "With fewer than three seeds the intervals leave out how much training itself varies (give --seeds 3 or more)."
@@ -124,20 +117,51 @@ class Recommendation(NamedTuple):
     """What `RULE` makes of a comparison.
 
     Attributes:
-        chosen: the method recommended.
+        chosen: the method recommended; None where no method is above the nearest neighbour.
         best: the most accurate method.
-        candidates: methods as accurate as the best, by their intervals; in the order of the comparison.
-        lightest: the candidate with the least memory, or ``chosen`` where `RULE` names none.
-        quickest: the candidate that adapts fastest, or ``chosen`` likewise.
-        text: the choice, its numbers and what would change it, as a paragraph.
+        candidates: in the order of the comparison.
+        lightest: the method to take if memory binds; ``chosen`` where `RULE` names none.
+        quickest: the method to take if adaptation must be fast; ``chosen`` likewise.
     """
 
-    chosen: Entry
+    chosen: Entry | None
     best: Entry
     candidates: list[Entry]
-    lightest: Entry
-    quickest: Entry
-    text: str
+    lightest: Entry | None
+    quickest: Entry | None
+
+    @property
+    def first(self) -> str:
+        """The choice in a sentence."""
+        return f"Recommended: {self.chosen.title}." if self.chosen else "Recommended: none."
+
+    @property
+    def rest(self) -> str:
+        """The numbers behind it, and what to take instead if something binds."""
+        if self.chosen is None:
+            return "No method is above the nearest neighbour on raw pixels: train longer, or look at the data."
+        one = self.chosen
+        time = "never" if one.reached is None else f"after {duration(one.reached)}"
+        sentences = [
+            f"Test accuracy {percent(one.accuracy)}, the target {time}, {size(one.memory)}, adaptation "
+            f"{duration(one.adaptation.median)}."
+        ]
+        if others := [each.title for each in self.candidates if each is not one]:
+            sentences.append(f"Other candidates: {', '.join(others)}.")
+        if self.lightest and self.lightest is not one:
+            sentences.append(f"If memory binds: {_instead(self.lightest, size(self.lightest.memory))}.")
+        if self.quickest and self.quickest is not one:
+            sentences.append(
+                f"If adaptation must be fast: {_instead(self.quickest, duration(self.quickest.adaptation[0]))}."
+            )
+        if len(one.seeds) < 3:
+            sentences.append(FEW_SEEDS)
+        return " ".join(sentences)
+
+
+def useful(comparison: Comparison) -> list[Entry]:
+    """The methods above the nearest neighbour on raw pixels: the others have not learned."""
+    return [each for each in comparison.entries if each.accuracy.mean > comparison.nearest_neighbour.mean]
 
 
 def recommend(comparison: Comparison) -> Recommendation:
@@ -148,127 +172,34 @@ def recommend(comparison: Comparison) -> Recommendation:
     """
     if not comparison.entries:
         raise ValueError("the comparison holds no methods; compare one or more")
-    best = max(comparison.entries, key=lambda entry: entry.accuracy.mean)
-    candidates = [
-        entry
-        for entry in comparison.entries
-        if entry.behind.mean <= (0.0 if math.isnan(entry.behind.interval) else entry.behind.interval)
-    ]
-    ranked = sorted(candidates, key=_soonest)
-    useful = [entry for entry in comparison.entries if entry.accuracy.mean > comparison.nearest_neighbour.mean]
-    accurate = [entry for entry in useful if entry in candidates]
-    lightest, quickest = (_thriftiest(ranked[0], accurate, cost) for cost in (_memory, _adaptation))
-    sentences = [
-        f"Recommended: {ranked[0].title}.",
-        _why_accurate(ranked[0], best, candidates, comparison),
-        _why_fast(ranked, comparison),
-        _otherwise("memory binds", ranked[0], lightest, useful, _memory, size),
-        _otherwise("adaptation must be fast", ranked[0], quickest, useful, _adaptation, duration),
-        FEW_SEEDS if min(len(entry.seeds) for entry in comparison.entries) < 3 else "",
-    ]
-    return Recommendation(ranked[0], best, candidates, lightest, quickest, " ".join(filter(None, sentences)))
+    able = useful(comparison)
+    candidates = [each for each in able if each.behind.mean <= _slack(each.behind)]
+    chosen = min(candidates, key=_soonest, default=None)
+
+    def thriftiest(cost: Callable[[Entry], float]) -> Entry | None:
+        for group in (candidates, able):
+            saving = [each for each in group if chosen and cost(each) <= (1 - SAVING) * cost(chosen)]
+            if saving:
+                return min(saving, key=cost)
+        return chosen
+
+    return Recommendation(
+        chosen,
+        max(comparison.entries, key=lambda each: each.accuracy.mean),
+        candidates,
+        thriftiest(lambda each: each.memory),
+        thriftiest(lambda each: each.adaptation.median),
+    )
+
+
+def _slack(behind: Estimate) -> float:
+    """How far a candidate may be below the best: a wide interval is no reason to become one."""
+    return 0.0 if math.isnan(behind.interval) else min(MARGIN, behind.interval)
 
 
 def _soonest(entry: Entry) -> tuple[float, float]:
     return math.inf if entry.reached is None else entry.reached, entry.meta_step.median
 
 
-def _memory(entry: Entry) -> float:
-    return entry.memory
-
-
-def _adaptation(entry: Entry) -> float:
-    return entry.adaptation.median
-
-
-def _thriftiest(chosen: Entry, entries: Iterable[Entry], cost: Callable[[Entry], float]) -> Entry:
-    """The entry of least cost, unless it saves too little against the chosen one."""
-    least = min([chosen, *entries], key=cost)
-    return least if cost(least) <= (1 - SAVING) * cost(chosen) else chosen
-
-
-def _why_accurate(chosen: Entry, best: Entry, candidates: list[Entry], comparison: Comparison) -> str:
-    accuracy = percent(best.accuracy)
-    if len(comparison.entries) == 1:
-        only = "that could be trained" if comparison.failed else "compared"
-        return f"It is the only method {only}; its test accuracy is {accuracy}."
-    if len(candidates) == 1:
-        others = (entry for entry in comparison.entries if entry is not best)
-        second = max(others, key=lambda entry: entry.accuracy.mean)
-        return (
-            f"Its test accuracy, {accuracy}, is the best, by more than the 95 % interval of the difference "
-            f"(next: {second.title}, {percent(second.accuracy)}, {points(second.behind)} below)."
-        )
-    names = [entry.title for entry in candidates if entry is not best]
-    own = "" if chosen is best else f" Its own is {percent(chosen.accuracy)}."
-    return (
-        f"The best test accuracy is {accuracy} ({best.title}); not below it by more than the 95 % interval of the "
-        f"difference {'is' if len(names) == 1 else 'are'} {words(names)}.{own}"
-    )
-
-
-def _why_fast(ranked: list[Entry], comparison: Comparison) -> str:
-    chosen, *others = ranked
-    target = f"{100 * comparison.target:.2f} % validation accuracy"
-    if chosen.reached is None:
-        if not others:
-            return f"It does not stay above {target}; a meta-step takes {duration(chosen.meta_step.median)}."
-        own, next_one = (duration(entry.meta_step.median) for entry in ranked[:2])
-        return (
-            f"None of these stays above {target}; {chosen.title} has the fastest meta-step, {own} "
-            f"(next: {others[0].title}, {next_one})."
-        )
-    time = f"{duration(chosen.reached)} of meta-steps"
-    if not others:
-        return f"It stays above {target} after {time}."
-    second = others[0].reached
-    rest = "the others never do" if second is None else f"next: {others[0].title}, {duration(second)}"
-    return f"Of these {len(ranked)}, {chosen.title} is the first to stay above {target}, after {time} ({rest})."
-
-
-def _otherwise(
-    need: str,
-    chosen: Entry,
-    candidate: Entry,
-    others: list[Entry],
-    cost: Callable[[Entry], float],
-    text: Callable[[float], str],
-) -> str:
-    """What to take instead under a need: a candidate, or else one of the others, with the accuracy that it costs."""
-    other = _thriftiest(chosen, others, cost) if candidate is chosen else candidate
-    if other is chosen:
-        return ""
-    loss = "" if other is candidate else f", at {percent(other.accuracy)} test accuracy"
-    return f"If {need}: {other.title}, {text(cost(other))} instead of {text(cost(chosen))}{loss}."
-
-
-def percent(estimate: Estimate) -> str:
-    """An accuracy with its 95 % interval, where that is known: ``"52.31 ± 0.60 %"``."""
-    interval = "" if math.isnan(estimate.interval) else f" ± {100 * estimate.interval:.2f}"
-    return f"{100 * estimate.mean:.2f}{interval} %"
-
-
-def points(estimate: Estimate) -> str:
-    """A difference of accuracies with its 95 % interval, where that is known: ``"2.31 ± 0.40 points"``."""
-    return f"{percent(estimate).removesuffix(' %')} points"
-
-
-def size(count: float) -> str:
-    """Bytes in KiB, MiB or GiB: ``"120 MiB"``."""
-    unit, factor = next((unit for unit in (("GiB", 2**30), ("MiB", 2**20)) if count >= unit[1]), ("KiB", 2**10))
-    return f"{digits(count / factor)} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, below one in milliseconds: ``"35.2 s"``."""
-    return f"{digits(seconds)} s" if seconds >= 1 else f"{digits(1000 * seconds)} ms"
-
-
-def digits(value: float) -> str:
-    """A number to three digits, or all of those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def words(names: list[str]) -> str:
-    """Names as an enumeration: ``"A, B and C"``."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+def _instead(entry: Entry, cost: str) -> str:
+    return f"{entry.title}, {cost}, test accuracy {percent(entry.accuracy)}"

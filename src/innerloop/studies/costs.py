@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -20,8 +17,7 @@ from torch.utils import _pytree as pytree
 from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
-from innerloop.studies.comparison import Timing
-from innerloop.studies.measure import peak_memory, quiet_environment, time_of
+from innerloop.reporting import Timing, in_fresh_process, peak_memory, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.fit import multi_step_weights
@@ -90,7 +86,7 @@ def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
     Raises:
         Failed: the process that measured with the settings' own number of inner steps did not end well.
     """
-    found = _in_fresh_process(settings, tasks, everything=True)
+    found = in_fresh_process(measure_here, asdict(settings), str(tasks), True)
     memory_at = {settings.inner_steps: found.pop("memory")}
     for steps in memory_steps:
         if steps not in memory_at:
@@ -105,36 +101,27 @@ def peak(settings: Settings, tasks: Path) -> int:
     Raises:
         Failed: the process that measured did not end well.
     """
-    return int(_in_fresh_process(settings, tasks, everything=False)["memory"])
+    return int(in_fresh_process(measure_here, asdict(settings), str(tasks), False)["memory"])
 
 
-def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict[str, Any]:
-    code = "import sys; from innerloop.studies.costs import measure_here; measure_here(sys.argv[1])"
-    asked = json.dumps({"settings": asdict(settings), "tasks": str(tasks), "everything": everything})
-    command = [sys.executable, "-c", code, asked]
-    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise Failed((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict[str, Any]:
+    """Measure in this process, which should be a fresh one.
 
-
-def measure_here(asked: str) -> None:
-    """Measure in this process, which should be a fresh one, and write what was found to standard output as JSON."""
-    what = json.loads(asked)
-    settings = Settings(**what["settings"])
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    stored = load_checkpoint(Path(what["tasks"]))
+    Args:
+        settings: of the method.
+        tasks: file that `save_tasks` has written.
+        everything: and not peak memory alone.
+    """
+    chosen = Settings(**settings)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    stored = load_checkpoint(Path(tasks))
     shape = stored["shape"]
-    learner = _learner(settings, shape)
+    learner = _learner(chosen, shape)
     place = next(learner.parameters())
     batch = Task(**stored["task"]).to(place.device, place.dtype)
-    with arithmetic(settings):
-        found = _measure(
-            learner, batch, _learner(replace(settings, inner_steps=1), shape), settings, what["everything"]
-        )
-    sys.stdout.write(json.dumps(found) + "\n")
+    with arithmetic(chosen):
+        return _measure(learner, batch, _learner(replace(chosen, inner_steps=1), shape), chosen, everything)
 
 
 def _learner(settings: Settings, shape: dict[str, Any]) -> MetaLearner:

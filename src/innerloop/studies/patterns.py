@@ -14,18 +14,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
+import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from innerloop.adapts import Blocks
@@ -35,10 +31,24 @@ from innerloop.blocks import parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.problem import Task
-from innerloop.studies.comparison import Timing
+from innerloop.reporting import (
+    Cell,
+    Gallery,
+    Heading,
+    Picture,
+    Table,
+    Timing,
+    digits,
+    how_made,
+    in_turns,
+    markdown,
+    percent,
+    points,
+    write_text,
+)
+from innerloop.reporting.figures import BLUE, DOTS, DOTTED, GREY, ORANGE, Line, Panel, frontier, panels, save
 from innerloop.tasks import TaskSource
 from innerloop.training.evaluation import Estimate
-from innerloop.training.report import BLUE, GREY, ORANGE, STYLE
 from innerloop.training.runs import save_results
 
 EXHAUSTIVE = 8  # blocks up to which all patterns are tried
@@ -239,31 +249,20 @@ def predicted_cost(forward: Sequence[int], pattern: str, steps: int, reuse_prefi
 def times_of(
     runs: Sequence[Callable[[Tensor, Tensor], object]], supports: Sequence[tuple[Tensor, Tensor]], count: int
 ) -> list[Timing]:
-    """Time ``count`` calls of each function, after some to warm up; waits for the device before and after each.
-
-    The functions take turns, so that a machine that is slower for a while is so for all of them.
+    """Time ``count`` calls of each function, which take turns, after some to warm up.
 
     Args:
         runs: each takes the support inputs and targets of one task.
         supports: the tasks' support sets, on the learner's device; one a round.
         count: rounds, 2 or more.
     """
-    device = supports[0][0].device
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+    def turns(run: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
+        tasks = itertools.cycle(supports)
+        return lambda: run(*next(tasks))
 
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(WARM_UP + count):
-        inputs, targets = supports[number % len(supports)]
-        for run, found in zip(runs, seconds, strict=True):
-            began = now()
-            run(inputs, targets)
-            found.append(now() - began)
-    quartiles = [statistics.quantiles(found[WARM_UP:], n=4, method="inclusive") for found in seconds]
-    return [Timing(median, lower, upper) for lower, median, upper in quartiles]
+    found = in_turns(dict(enumerate(map(turns, runs))), count, supports[0][0].device, WARM_UP)
+    return list(found.values())
 
 
 def choose(rows: Sequence[Row], tolerance: float, best_quality: bool = False) -> Row:
@@ -293,13 +292,11 @@ def _check_tolerance(tolerance: float) -> None:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more percentage points of accuracy")
 
 
-def frontier(rows: Sequence[Row]) -> list[Row]:
+def best_trades(rows: Sequence[Row]) -> list[Row]:
     """The rows than which no other is both as fast (with reuse) and as accurate, from the fastest to the best."""
-    found: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern)):
-        if not found or row.accuracy.mean > found[-1].accuracy.mean:
-            found.append(row)
-    return found
+    ranked = sorted(rows, key=lambda row: (row.weights, row.pattern), reverse=True)
+    of_place = {(row.time_reusing.median, row.accuracy.mean): row for row in ranked}
+    return [of_place[place] for place in frontier(list(of_place))]
 
 
 def study(
@@ -434,10 +431,10 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
     choice = {"pattern": section.chosen.pattern, "steps": section.steps, "test": _json(section)["test"]}
     save_results(folder / CHOICE, {**notes, **choice})
     plot(folder / PICTURE, sections, notes["tolerance"])
-    keys = (*notes, "command", "time", "commit", "versions", "machine")
-    made = "\n".join(f"* {key}: {results[key]}" for key in keys)
-    page = [f"# Patterns\n\n![Accuracy over adaptation time]({PICTURE})", *map(table, sections)]
-    (folder / PAGE).write_text("\n\n".join([*page, f"## How it was made\n\n{made}\n"]), encoding="utf-8")
+    made = {key: results[key] for key in (*notes, "command", "time", "commit", "versions", "machine")}
+    tables = [part for each in sections for part in (Heading(_title(each)), table(each), confirmation(each))]
+    parts = [Gallery([Picture(PICTURE, "Accuracy over adaptation time")]), *tables, *how_made(made)]
+    write_text(folder / PAGE, markdown("Patterns", parts))
     return section
 
 
@@ -473,32 +470,30 @@ def _json(section: Section) -> dict[str, Any]:
     }
 
 
-def table(section: Section) -> str:
-    """A section in Markdown. Predicted and measured ratios are how many times faster than full adaptation."""
+def _title(section: Section) -> str:
+    return f"{section.steps} {'step' if section.steps == 1 else 'steps'}"
+
+
+def table(section: Section) -> Table:
+    """A section's rows. Predicted and measured ratios are how many times faster than full adaptation."""
     full = section.rows[0]
-    within = {row.pattern for row in frontier(section.rows[:-1])}
-    lines = [
-        f"## {section.steps} {'step' if section.steps == 1 else 'steps'}",
-        "",
-        "| pattern | accuracy, % | against full, points | weights | ms | faster | predicted "
-        "| ms, reusing | faster | predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    within = {row.pattern for row in best_trades(section.rows[:-1])}
+    rows: list[list[Cell | str]] = []
     for row in section.rows:
-        name = f"**{row.pattern}**" if row.pattern == section.chosen.pattern else row.pattern
         cells = [
-            name + (" *" if row.pattern in within else ""),
-            _points(row.accuracy),
-            _points(row.difference, "+"),
+            "yes" if row.pattern in within else "",
+            percent(row.accuracy, unit=""),
+            percent(row.difference, "+", ""),
             f"{row.weights:,}",
             *(f"{1000 * row.time.median:.3g}", _ratio(full.time.median, row.time.median), _ratio(full.cost, row.cost)),
             f"{1000 * row.time_reusing.median:.3g}",
             _ratio(full.time_reusing.median, row.time_reusing.median),
             _ratio(full.cost_reusing, row.cost_reusing),
         ]
-        lines.append(f"| {' | '.join(cells if '1' in row.pattern else [*cells[:5], '', '', cells[7], '', ''])} |")
-    lines += ["", f"Bold: chosen. Star: on the frontier. {confirmation(section)}"]
-    return "\n".join(lines)
+        shown = cells if "1" in row.pattern else [*cells[:5], "", "", cells[7], "", ""]
+        rows.append([Cell(row.pattern, row is section.chosen), *shown])
+    head = ["pattern", "frontier", "accuracy, %", "against full, points", "weights", "ms", "faster", "predicted"]
+    return Table([*head, "ms, reusing", "faster", "predicted"], rows, "Bold: chosen.")
 
 
 def confirmation(section: Section) -> str:
@@ -510,18 +505,14 @@ def confirmation(section: Section) -> str:
     )
     text = (
         f"{chosen.pattern} is {plain} times as fast as full adaptation, {reusing} times with reuse; on test tasks "
-        f"{_points(test.chosen)} % against {_points(test.full)} %, {_points(test.difference, '+')} points. Full "
+        f"{percent(test.chosen)} against {percent(test.full)}, {points(test.difference, '+')}. Full "
         f"adaptation takes {_ratio(full.time.median, section.forward.median)} times as long as its forward passes "
         "alone: without reuse no pattern can be that many times as fast here."
     )
     none = section.rows[-1]
     if none.difference.mean >= chosen.difference.mean:
-        text += f" No adaptation at all is as good on validation tasks ({_points(none.accuracy)} %)."
+        text += f" No adaptation at all is as good on validation tasks ({percent(none.accuracy)})."
     return text
-
-
-def _points(estimate: Estimate, sign: str = "") -> str:
-    return f"{100 * estimate.mean:{sign}.2f} ± {100 * estimate.interval:.2f}"
 
 
 def _ratio(full: float, part: float) -> str:
@@ -530,46 +521,33 @@ def _ratio(full: float, part: float) -> str:
 
 def plot(path: Path, sections: Sequence[Section], tolerance: float) -> None:
     """Draw validation accuracy over adaptation time, a panel a number of steps, with the frontier marked."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5 * len(sections) + 0.5, 4.4), layout="constrained")
-        panels = figure.subplots(1, len(sections), sharey=True, squeeze=False)[0]
-        for axes, section in zip(panels, sections, strict=True):
-            _draw(axes, section, tolerance)
-        panels[0].set_ylabel("validation accuracy, %")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        figure.savefig(path)
+    save(path, panels([_panel(section, tolerance) for section in sections], columns=3, height=4.0))
 
 
-def _draw(axes: Axes, section: Section, tolerance: float) -> None:
+def _panel(section: Section, tolerance: float) -> Panel:
     full, none = section.rows[0], section.rows[-1]
     moving = [row for row in section.rows if "1" in row.pattern]
+    best = best_trades(moving)
 
-    def milliseconds(rows: Sequence[Row]) -> list[float]:
-        return [1000 * row.time_reusing.median for row in rows]
+    def shown(rows: Sequence[Row], interval: bool = False, time: str = "time_reusing", **look: Any) -> Line:
+        means, halves = (100 * np.array([row.accuracy for row in rows])).T
+        ends = (means - halves, means + halves) if interval else ()
+        return Line([1000 * getattr(row, time).median for row in rows], means, DOTS | look, *ends)
 
-    def percent(rows: Sequence[Row]) -> list[float]:
-        return [100 * row.accuracy.mean for row in rows]
-
-    plain = [1000 * row.time.median for row in moving]
-    axes.plot(plain, percent(moving), "o", color=GREY, fillstyle="none", markersize=4, label="everything each step")
-    axes.plot(milliseconds(moving), percent(moving), "o", color=BLUE, markersize=4, label="prefix reused")
-    best = frontier(moving)
-    axes.plot(milliseconds(best), percent(best), "-", color=BLUE, label="frontier")
-    spread = [100 * row.accuracy.interval for row in best]
-    axes.errorbar(milliseconds(best), percent(best), spread, fmt="none", ecolor=BLUE, alpha=0.35)
-    axes.plot(
-        milliseconds([section.chosen]), percent([section.chosen]), "o", color=ORANGE, markersize=9, label="chosen"
-    )
-    axes.plot(milliseconds([full]), percent([full]), "s", color="black", markersize=6, label="full adaptation")
-    axes.axhline(
-        100 * full.accuracy.mean - tolerance, color=ORANGE, linestyle="--", label=f"full less {tolerance:g} points"
-    )
-    axes.axhline(100 * none.accuracy.mean, color=GREY, linestyle=":", label="no adaptation")
-    for row in {row.pattern: row for row in (*best, section.chosen, full)}.values():
-        place = 1000 * row.time_reusing.median, 100 * row.accuracy.mean
-        axes.annotate(row.pattern, place, (3, 6), textcoords="offset points", fontsize=8, rotation=45)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.12)
-    axes.set_xlabel("time of one adaptation, ms")
-    axes.set_title(f"{section.steps} {'step' if section.steps == 1 else 'steps'}", loc="left", fontsize=10)
+    lines = {
+        "everything each step": shown(moving, time="time", color=GREY, fillstyle="none"),
+        "prefix reused": shown(moving, color=BLUE),
+        "frontier": shown(best, interval=True, color=BLUE, linestyle="-"),
+        "chosen": shown([section.chosen], color=ORANGE, markersize=9),
+        "full adaptation": shown([full], color="black", marker="s", markersize=6),
+    }
+    levels = {
+        f"full less {tolerance:g} points": (100 * full.accuracy.mean - tolerance, {"color": ORANGE}),
+        "no adaptation": (100 * none.accuracy.mean, DOTTED),
+    }
+    notes = [
+        (1000 * row.time_reusing.median, 100 * row.accuracy.mean, row.pattern)
+        for row in {row.pattern: row for row in (*best, section.chosen, full)}.values()
+    ]
+    axes = {"xscale": "log", "xlabel": "time of one adaptation, ms", "ylabel": "validation accuracy, %"}
+    return Panel(lines, axes | {"title": _title(section)}, levels, notes, {"x": digits})

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
+from innerloop.reporting import write_json
 from innerloop.tasks._images import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
@@ -94,7 +95,7 @@ def predict(model: nn.Module, images: Tensor, together: bool = False) -> Tensor:
 def save_adapted(folder: Path, model: nn.Module, settings: Settings, notes: dict[str, Any]) -> None:
     """Write an adapted model: its weights as safetensors, the settings and whatever its use needs to know as JSON."""
     save_weights(folder / WEIGHTS, model.state_dict())
-    (folder / NOTES).write_text(json.dumps({**notes, "settings": asdict(settings)}, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / NOTES, {**notes, "settings": asdict(settings)})
 
 
 def load_adapted(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -5,44 +5,58 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.learner import MetaLearner
+from innerloop.reporting import (
+    Code,
+    Gallery,
+    Heading,
+    Part,
+    Picture,
+    how_made,
+    markdown,
+    percent,
+    provenance,
+    write_text,
+)
+from innerloop.reporting.figures import (
+    BLUE,
+    DASHED,
+    DOTS,
+    DOTTED,
+    GREEN,
+    GREY,
+    RED,
+    STYLE,
+    Line,
+    Panel,
+    panels,
+    save,
+)
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
 from innerloop.training.checkpoints import save_weights
 from innerloop.training.code import short
 from innerloop.training.confusion import confusion, plot_confusion
-from innerloop.training.evaluation import Assessment, Estimate, verdict
+from innerloop.training.evaluation import Assessment, verdict
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
-from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
+from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings
 
-BLUE, ORANGE, GREY, GREEN, RED = "#1f6fb4", "#d9720a", "#808080", "#2a9d4a", "#d43a2f"
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "font.size": 10,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
 LEARNING, ADAPTATION, TASKS, REPORT = "learning_curve.png", "adaptation_curve.png", "tasks.png", "report.md"
 CONFUSION = "confusion.png"
 EXAMPLES, MOST_ROWS, MOST_SHOTS, MOST_QUERIES = 3, 5, 5, 10
@@ -53,35 +67,10 @@ PROTOCOL = {
 }
 IMAGES = "A row a class: its name, support images, queries. Green: right; red: wrong, with the class predicted."
 REGRESSION = "Black: support. Lines: the truth, and what is predicted for the queries before and after adaptation."
-PAGE = """# {title}
-
-{warnings}```
-{scores}
-```
-
-Transductive: the queries of a task are predicted together and batch norm takes its statistics from all of them, as in
-most papers. Inductive: it takes them from the support set, so that no query sees another.
-
-## Training
-
-{training}
-
-![Accuracy and loss over the outer steps](learning_curve.png)
-
-## Adaptation
-
-The first {curve_tasks} test tasks, with 95 % intervals.
-
-![Score after each adaptation step](adaptation_curve.png)
-{examples}
-## How it was made
-
-{made}
-
-```json
-{settings}
-```
-"""
+BOTH_PROTOCOLS = (
+    "Transductive: the queries of a task are predicted together and batch norm takes its statistics from all of them, "
+    "as in most papers. Inductive: it takes them from the support set, so that no query sees another."
+)
 
 Array = NDArray[np.float64]
 Pair = tuple[Tensor, Tensor]
@@ -116,24 +105,29 @@ def write_report(
         save_weights(folder / ACCURACIES, accuracies)
     plot_learning(folder / LEARNING, read_records(folder / METRICS))
     plot_adaptation(folder / ADAPTATION, curve, tasks.ways)
-    examples = ""
+    examples: list[Part] = []
     if plot_tasks(folder / TASKS, tasks, learner, "test", settings.dataset in INK):
-        legend = REGRESSION if tasks.ways is None else IMAGES
-        examples = f"\n## Some test tasks\n\n![Some test tasks]({TASKS})\n\n{legend}\n"
+        picture = Picture(TASKS, "Some test tasks", REGRESSION if tasks.ways is None else IMAGES)
+        examples = [Heading("Some test tasks"), Gallery([picture])]
     if mistaken := confusion(tasks, "test", assessment.inductive.answers):
         plot_confusion(folder / CONFUSION, mistaken)
-        examples += f"\n## Which classes are taken for which\n\n![A row a class, a column a guess]({CONFUSION})\n"
-    page = PAGE.format(
-        title=task_words(settings),
-        scores=describe(assessment, settings, "test"),
-        warnings="".join(f"**Warning:** {text}.\n\n" for text in warnings),
-        training=ending(folder, settings, fitted),
-        curve_tasks=curve.inductive.tasks,
-        examples=examples,
-        made="\n".join(f"* {key}: {value}" for key, value in _flat(provenance())),
-        settings=json.dumps(asdict(settings), indent=2),
-    )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+        picture = Picture(CONFUSION, "A row a class, a column a guess")
+        examples += [Heading("Which classes are taken for which"), Gallery([picture])]
+    parts = [
+        *(f"**Warning:** {text}." for text in warnings),
+        Code(describe(assessment, settings, "test")),
+        BOTH_PROTOCOLS,
+        Heading("Training"),
+        ending(folder, settings, fitted),
+        Gallery([Picture(LEARNING, "Accuracy and loss over the outer steps")]),
+        Heading("Adaptation"),
+        f"The first {curve.inductive.tasks} test tasks, with 95 % intervals.",
+        Gallery([Picture(ADAPTATION, "Score after each adaptation step")]),
+        *examples,
+        *how_made(provenance()),
+        Code(json.dumps(asdict(settings), indent=2)),
+    ]
+    write_text(folder / REPORT, markdown(task_words(settings), parts))
     # Last, because a run that has results counts as done.
     results = {"training": fitted._asdict(), "warnings": list(warnings)}
     results |= {"test": summary(assessment), "curve": summary(curve)}
@@ -185,53 +179,33 @@ def describe(assessment: Assessment, settings: Settings, split: str) -> str:
     lines = [lost] if lost else []
     lines += [f"{first.tasks} {split} tasks, {task_words(settings)}, {first.steps} adaptation steps"]
     for scores in assessment.protocols:
-        text = (
-            _percent(scores.accuracy)
-            if scores.accuracy
-            else f"loss {scores.loss.mean:.4g} ± {scores.loss.interval:.2g}"
-        )
-        lines.append(f"  {PROTOCOL[scores.protocol]:<42}{text}")
-        lines += [f"    {name:<40}{_percent(found.accuracy)}" for name, found in scores.baselines.items()]
+        loss = f"loss {scores.loss.mean:.4g} ± {scores.loss.interval:.2g}"
+        lines.append(f"  {PROTOCOL[scores.protocol]:<42}{percent(scores.accuracy) if scores.accuracy else loss}")
+        lines += [f"    {name:<40}{percent(found.accuracy)}" for name, found in scores.baselines.items()]
     if assessment.no_features:
         lines.append(f"  no baseline on features: {assessment.no_features}")
     return "\n".join(lines)
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.2f} % ± {100 * estimate.interval:.2f}"
-
-
-def _flat(tree: dict[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{place}{key}.")
-        else:
-            yield place + key, value
-
-
 def plot_learning(path: Path, records: Sequence[Record]) -> None:
     """Draw query accuracy (where there is one) and loss over the outer steps, in training and validation."""
     train, validation = ([record for record in records if record["kind"] == kind] for kind in ("train", "validation"))
-    quantities = ["accuracy", "loss"] if "accuracy" in train[0] else ["loss"]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5 * len(quantities) + 0.5, 3.6), layout="constrained")
-        for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-            scale = 100 if quantity == "accuracy" else 1
-            steps, values = _column(train, "step"), scale * _column(train, quantity)
-            # One batch says little: a dot for each of some sixty stretches of steps.
-            stretch = max(1, len(steps) // 60)
-            axes.plot(_means(steps, stretch), _means(values, stretch), ".", color=GREY, markersize=4, label="training")
-            if validation:
-                steps, values = _column(validation, "step"), scale * _column(validation, quantity)
-                axes.plot(steps, values, color=BLUE, label="validation")
-                if quantity == quantities[0]:
-                    _band(axes, steps, values, scale * _column(validation, "interval"), BLUE)
-                kept = [index for index, record in enumerate(validation) if record["best"]][-1:]
-                axes.plot(steps[kept], values[kept], "o", color=BLUE, label="weights kept")
-            axes.set_xlabel("outer step")
-            axes.set_ylabel("query accuracy, %" if quantity == "accuracy" else "query loss")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        figure.savefig(path)
+    kept = [record for record in validation if record["best"]][-1:]
+    shown: list[Panel] = []
+    for quantity in ("accuracy", "loss") if "accuracy" in train[0] else ("loss",):
+        scale, unit = (100, ", %") if quantity == "accuracy" else (1, "")
+        # One batch says little: a dot for each of some sixty stretches of steps.
+        stretch = max(1, len(train) // 60)
+        steps, values = (_means(_column(train, name), stretch) for name in ("step", quantity))
+        lines = {"training": Line(steps, scale * values, DOTS | {"color": GREY, "marker": "."})}
+        if validation:
+            steps, values = _column(validation, "step"), scale * _column(validation, quantity)
+            half = scale * _column(validation, "interval") if not shown else np.zeros_like(values)
+            lines["validation"] = Line(steps, values, {"color": BLUE}, values - half, values + half)
+            ends = _column(kept, "step"), scale * _column(kept, quantity)
+            lines["weights kept"] = Line(*ends, DOTS | {"color": BLUE, "markersize": 6})
+        shown.append(Panel(lines, {"xlabel": "outer step", "ylabel": f"query {quantity}{unit}"}))
+    save(path, panels(shown))
 
 
 def plot_adaptation(path: Path, assessment: Assessment, ways: int | None) -> None:
@@ -242,24 +216,23 @@ def plot_adaptation(path: Path, assessment: Assessment, ways: int | None) -> Non
         assessment: scores that hold curves.
         ways: classes of a task; None for regression.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.5, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for scores, colour in zip(assessment.protocols, (BLUE, ORANGE), strict=False):
-            curve, scale = (scores.loss_curve, 1) if scores.accuracy_curve is None else (scores.accuracy_curve, 100)
-            assert curve is not None
-            steps, (means, spread) = np.arange(len(curve), dtype=float), scale * np.array(curve).T
-            axes.plot(steps, means, "o-", color=colour, markersize=4, label=scores.protocol)
-            _band(axes, steps, means, spread, colour)
-        if assessment.nearest_neighbour:
-            axes.axhline(100 * assessment.nearest_neighbour.mean, color=GREY, linestyle="--", label="nearest neighbour")
-        if ways is not None:
-            axes.axhline(100 / ways, color=GREY, linestyle=":", label="chance")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("adaptation steps")
-        axes.set_ylabel("query loss" if ways is None else "query accuracy, %")
-        figure.legend(loc="outside upper center", ncols=2)
-        figure.savefig(path)
+    lines = {}
+    for scores in assessment.protocols:
+        curve, scale = (scores.loss_curve, 1) if scores.accuracy_curve is None else (scores.accuracy_curve, 100)
+        assert curve is not None
+        means, spread = scale * np.array(curve).T
+        lines[scores.protocol] = Line(range(len(curve)), means, {"marker": "o"}, means - spread, means + spread)
+    levels = {}
+    if assessment.nearest_neighbour:
+        levels["nearest neighbour"] = 100 * assessment.nearest_neighbour.mean, DASHED
+    if ways is not None:
+        levels["chance"] = 100 / ways, DOTTED
+    names = {
+        "xlabel": "adaptation steps",
+        "xticks": range(0, len(means), -(-len(means) // 10)),
+        "ylabel": "query loss" if ways is None else "query accuracy, %",
+    }
+    save(path, panels([Panel(lines, names, levels)], width=5.5))
 
 
 def plot_tasks(
@@ -284,7 +257,7 @@ def plot_tasks(
     called = tasks.class_names(split, 0, EXAMPLES) or [[str(label) for label in range(tasks.ways or 0)]] * EXAMPLES
     (support, labels), (query, targets) = batch
     guesses = [learner.evaluate(batch, steps).outputs.float().cpu() for steps in (0, None)] if learner else []
-    with mpl.rc_context(STYLE):
+    with rc_context(STYLE):
         if images:
             width, height = _grid_size(labels[0], targets[0])
             figure = Figure(figsize=(0.6 * width + 0.2, EXAMPLES * (0.6 * height + 0.45)), layout="constrained")
@@ -307,7 +280,7 @@ def plot_tasks(
             axes.set_title(title, loc="left", fontsize=10)
         if not images:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        figure.savefig(path)
+        save(path, figure)
     return True
 
 
@@ -364,7 +337,3 @@ def _column(records: Sequence[Record], name: str) -> Array:
 
 def _means(values: Array, stretch: int) -> Array:
     return values[: len(values) // stretch * stretch].reshape(-1, stretch).mean(1)
-
-
-def _band(axes: Axes, x: Array, middle: Array, half: Array, colour: str) -> None:
-    axes.fill_between(x, middle - half, middle + half, color=colour, alpha=0.15, linewidth=0)

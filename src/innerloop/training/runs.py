@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from innerloop.learner import MetaLearner
+from innerloop.reporting import provenance, write_json
 from innerloop.training.build import build_learner, some
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.code import PYTHON, check_known, is_code, remember, short
@@ -137,51 +128,8 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     return learner.eval(), trained
 
 
-def provenance() -> dict[str, Any]:
-    """What a number was made with: command, versions, machine, and the commit where the package is under git."""
-    packages = ("innerloop", "torch", "numpy")
-    return {
-        "command": shlex.join(["innerloop", *sys.argv[1:]]),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
-
-
 def save_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Write results as JSON, with their provenance, whole or not at all; returns what was written."""
     results = {**results, **provenance()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, results)
     return results
-
-
-def _commit() -> str | None:
-    """The commit of this package's source, ``-dirty`` behind it where files differ; None if it is not under git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40"], check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import tomllib
 import types
@@ -19,6 +18,7 @@ from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, m
 from innerloop.engine import ENGINES
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
+from innerloop.reporting import write_json
 from innerloop.tasks import SOURCES
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.code import PYTHON, absolute, is_code
@@ -303,7 +303,7 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write all settings as JSON, which ``--config`` reads as well."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Settings:
