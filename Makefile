@@ -40,5 +40,5 @@ clean:
 			"install one and name it, as in 'make setup PYTHON=python3.12'" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) install --constraint $(CONSTRAINTS) setuptools
-	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,peers]'
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,onnx,peers,serve]'
 	@touch $@

@@ -31,7 +31,7 @@ def test_the_commands_it_names_exist():
 
     named = set(
         re.findall(
-            r"^innerloop (train|evaluate|adapt|compare|patterns|check|data)\b",
+            r"^innerloop (train|evaluate|adapt|compare|patterns|check|data|demo)\b",
             README.read_text(encoding="utf-8"),
             flags=re.MULTILINE,
         )

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from innerloop import reporting
 from innerloop.errors import Failed
-from innerloop.reporting import Box, Cell, Code, Facts, Gallery, Heading, Picture, Table, figures
+from innerloop.reporting import Bars, Box, Cell, Code, Facts, Gallery, Heading, Picture, Table, figures
 
 PAGE: list[reporting.Part] = [
     Box("Recommended: A & B.", "It has 51.2 ± 0.3 %."),
@@ -75,6 +75,20 @@ def test_html_escapes_and_holds_its_pictures() -> None:
     assert "<td><b>1.5&nbsp;ms</b></td>" in page
     assert 'href="https://x.org/?a=1&amp;b=2"' in page
     assert "<dt>items</dt><dd>one</dd>" in page
+
+
+def test_bars_are_as_long_as_their_shares() -> None:
+    bars = Bars({"a & b": 0.5, "c": 1.0})
+    page = reporting.html("T", [bars])
+    assert page.count('<i style="width: 40.0%"></i> 50.0&nbsp;%') == 1
+    assert page.count('<i style="width: 80.0%"></i> 100.0&nbsp;%') == 1
+    assert "a &amp; b" in page
+    assert reporting.markdown("T", [bars]).splitlines()[2:] == [
+        "|  | % |",
+        "| --- | --- |",
+        "| a & b | 50.0 |",
+        "| c | 100.0 |",
+    ]
 
 
 def test_markdown_has_the_same_parts() -> None:

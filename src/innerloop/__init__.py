@@ -33,6 +33,7 @@ from innerloop.start import Prototypes, Ridge
 if TYPE_CHECKING:
     from innerloop.studies.check import check
     from innerloop.studies.compare import compare
+    from innerloop.training.adaptation import load_adapted
     from innerloop.training.fit import fit
 
 # Loaded when first asked for: they bring drawing, logs and tables with them.
@@ -40,6 +41,7 @@ _LAZY = {
     "check": "innerloop.studies.check",
     "compare": "innerloop.studies.compare",
     "fit": "innerloop.training.fit",
+    "load_adapted": "innerloop.training.adaptation",
 }
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "compare",
     "fit",
     "hypergradient",
+    "load_adapted",
     "models",
     "tasks",
 ]

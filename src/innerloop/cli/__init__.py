@@ -12,7 +12,7 @@ from pathlib import Path
 from innerloop.cli.parser import Parser
 from innerloop.errors import Diverged, Failed, UsageError
 
-COMMANDS = ("train", "evaluate", "adapt", "compare", "patterns", "check", "data")
+COMMANDS = ("train", "evaluate", "adapt", "compare", "patterns", "check", "data", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

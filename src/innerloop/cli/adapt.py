@@ -19,14 +19,18 @@ from innerloop.reporting import provenance, write_json
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
-from innerloop.training.runs import load_learner, read_run
+from innerloop.training.export import FORMATS, check_format, export
+from innerloop.training.runs import is_shipped, load_learner, read_run, run_folder, shipped_runs
 
 USAGE = "RUN --support FOLDER --query PATH [PATH ...] [options]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder that innerloop train has written")
+    parser.add_argument(
+        "run", metavar="RUN", type=run_folder,
+        help=f"folder that innerloop train has written, or one that comes along ({', '.join(shipped_runs())})",
+    )  # fmt: skip
     parser.add_argument(
         "--support", metavar="FOLDER", type=Path, required=True, help="a sub-folder of images for each class"
     )
@@ -36,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", metavar="FOLDER", type=Path, help="where predictions and the adapted model go [RUN/adapted]"
+    )
+    parser.add_argument(
+        "--export", metavar="FORMAT", help=f"write the model as one file without innerloop too ({', '.join(FORMATS)})"
     )
     parser.add_argument("--format", default="csv", help="of the predictions (csv, json) [csv]")
     parser.add_argument(
@@ -57,6 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         check_name("format", arguments.format, ("csv", "json"))
         check_name("invert", arguments.invert, ("auto", "yes", "no"))
+        if arguments.export is not None:
+            check_format(arguments.export)
+            if arguments.transductive:
+                raise UsageError(
+                    "an exported model predicts each image by itself; leave --transductive or --export out"
+                )
         given, blocks = given_settings(arguments), None
         if arguments.pattern is not None:
             blocks, steps = read_choice(arguments.pattern)
@@ -94,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         targets = torch.tensor([label for label, each in enumerate(support.values()) for _ in each])
         with arithmetic(settings):
             model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
-        out = arguments.out or arguments.run / "adapted"
+        out = arguments.out or (Path() if is_shipped(arguments.run) else arguments.run) / "adapted"
         out.mkdir(parents=True, exist_ok=True)
 
     with arithmetic(settings):
@@ -127,6 +140,10 @@ def run(arguments: argparse.Namespace) -> None:
     if known:
         right = sum(names[row] == label for label, row in known)
         print(f"accuracy: {right / len(known):.1%} ({right} of {len(known)}, {protocol})")
+    if arguments.export is not None:
+        exported = out / f"adapted.{arguments.export}"
+        export(exported, model, notes, files[:4])
+        print(f"exported, and checked without innerloop: {exported}")
 
 
 def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:

@@ -7,6 +7,7 @@ from innerloop.reporting._files import write_bytes, write_json, write_text
 from innerloop.reporting._measure import Timing, in_fresh_process, in_turns, peak_memory, time_of
 from innerloop.reporting._numbers import digits, duration, percent, points, size
 from innerloop.reporting._pages import (
+    Bars,
     Box,
     Cell,
     Code,
@@ -25,7 +26,7 @@ from innerloop.reporting._provenance import made, provenance
 from innerloop.reporting._verdict import paired, student, verdict
 
 __all__ = [
-    "Box", "Cell", "Code", "Facts", "Gallery", "Heading", "Part", "Picture", "Table", "Timing", "digits",
+    "Bars", "Box", "Cell", "Code", "Facts", "Gallery", "Heading", "Part", "Picture", "Table", "Timing", "digits",
     "duration", "how_made", "html", "in_fresh_process", "in_turns", "made", "markdown", "paired", "peak_memory",
     "percent", "points", "provenance", "size", "student", "table", "time_of", "verdict", "write_bytes",
     "write_json", "write_text",

@@ -1,6 +1,7 @@
 """A page is a title and a list of parts; the same parts make Markdown and one HTML file that needs no other.
 
-A part is text (a paragraph), a `Heading`, `Box`, `Table`, `Facts`, `Code` or `Gallery`. Text is plain: HTML escapes it.
+A part is text (a paragraph), a `Heading`, `Box`, `Table`, `Bars`, `Facts`, `Code` or `Gallery`. Text is plain: HTML
+escapes it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ class Facts(NamedTuple):
     items: Mapping[str, Any]
 
 
+class Bars(NamedTuple):
+    """Shares in [0, 1], each with its name and a bar as long."""
+
+    shares: Mapping[str, float]
+
+
 class Code(NamedTuple):
     """Text to be shown as it is."""
 
@@ -94,7 +101,7 @@ class Gallery(NamedTuple):
     small: bool = False
 
 
-Part = str | Heading | Box | Table | Facts | Code | Gallery
+Part = str | Heading | Box | Table | Bars | Facts | Code | Gallery
 
 
 def html(title: str, parts: Sequence[Part]) -> str:
@@ -134,6 +141,8 @@ def _markdown(part: Part) -> str:
             return f"**{part.first}** {part.rest}".rstrip()
         case Table():
             return table(part.head, part.rows) + (f"\n\n{part.caption}" if part.caption else "")
+        case Bars():
+            return table(["", "%"], [[name, f"{100 * share:.1f}"] for name, share in part.shares.items()])
         case Facts():
             return "\n".join(f"* {name}: {text}" for name, text in part.items.items())
         case Code():

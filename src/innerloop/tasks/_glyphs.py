@@ -97,6 +97,13 @@ def glyphs(ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0) -> E
     return Episodes(image_set, ways, shots, queries, seed)
 
 
+def specimens(letters: str) -> dict[str, Bytes]:
+    """The images of a few letters, ``[VARIANTS, SIZE, SIZE]`` each with ink = 255, by Unicode's name of the letter."""
+    faces = [dict(_outlines(face, letters)) for face in FACES]
+    names = {letter: unicodedata.name(letter) for letter in letters}
+    return {name: _variants([face[letter] for face in faces if letter in face], name) for letter, name in names.items()}
+
+
 def _render() -> Arrays:
     """All images ``[classes * VARIANTS, SIZE, SIZE]``, and the name and the split of each class."""
     letters = _letters()

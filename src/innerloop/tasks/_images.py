@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from innerloop.tasks._cache import Arrays, atomic_write, cache_folder, cached_arrays
 from innerloop.tasks._episodes import ImageSet
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
@@ -35,6 +38,8 @@ Layout = dict[str, dict[str, list[str]]]
 
 LARGEST = 84  # pixels a side that images are left at most, unless a size is asked for: those of miniImageNet
 MEASURED = 200  # images that are looked at to find the usual size
+DECODING = 2
+"""Version of `decode`; to be raised by any change that alters an image, since it names the cached file."""
 
 SPLITS = ("train", "validation", "test")
 SPLIT_FOLDERS = {
@@ -130,6 +135,20 @@ def decode(content: bytes, size: int, channels: int, crop: bool = True) -> Pixel
     Raises:
         Exception: Pillow cannot read it. Its decoders raise nearly anything where an image is damaged.
     """
+    return pixels_of(upright(content, size), size, channels, crop)
+
+
+def upright(content: bytes, size: int) -> Image.Image:
+    """The image in a file's bytes, grey or RGB, turned as its EXIF data says, on white where it is transparent.
+
+    Args:
+        content: as in `decode`.
+        size: the side that will be asked for. A JPEG of many megapixels may come at a half, a quarter or an eighth of
+            its own size, no less than four times what is asked.
+
+    Raises:
+        Exception: as `decode`.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -137,25 +156,32 @@ def decode(content: bytes, size: int, channels: int, crop: bool = True) -> Pixel
     except UnidentifiedImageError:  # whose message is the address of the bytes
         raise ValueError("not in a format that Pillow knows") from None
     with opened as file:
-        # The JPEG decoder may halve a photograph of many megapixels, to no less than four times the size we need.
         file.draft(None, (4 * size, 4 * size))
-        return pixels_of(ImageOps.exif_transpose(file), size, channels, crop)
+        return plain(ImageOps.exif_transpose(file))
 
 
-def pixels_of(image: Any, size: int, channels: int, crop: bool = True) -> Pixels:
-    """A Pillow image as uint8 ``[channels, size, size]``; arguments as in `decode`."""
-    from PIL import Image, ImageOps
+def plain(image: Image.Image) -> Image.Image:
+    """A Pillow image in grey or RGB, on white where it is transparent."""
+    from PIL import Image
 
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if crop:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    else:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return image.convert("L" if image.mode in ("1", "L", "I", "F") else "RGB")
+
+
+def pixels_of(image: Image.Image, size: int, channels: int, crop: bool = True) -> Pixels:
+    """A Pillow image as uint8 ``[channels, size, size]``; arguments as in `decode`."""
+    from PIL import Image
+
+    image = plain(image).convert("L" if channels == 1 else "RGB")
+    if crop:  # before resizing, so that no version of Pillow reads beyond the square or chooses the order of its passes
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
@@ -242,7 +268,7 @@ def image_set(
         return ((rows[image], pixels) for image, pixels in _decode_all(files, rows, size, channels, crop))
 
     stamps = [(image, files.stamps[image]) for image in rows]
-    key = hashlib.sha256(repr((stamps, size, channels, crop)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((DECODING, stamps, size, channels, crop)).encode()).hexdigest()[:16]
     images = _cached_pixels(f"{name}-{key}.pixels", (len(rows), channels, size, size), decoded)
     index = {label: position for position, label in enumerate(classes)}
     splits = {split: tuple(index[label] for label in sorted(members)) for split, members in layout.items()}

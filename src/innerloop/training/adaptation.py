@@ -44,7 +44,7 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file() and is_image(file.name) and file.name[0] != ".")
 
 
-def read_images(files: Sequence[Path], shape: tuple[int, ...], invert: bool | None) -> Tensor:
+def read_images(files: Sequence[Path], shape: Sequence[int], invert: bool | None) -> Tensor:
     """Images as a learner is given them: ``[images, *shape]``, float32 in [0, 1].
 
     The largest centred square is cut out and resized, and turned to grey or colour, as the data sets are read.
@@ -58,17 +58,26 @@ def read_images(files: Sequence[Path], shape: tuple[int, ...], invert: bool | No
     Raises:
         ValueError: a file cannot be read as an image.
     """
-    channels, size, _ = shape
     images = []
     for file in files:
         try:
-            pixels = decode(file.read_bytes(), size, channels)
+            images.append(as_input(file.read_bytes(), shape, invert))
         except Exception as error:  # a damaged image makes Pillow's decoders raise nearly anything
             raise ValueError(f"cannot read the image {file} ({error}); repair it or leave it out") from error
-        rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=None)
-        dark = np.median(rim) < 128 if invert is None else not invert
-        images.append(torch.tensor(pixels if dark else 255 - pixels))
-    return torch.stack(images).float() / 255
+    return torch.stack(images)
+
+
+def as_input(content: bytes, shape: Sequence[int], invert: bool | None) -> Tensor:
+    """The image in a file's bytes, ``[*shape]``, as `read_images` gives it.
+
+    Raises:
+        Exception: Pillow cannot read it.
+    """
+    channels, size, _ = shape
+    pixels = decode(content, size, channels)
+    rim = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=None)
+    dark = np.median(rim) < 128 if invert is None else not invert
+    return torch.tensor(pixels if dark else 255 - pixels).float() / 255
 
 
 def inverts(settings: Settings, choice: Invert) -> bool | None:
@@ -99,11 +108,23 @@ def save_adapted(folder: Path, model: nn.Module, settings: Settings, notes: dict
 
 
 def load_adapted(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """An adapted model that `save_adapted` wrote, in evaluation mode on the CPU, and its notes (``classes`` and more).
+    """An adapted model that ``innerloop adapt`` wrote, in evaluation mode on the CPU, and its notes.
+
+    Args:
+        folder: the ``--out`` of the command.
+
+    Returns:
+        A plain module that maps images ``[images, *input_shape]``, float32 in [0, 1], to scores ``[images, classes]``;
+        and what its use needs to know: ``classes``, ``input_shape``, ``invert``, ``settings`` and more.
 
     Raises:
         FileNotFoundError: the folder holds none.
         ValueError: a file is damaged.
+
+    Example:
+        >>> model, notes = il.load_adapted("RUN/adapted")
+        >>> images = read_images([Path("new.jpg")], notes["input_shape"], notes["invert"])
+        >>> [notes["classes"][label] for label in model(images).argmax(-1)]
     """
     folder = Path(folder)
     weights, _ = load_weights(folder / WEIGHTS)

@@ -17,6 +17,24 @@ from innerloop.training.settings import SETTINGS, Settings
 
 RESULTS, ACCURACIES = "results.json", "test.safetensors"
 
+SHIPPED = Path(__file__).parents[1] / "weights"
+"""Small runs that come with the package: their settings, weights and results."""
+
+
+def shipped_runs() -> list[str]:
+    """The names of the runs that come with the package, as a command line takes them."""
+    return sorted(f"shipped:{folder.name}" for folder in SHIPPED.iterdir())
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run, named by its path or as ``shipped:photos``."""
+    return SHIPPED / name.removeprefix("shipped:") if name in shipped_runs() else Path(name)
+
+
+def is_shipped(run: Path) -> bool:
+    """Whether a run is one that comes with the package, where nothing is to be written."""
+    return run.parent == SHIPPED
+
 
 def new_run(folder: Path, settings: Settings) -> None:
     """Make a run folder and write the settings to it.

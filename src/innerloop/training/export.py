@@ -1,0 +1,214 @@
+"""An adapted model as one file that runs without innerloop: a program of ``torch.export``, or ONNX.
+
+The program holds the preprocessing of `innerloop.tasks._images.decode`, bit for bit. Decoding a file stays outside.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from innerloop.choices import check_name
+from innerloop.errors import Failed, UsageError
+from innerloop.tasks._images import upright
+from innerloop.training.adaptation import read_images
+
+FORMATS = "pt2", "onnx"
+METADATA = "innerloop.json"  # its name inside the file, in both formats
+TOLERANCE = 1e-5  # of the largest score: float32 has no more where scores are large
+PRECISION = 2**22  # Pillow rounds the weights of a resize to so many parts of 1
+LUMA = 19595, 38470, 7471  # of red, green and blue in 65536 parts, as Pillow has them
+
+CONTRACT = {
+    "input": "images: uint8 [images, height, width, 3], red green blue, of any size; the images of one call are of one",
+    "decoding": "turn the image as its EXIF data says, put it on white where it is transparent, convert it to RGB",
+    "output": "scores: float [images, classes], as the adapted model gives them; their softmax are probabilities",
+}
+
+# Runs where innerloop is refused, as on a machine without it.
+CHECK = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "innerloop":
+            raise ImportError("innerloop is not there")
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+program, asked, given = sys.argv[1:]
+if program.endswith(".onnx"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
+    run = lambda images: session.run(None, {"images": images})[0]
+else:
+    import torch
+    module = torch.export.load(program).module()
+    run = lambda images: module(torch.from_numpy(images)).numpy()
+with np.load(asked) as images:
+    np.savez(given, **{name: run(images[name]) for name in images})
+"""
+
+
+class Portable(nn.Module):
+    """From decoded images to the scores of a model, by operations that both formats have.
+
+    Args:
+        model: what `load_adapted` gives.
+        shape: channels, height and width of its inputs.
+        invert: as in `read_images`.
+    """
+
+    def __init__(self, model: nn.Module, shape: Sequence[int], invert: bool | None) -> None:
+        super().__init__()
+        self.model, self.invert = model, invert
+        self.channels, self.size, _ = shape
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[images, height, width, 3]`` to scores ``[images, classes]``."""
+        scores: Tensor = self.model(self.inputs(images).to(next(self.model.parameters()).dtype))
+        return scores
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """What `read_images` gives for the same images, ``[images, *shape]``."""
+        pixels = images.permute(0, 3, 1, 2).double()  # exact, as Pillow's whole numbers are
+        if self.channels == 1:
+            luma = torch.tensor(LUMA, dtype=torch.float64)[:, None, None]
+            pixels = _whole((pixels * luma).sum(1, keepdim=True), 65536)
+        height, width = pixels.shape[-2:]
+        pixels = _whole(pixels @ self._weights(width, height).mT, PRECISION)
+        pixels = _whole(self._weights(height, width) @ pixels, PRECISION)
+        if self.invert is None:
+            rim = torch.cat([pixels[:, :, 0], pixels[:, :, -1], pixels[..., 0], pixels[..., -1]], -1).flatten(1)
+            rim, middle = rim.sort(-1).values, self.channels * 2 * self.size
+            light = rim[:, middle - 1] + rim[:, middle] >= 2 * 128
+            pixels = torch.where(light[:, None, None, None], 255 - pixels, pixels)
+        elif self.invert:
+            pixels = 255 - pixels
+        return pixels.float() / 255
+
+    def _weights(self, length: int, other: int) -> Tensor:
+        """Weights ``[size, length]`` of Pillow's Lanczos filter over the centred square, in whole parts."""
+        whole, across = (torch.scalar_tensor(each, dtype=torch.float64) for each in (length, other))
+        side = torch.minimum(whole, across)
+        first, step = torch.floor((whole - side) / 2), side / self.size
+        places, rows = (torch.arange(each, dtype=torch.float64) + 0.5 for each in (length, self.size))
+        away = (places - first - rows[:, None] * step) / step.clamp(min=1.0)
+        inside = (places > first) & (places < first + side) & (away.abs() < 3)
+        weights = torch.where(inside, torch.sinc(away) * torch.sinc(away / 3), 0.0)
+        parts = weights / weights.sum(1, keepdim=True) * PRECISION
+        return torch.sign(parts) * torch.floor(parts.abs() + 0.5)
+
+
+def _whole(sums: Tensor, parts: int) -> Tensor:
+    """Sums in so many parts, rounded to whole grey levels."""
+    return torch.floor(sums / parts + 0.5).clamp(0, 255)
+
+
+def check_format(kind: str) -> None:
+    """Refuse a format that is unknown, or whose packages are missing.
+
+    Raises:
+        ValueError: an unknown format.
+        UsageError: a package is missing.
+    """
+    check_name("export", kind, FORMATS)
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" and find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--export onnx needs {', '.join(missing)}: pip install 'innerloop[onnx]', or --export pt2")
+
+
+def export(path: Path, model: nn.Module, notes: dict[str, Any], files: Sequence[Path]) -> None:
+    """Write a model as one file, once a fresh process without innerloop has got the same numbers from it.
+
+    Args:
+        path: where it goes; the suffix, ``.pt2`` or ``.onnx``, is the format.
+        model: what ``MetaLearner.adapt(..., inductive=True)`` or `load_adapted` gave.
+        notes: what `load_adapted` gave: ``classes``, ``input_shape`` and ``invert`` at least.
+        files: image files to compare on, one or more.
+
+    Raises:
+        Failed: the model cannot be exported, or a score differs by more than 1e-5 of the largest; there is no file.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    shape, invert = notes["input_shape"], notes["invert"]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
+        made = Path(folder, f"made{path.suffix}")
+        try:
+            _write(made, Portable(model, shape, invert), json.dumps({**CONTRACT, **notes}))
+        except Exception as error:  # torch.export raises nearly anything at a model that it cannot trace
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise Failed(f"torch cannot export this model ({reason}); use il.load_adapted on its folder") from error
+        asked = [np.asarray(upright(file.read_bytes(), shape[-1]).convert("RGB"))[None] for file in files]
+        like = next(model.parameters())
+        wanted = [model(read_images([file], shape, invert).to(like.dtype)).numpy() for file in files]
+        asked.append(asked[0].repeat(3, 0))
+        wanted.append(wanted[0].repeat(3, 0))
+        found = _fresh(made, asked)
+        apart = max(np.abs(mine - theirs).max() for mine, theirs in zip(wanted, found, strict=True))
+        apart /= max(1.0, *(np.abs(each).max() for each in wanted))
+        if not apart <= TOLERANCE:
+            raise Failed(
+                f"the exported model differs from the adapted one by {apart:.1e} of the largest score: "
+                "use il.load_adapted"
+            )
+        made.replace(path)
+
+
+def _write(path: Path, program: Portable, metadata: str) -> None:
+    dynamic = {"images": {axis: torch.export.Dim(name) for axis, name in enumerate(("batch", "height", "width"))}}
+    example = torch.zeros(2, 40, 50, 3, dtype=torch.uint8)
+    with warnings.catch_warnings(action="ignore"):  # torch's own
+        exported = torch.export.export(program, (example,), dynamic_shapes=dynamic)
+        if path.suffix == ".pt2":
+            torch.export.save(exported, path, extra_files={METADATA: metadata})
+            return
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision
+        onnx = torch.onnx.export(exported, (), dynamo=True, verbose=False)
+    assert onnx is not None
+    onnx.model.metadata_props[METADATA] = metadata
+    onnx.save(path, external_data=False)
+
+
+def _fresh(program: Path, images: Sequence[Any]) -> list[Any]:
+    """What the program gives for arrays of images, in a process where innerloop cannot be imported."""
+    asked, given = (program.with_name(name) for name in ("asked.npz", "given.npz"))
+    np.savez(asked, *images)
+    command = [sys.executable, "-W", "ignore", "-c", CHECK, *(each.name for each in (program, asked, given))]
+    done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"the exported file does not run by itself: {(done.stderr.splitlines() or ['it died'])[-1]}")
+    with np.load(given) as found:
+        return [found[name] for name in found]
+
+
+def usage(name: str) -> str:
+    """Python that runs an exported file of this name on one image."""
+    load, call = {
+        ".pt2": (
+            f'import torch\nfiles = {{"{METADATA}": ""}}\n'
+            f'model = torch.export.load("{name}", extra_files=files).module()\n'
+            f'notes = json.loads(files["{METADATA}"])\n',
+            "model(torch.tensor(image)[None])[0]",
+        ),
+        ".onnx": (
+            f'import onnxruntime\nmodel = onnxruntime.InferenceSession("{name}")\n'
+            f'notes = json.loads(model.get_modelmeta().custom_metadata_map["{METADATA}"])\n',
+            'model.run(None, {"images": image[None]})[0][0]',
+        ),
+    }[Path(name).suffix]
+    image = 'image = np.array(Image.open("new.jpg").convert("RGB"))\n'
+    return (
+        f"import json\nimport numpy as np\nfrom PIL import Image\n{load}{image}print(notes['classes'][{call}.argmax()])"
+    )
