@@ -137,7 +137,7 @@ def test_help_says_what_holds_where_an_option_is_left_out(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--inner-steps N inner steps in training [the method's]" in text
+    assert "--weight-decay X weight decay of the inner loop [the method's]" in text
     assert "--steps N outer steps [as many as --budget allows]" in text
     assert all(f" {group}: --" in text for group in ("tasks", "model", "method", "outer loop", "machine"))
 
