@@ -17,9 +17,6 @@ from innerloop.cli import demo as command
 from innerloop.cli import main
 from innerloop.studies.demo import (
     ADAPTED,
-    MEAN,
-    PIXELS,
-    PROBE,
     Photographs,
     Trial,
     are_drawings,
@@ -31,6 +28,7 @@ from innerloop.studies.demo import (
     write_specimens,
 )
 from innerloop.training.adaptation import read_images
+from innerloop.training.baselines import MEAN, PIXELS, PROBE
 from innerloop.training.export import Portable
 from innerloop.training.runs import SHIPPED, load_learner, read_run, run_folder, shipped_runs
 

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise UsageError(f"--run {start} was not trained on images; name a run that was")
             images = read_images(photographs.files, shape, invert)
             arguments.out.mkdir(parents=True, exist_ok=True)
-        with arithmetic(settings):
+        with arithmetic(settings), usage_errors():
             trial = try_out(learner, images, photographs.labels)
             model = learner.adapt(images, photographs.labels, inductive=True)
         notes = {"classes": photographs.classes, "input_shape": shape, "invert": invert}

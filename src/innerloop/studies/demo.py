@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
@@ -18,12 +17,13 @@ from innerloop.tasks import nearest_neighbour
 from innerloop.tasks._glyphs import specimens
 from innerloop.tasks._images import upright
 from innerloop.training.adaptation import class_folders, predict, read_images
+from innerloop.training.baselines import PIXELS, RECIPES, features
 
 LETTERS = "აბგⴳⴷ"  # of scripts that no shipped run was trained on
 SPLITS = 20  # choices of what to hold out that the bars are means over, as long as there are few photographs
 WORK = 1000  # photographs looked at in all of them together
 SHOWN, ALL_SHOWN, THUMBNAIL = 8, 96, 112  # photographs of a class and of all, and pixels of a side
-ADAPTED, MEAN, PROBE, PIXELS = "adapted", "nearest class mean", "linear probe", "pixels"
+ADAPTED = "adapted"
 
 
 class Photographs(NamedTuple):
@@ -119,12 +119,12 @@ def try_out(learner: MetaLearner, images: Tensor, labels: Tensor) -> Trial:
         held = hold_out(labels, seed)
         support, query = (images[~held], labels[~held]), (images[held], labels[held])
         guesses = predict(learner.adapt(*support, inductive=True), query[0]).argmax(-1)
-        features = _features(learner, support, images)
-        shares = {
-            ADAPTED: _share(guesses, query[1]),
-            **{name: _share(found, query[1]) for name, found in _baselines(features, labels, held).items()},
-            PIXELS: nearest_neighbour(Task(support, query)).item(),
-        }
+        shares = {ADAPTED: _share(guesses, query[1])}
+        _, (known, asked) = features(learner, Task(*(tuple(part[None] for part in pair) for pair in (support, query))))
+        for name, recipe in RECIPES.items():
+            scores = recipe(known, support[1][None].to(known.device), asked, int(labels.max()) + 1)
+            shares[name] = _share(scores[0].argmax(-1).cpu(), query[1])
+        shares[PIXELS] = nearest_neighbour(Task(support, query)).item()
         totals = {name: totals.get(name, 0.0) + share / splits for name, share in shares.items()}
         trials.append((held, guesses))
     return Trial(*trials[0], totals, splits)
@@ -132,33 +132,6 @@ def try_out(learner: MetaLearner, images: Tensor, labels: Tensor) -> Trial:
 
 def _share(guesses: Tensor, labels: Tensor) -> float:
     return (guesses == labels).float().mean().item()
-
-
-def _features(learner: MetaLearner, support: tuple[Tensor, Tensor], images: Tensor) -> Tensor:
-    """What the head of the learner is given before adaptation, with the support set's batch-norm statistics."""
-    model = learner.adapt(*support, steps=0, inductive=True)
-    like = next(model.parameters())
-    with torch.no_grad():
-        return nn.Sequential(*list(model.children())[:-1])(images.to(like.device, like.dtype)).float().cpu()
-
-
-def _baselines(features: Tensor, labels: Tensor, held: Tensor) -> dict[str, Tensor]:
-    """The guesses of the nearest class mean and of a linear probe (logistic regression) on fixed features."""
-    features = F.normalize(features, dim=-1)
-    support, labels, query = features[~held], labels[~held], features[held]
-    means = torch.stack([support[labels == label].mean(0) for label in labels.unique()])
-    probe = nn.Linear(support.shape[1], len(means))
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(probe(support), labels, reduction="sum") + probe.weight.square().sum() / 2
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        return {MEAN: (query @ F.normalize(means, dim=-1).mT).argmax(-1), PROBE: probe(query).argmax(-1)}
 
 
 def verdict(photographs: Photographs, trial: Trial) -> Box:
