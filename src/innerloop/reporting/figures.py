@@ -186,15 +186,16 @@ def confusion(names: Sequence[str], counts: ArrayLike) -> Figure:
     values = np.asarray(counts, dtype=float)
     shares = values / np.maximum(values.sum(1, keepdims=True), 1)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        side = 1.8 + 0.34 * len(names)
+        few = len(names) <= 20
+        side = 1.8 + (0.34 if few else 0.16) * len(names)
         figure = Figure(figsize=(side + 0.6, side), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-        for row, column in np.argwhere(values > 0) if len(names) <= 20 else ():
+        for row, column in np.argwhere(values > 0) if few else ():
             ink = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{values[row, column]:g}", ha="center", va="center", fontsize=8, color=ink)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9 if few else 7)
+        axes.set_yticks(range(len(names)), names, fontsize=9 if few else 7)
         axes.set(xlabel="predicted", ylabel="class")
         figure.colorbar(image, label="of the class, %")
     return figure

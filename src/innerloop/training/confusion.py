@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from innerloop.tasks import TaskSource
@@ -50,18 +48,3 @@ def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> Confusio
     which = np.arange(len(rows))[:, None]
     np.add.at(counts, (rows[which, both[..., 0]], rows[which, both[..., 1]]), 1)
     return Confusion(classes, counts.tolist())
-
-
-def plot_confusion(path: Path, found: Confusion) -> None:
-    """Draw the share of each class's queries (a row) that were taken for each class."""
-    counts = np.array(found.counts, float)
-    side = 2.2 + 0.16 * len(counts)
-    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
-    axes = figure.subplots()
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=100), label="% of the row's queries", shrink=0.7)
-    options: Any = {"labels": found.classes, "fontsize": 7}
-    axes.set_xticks(range(len(counts)), rotation=90, **options)
-    axes.set_yticks(range(len(counts)), **options)
-    axes.set(xlabel="predicted", ylabel="class")
-    figure.savefig(path, dpi=150)

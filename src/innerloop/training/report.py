@@ -46,11 +46,12 @@ from innerloop.reporting.figures import (
     panels,
     save,
 )
+from innerloop.reporting.figures import confusion as draw_confusion
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
 from innerloop.training.checkpoints import save_weights
 from innerloop.training.code import short
-from innerloop.training.confusion import confusion, plot_confusion
+from innerloop.training.confusion import confusion
 from innerloop.training.evaluation import Assessment, verdict
 from innerloop.training.fit import METRICS, Fitted
 from innerloop.training.logs import Record, read_records
@@ -110,7 +111,7 @@ def write_report(
         picture = Picture(TASKS, "Some test tasks", REGRESSION if tasks.ways is None else IMAGES)
         examples = [Heading("Some test tasks"), Gallery([picture])]
     if mistaken := confusion(tasks, "test", assessment.inductive.answers):
-        plot_confusion(folder / CONFUSION, mistaken)
+        save(folder / CONFUSION, draw_confusion(mistaken.classes, mistaken.counts))
         picture = Picture(CONFUSION, "A row a class, a column a guess")
         examples += [Heading("Which classes are taken for which"), Gallery([picture])]
     parts = [
