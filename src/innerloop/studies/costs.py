@@ -24,8 +24,9 @@ from innerloop.studies.comparison import Timing
 from innerloop.studies.measure import peak_memory, quiet_environment, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
-from innerloop.training.fit import multi_step_weights
+from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import Settings
+from innerloop.training.signals import end_with_parent, tied
 
 SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, something is repeated to be timed
 
@@ -112,7 +113,7 @@ def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict
     code = "import sys; from innerloop.studies.costs import measure_here; measure_here(sys.argv[1])"
     asked = json.dumps({"settings": asdict(settings), "tasks": str(tasks), "everything": everything})
     command = [sys.executable, "-c", code, asked]
-    done = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, **tied(quiet_environment()))
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -121,6 +122,7 @@ def _in_fresh_process(settings: Settings, tasks: Path, everything: bool) -> dict
 
 def measure_here(asked: str) -> None:
     """Measure in this process, which should be a fresh one, and write what was found to standard output as JSON."""
+    end_with_parent()
     what = json.loads(asked)
     settings = Settings(**what["settings"])
     if settings.threads:

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from innerloop.files import write
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training.build import INK
@@ -27,10 +28,10 @@ from innerloop.training.checkpoints import save_weights
 from innerloop.training.code import short
 from innerloop.training.confusion import confusion, plot_confusion
 from innerloop.training.evaluation import Assessment, Estimate, verdict
-from innerloop.training.fit import METRICS, Fitted
-from innerloop.training.logs import Record, read_records
+from innerloop.training.fit import Fitted
 from innerloop.training.runs import ACCURACIES, RESULTS, provenance, save_results
 from innerloop.training.settings import Settings
+from innerloop.training.store import METRICS, Record, read_records
 
 BLUE, ORANGE, GREY, GREEN, RED = "#1f6fb4", "#d9720a", "#808080", "#2a9d4a", "#d43a2f"
 STYLE: dict[Any, Any] = {
@@ -133,7 +134,7 @@ def write_report(
         made="\n".join(f"* {key}: {value}" for key, value in _flat(provenance())),
         settings=json.dumps(asdict(settings), indent=2),
     )
-    (folder / REPORT).write_text(page, encoding="utf-8")
+    write(folder / REPORT, page)
     # Last, because a run that has results counts as done.
     results = {"training": fitted._asdict(), "warnings": list(warnings)}
     results |= {"test": summary(assessment), "curve": summary(curve)}
@@ -155,6 +156,8 @@ def slug(settings: Settings) -> str:
 def ending(folder: Path, settings: Settings, fitted: Fitted) -> str:
     """How far training came, and how to go on where it stopped early."""
     done = f"{fitted.step:,} steps in {fitted.seconds / 60:.1f} minutes; best weights at step {fitted.best_step}."
+    if fitted.skipped:
+        done += f" Left out: {fitted.skipped} batches whose loss or gradient was not finite."
     if fitted.stopped == "steps":
         return done
     share, why, more = fitted.step / settings.steps, "validation got no better", "--patience none"
@@ -171,7 +174,8 @@ def summary(assessment: Assessment) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for each in assessment.protocols:
         scores[each.protocol] = each._asdict()
-        del scores[each.protocol]["accuracies"], scores[each.protocol]["answers"]
+        for name in ("accuracies", "answers", "losses"):
+            del scores[each.protocol][name]
         scores[each.protocol]["baselines"] = {name: found._asdict() for name, found in each.baselines.items()}
     if assessment.nearest_neighbour:
         scores |= {"verdict": verdict(assessment.protocols[0].baselines), "no_features": assessment.no_features}
