@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step
 
-.PHONY: setup train test experiments-quick bench-quick clean
+.PHONY: setup train test test-long experiments-quick bench-quick clean
 
 setup: .venv/.installed
 
@@ -21,6 +21,10 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# What a run survives, ten times as often: 200 kills, 2,000 damaged copies of each file.
+test-long: setup
+	OMP_NUM_THREADS=1 INNERLOOP_KILLS=200 INNERLOOP_FLIPS=2000 $(BIN)/pytest tests/test_reliability.py
 
 # The claims of the five papers, each in the direction that it has on a small task.
 experiments-quick: setup

@@ -19,9 +19,9 @@ from innerloop.cli import main
 from innerloop.training.adaptation import load_adapted, predict, read_images
 from innerloop.training.build import build_tasks
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.fit import _Run
-from innerloop.training.logs import read_records
 from innerloop.training.runs import load_learner, read_run
+from innerloop.training.session import Session
+from innerloop.training.store import read_records
 
 SGD = ["--inner=sgd", "--outer-lr=1e-3", "--clip=none"]
 TINY = [*SGD, "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--tasks-per-batch=2", "--device=cpu"]
@@ -95,7 +95,7 @@ def test_train_leaves_a_run_folder(place: Path) -> None:
     found = {file.name for file in run.iterdir() if not file.name.startswith(("evaluate", "adapted"))}
     pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png", "confusion.png"}
     files = {"settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "results.json", "report.md"}
-    assert found == files | pictures | {"tensorboard", "test.safetensors"}
+    assert found == files | pictures | {"tensorboard", "test.safetensors", "last-2.safetensors", "lock"}
     for picture in pictures:
         pixels = np.asarray(Image.open(run / picture).convert("L"))
         assert min(pixels.shape) > 300
@@ -128,14 +128,14 @@ def test_the_report_names_the_protocol_and_the_baseline(place: Path) -> None:
 def test_a_run_interrupted_and_resumed_equals_one_that_was_not(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = _Run.step
+    step = Session.step
 
-    def interrupted(self: _Run, *arguments: object) -> object:
+    def interrupted(self: Session, *arguments: object) -> object:
         if self.progress.step == 30:
             os.kill(os.getpid(), 2)
         return step(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_Run, "step", interrupted)
+    monkeypatch.setattr(Session, "step", interrupted)
     settings = place / "run" / "settings.json"
     error = refused(capsys, "train", f"--out={tmp_path / 'run'}", f"--config={settings}", code=130)
     assert f"continue with: innerloop train --resume {tmp_path / 'run'}" in error
@@ -461,6 +461,7 @@ def test_what_is_wrong_is_said_in_one_line(
 def test_a_damaged_checkpoint_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
     (tmp_path / "run" / "last.safetensors").write_bytes(b"cut short")
+    (tmp_path / "run" / "last-2.safetensors").unlink()
     assert "is damaged" in refused(capsys, "train", f"--resume={tmp_path / 'run'}")
     (tmp_path / "run" / "best.safetensors").unlink()
     assert "was not validated yet; go on with" in refused(capsys, "evaluate", str(tmp_path / "run"))

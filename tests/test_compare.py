@@ -23,6 +23,7 @@ from innerloop.training.build import build_learner, build_tasks
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Estimate
 from innerloop.training.settings import Settings
+from innerloop.training.store import JsonLines
 
 studies = importlib.import_module("innerloop.studies.compare")  # the package has the function under this name
 TINY = {
@@ -325,7 +326,7 @@ def test_the_bar_goes_by_the_seconds_of_meta_steps(tmp_path):
     bar.advance(bar.task_ids[0], 5)  # what was measured before
     show = trainings._display([short, long], [short, long], bar)
     long.folder.mkdir()
-    (long.folder / "metrics.jsonl").write_text('{"step": 4}\n', encoding="utf-8")
+    JsonLines(long.folder / "metrics.jsonl", 0)({"kind": "train", "step": 4})
     show([short], [long])
     assert (bar.tasks[0].completed, bar.tasks[0].total, bar.tasks[0].description) == (5 + 3 * 4, 5 + 10 + 30, "b")
     show([], [long])

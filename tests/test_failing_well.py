@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import innerloop as il
 from innerloop.choices import META_GRADIENT, make
-from innerloop.errors import Diverged
+from innerloop.errors import BadData, Diverged
 from innerloop.linear import CG, LinearSolver, Neumann, Nystrom
 from innerloop.meta_gradient import Implicit, MemoryReduced, MetaGradient, Mixed, ReleasedIMAML
 from innerloop.tasks import TaskSource
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.fit import fit
-from innerloop.training.logs import Record
+from innerloop.training.fit import fit, replay
+from innerloop.training.store import Record
 
 TASKS, BAD = 4, 2
 
@@ -80,6 +80,13 @@ KINDS = {
     "inner": r"the support loss is (inf|nan) before inner step [23] of 3 \(it goes [0-9.e+]+.*, (inf|nan)\)",
     "query": "the query loss is inf after finite inner steps",
     "product": "curvature product 1 of 3 on the way back, at inner step 3, is not finite, though its direction is",
+}
+
+CURES = {
+    "data": "repair that data",
+    "inner": "lower the inner rate",
+    "query": "look at the scale of that task's queries",
+    "product": "give a loss that is twice differentiable there",
 }
 
 
@@ -204,7 +211,8 @@ def test_training_stops_before_the_weights_and_says_why(tmp_path: Path, kind: st
     options: dict[str, Any] = dict(steps=6, tasks_per_batch=TASKS, validate_every=2, validation_tasks=2, progress=False)
     message = (
         rf"^outer step 4: loss .*; in task {BAD} of the batch {KINDS[kind]}.*"
-        rf" \(the batch is tasks {3 * TASKS} to {4 * TASKS - 1} of the training stream\); lower .*checkpoint of step 2"
+        rf" \(the batch is tasks {3 * TASKS} to {4 * TASKS - 1} of the training stream\); "
+        rf"{CURES[kind]}.*checkpoint of step 2"
     )
     tasks = Sums(kind, first_bad=3 * TASKS)
     with pytest.raises(Diverged, match=message):
@@ -216,6 +224,130 @@ def test_training_stops_before_the_weights_and_says_why(tmp_path: Path, kind: st
     assert all(value.isfinite().all() for value in saved["learner"].values())
     fitted = fit(learner, Sums(), folder=tmp_path, resume=True, **options)
     assert (fitted.step, fitted.stopped) == (6, "steps")
+
+
+def outer_loop(**changes: Any) -> dict[str, Any]:
+    options = dict(steps=6, tasks_per_batch=TASKS, validate_every=3, validation_tasks=2, progress=False)
+    return options | changes
+
+
+def test_a_batch_that_goes_wrong_is_left_out_and_recorded(tmp_path: Path) -> None:
+    class OneBadBatch(Sums):
+        def task(self, split: str, index: int) -> il.Task:
+            self.kind = "data" if index // TASKS == 3 else None
+            return super().task(split, index)
+
+    learner, records = make_learner(), list[Record]()
+    fitted = fit(learner, OneBadBatch(), folder=tmp_path, log=records.append, on_nonfinite="skip", **outer_loop())
+    assert (fitted.step, fitted.skipped) == (6, 1)
+    (skipped,) = (record for record in records if record["kind"] == "skipped")
+    assert (skipped["step"], skipped["tasks"], skipped["seed"]) == (4, [12, 15], [0, 3])
+    assert skipped["why"].startswith(f"in task {BAD} of the batch the query set holds numbers that are not finite")
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 5, 6]
+    assert all(value.isfinite().all() for value in weights(learner))
+
+
+def test_batches_are_left_out_so_many_times_in_a_row_and_a_step_is_explained(tmp_path: Path) -> None:
+    tasks = Sums("data", first_bad=3 * TASKS)
+    with pytest.raises(Diverged, match=r"^outer step 6, number 3 in a row that is not finite: .* repair that data"):
+        fit(make_learner(), tasks, folder=tmp_path, on_nonfinite="skip:2", **outer_loop())
+    for step, words in ((3, "diagnosis: every number is finite"), (5, f"diagnosis: in task {BAD} of the batch the ")):
+        learner = make_learner()
+        optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+        found = replay(learner, tasks, step, folder=tmp_path, optimizer=optimizer, tasks_per_batch=TASKS)
+        assert f"outer step {step}: tasks {4 * step - 4} to {4 * step - 1} of the training stream, seed (0, " in found
+        assert words in found
+    assert "repair that data" in found
+    with pytest.raises(ValueError, match="keeps no checkpoint from before step 0"):
+        replay(make_learner(), tasks, 0, folder=tmp_path, optimizer=optimizer, tasks_per_batch=TASKS)
+
+
+def test_a_validation_that_is_not_finite_is_an_error() -> None:
+    class BadValidation(Sums):
+        def task(self, split: str, index: int) -> il.Task:
+            task = super().task(split, index)
+            return task._replace(query=(task.query[0], task.query[1] / 0)) if split != "train" and index else task
+
+    with pytest.raises(
+        Diverged, match="validation at outer step 3: the loss of 1 of 2 tasks is not finite, first that of "
+    ):
+        fit(make_learner(), BadValidation(), **outer_loop())
+
+
+def test_a_log_that_fails_is_dropped() -> None:
+    seen: list[int] = []
+
+    def failing(record: Record) -> None:
+        seen.append(record["step"])
+        raise OSError("the server is gone")
+
+    with pytest.warns(UserWarning, match="the log failing failed and gets no more records: the server is gone"):
+        assert fit(make_learner(), Sums(), log=failing, **outer_loop()).step == 6
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("given", ["skip:0", "skip:x", "go on", "skip:-1"])
+def test_what_to_do_at_a_bad_batch_must_be_known(given: str) -> None:
+    with pytest.raises(ValueError, match="give stop, skip, or skip:N"):
+        fit(make_learner(), Sums(), on_nonfinite=given, **outer_loop())
+
+
+def classify(*between: nn.Module) -> il.MetaLearner:
+    return il.MetaLearner(nn.Sequential(nn.Linear(2, 6), *between, nn.Linear(6, 3)), inner=il.SGD(lr=0.1, steps=1))
+
+
+LABELS = torch.arange(3).repeat(2)
+
+
+@pytest.mark.parametrize(
+    ("support", "query", "message"),
+    [
+        (
+            (6, LABELS + 1),
+            (6, LABELS),
+            "labels of the support set run from 1 to 3, but the model tells 3 classes",
+        ),
+        ((6, LABELS), (6, LABELS - 1), "labels of the query set run from -1 to 1, .* give labels from 0 to 2"),
+        (
+            (6, LABELS.float()),
+            (6, LABELS),
+            r"labels of the support set are float32: give whole numbers .* labels.long\(\)",
+        ),
+        ((0, LABELS[:0]), (6, LABELS), "the support set of a task is empty"),
+    ],
+)
+def test_labels_that_the_model_cannot_have_are_named(support: Any, query: Any, message: str) -> None:
+    pairs = [(torch.randn(count, 2), targets) for count, targets in (support, query)]
+    with pytest.raises(BadData, match=message):
+        classify().meta_step([il.Task(*pairs)])
+    good = (torch.randn(6, 2), LABELS)
+    if support[1] is not LABELS:
+        with pytest.raises(BadData):
+            classify().adapt(*pairs[0])
+    learner = classify()
+    learner.meta_step([il.Task(good, good)] * 2)
+    with pytest.raises(BadData, match="of task 1 of the batch"):
+        classify().meta_step([il.Task(good, good), il.Task(good, (good[0], LABELS + 3))])
+    with pytest.raises(BadData, match="run from 3 to 5"):
+        learner.adapt(good[0], LABELS + 3)
+
+
+def test_inputs_that_the_model_cannot_take_are_named() -> None:
+    with pytest.raises(
+        BadData, match=r"Sequential cannot take a support set of shape \[6, 5\] .* give inputs of the shape"
+    ):
+        classify().adapt(torch.randn(6, 5), LABELS)
+    with pytest.raises(BadData, match="the support set holds 6 numbers of 12 that are not finite"):
+        classify().adapt(torch.full((6, 2), 1.0).index_fill(1, torch.tensor(0), math.nan), LABELS)
+    with pytest.raises(BadData, match="batch norm needs two examples or more in a set, or batch_norm='frozen'"):
+        classify(nn.BatchNorm1d(6)).adapt(torch.randn(1, 2), LABELS[:1])
+
+
+def test_a_source_of_nonsense_is_refused_on_the_first_batch() -> None:
+    with pytest.raises(
+        BadData, match="the query set of the batch from task 0 on of the training stream holds 4 numbers"
+    ):
+        fit(make_learner(), Sums("data"), **outer_loop())
 
 
 def test_a_solve_that_meets_no_upward_curvature_is_warned_of_once() -> None:

@@ -21,7 +21,7 @@ from innerloop.problem import Tree
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.evaluation import evaluate
 from innerloop.training.fit import fit
-from innerloop.training.logs import Record, read_records
+from innerloop.training.store import Record, read_records
 
 Form = Literal["lone", "list", "stacked"]
 NOISE = 0.05
@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit_where_its_tasks_were_left(form: Form, 
         "momentum, minibatch, schedule": lambda: il.Momentum(lr=lambda step: 0.1 / (1 + step), steps=2, minibatch=4),
     }
 
-    class Killed(Exception):
+    class Killed(BaseException):
         """Stands in for a process that ends without a word."""
 
     def session(name: str, carry: str = "slot", kill_at: int | None = None) -> il.Bilevel:

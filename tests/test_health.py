@@ -19,9 +19,9 @@ from innerloop.training import build, health
 from innerloop.training import fit as fit_module
 from innerloop.training.evaluation import Estimate, Scores
 from innerloop.training.fit import fit
-from innerloop.training.logs import Record
 from innerloop.training.runs import read_run
 from innerloop.training.settings import Settings
+from innerloop.training.store import Record
 
 SINUSOID = ["--dataset=sinusoid", "--model=mlp", "--filters=8", "--inner=sgd", "--tasks-per-batch=2", "--device=cpu"]
 SHORT = ["--steps=4", "--validate-every=2", "--validation-tasks=8", "--test-tasks=8"]

@@ -26,6 +26,7 @@ from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, affine_names, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
 from innerloop.curvature import pullback, random_states, replayed
+from innerloop.data_checks import passed as taken
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 from innerloop.start import Start
 from innerloop.trees import detached, tensors, tree_leaves, tree_map
@@ -130,11 +131,12 @@ class FewShot:
         Args:
             inputs: of one task.
 
+        Returns:
+            What the model gives for them; None the second time.
+
         Raises:
             ValueError: the choice of what adapts turns out wrong.
-
-        Returns:
-            What the model gives; None where it was looked at before.
+            BadData: the model cannot take these inputs.
         """
         mode = self._mode
         if mode in self._seen:
@@ -145,7 +147,7 @@ class FewShot:
         passed = dict(buffers)
         with torch.no_grad(), replayed(0, 0, inputs):
             with _order_of_use(self.model) as order, recomputation() as again:
-                outputs = call(self.model, passed, inputs)
+                outputs = taken(lambda: call(self.model, passed, inputs), inputs, type(self.model).__name__)
             self._recomputes = self._recomputes or bool(again)
             for chain in (*self.blocks, self.prefix, self.suffix):
                 if chain is not None:

@@ -17,13 +17,15 @@ from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
 from innerloop.blocks import call, twin
 from innerloop.choices import choice
 from innerloop.curvature import in_transform, second_order_kernels
+from innerloop.data_checks import check_finite, check_labels, classes_of
 from innerloop.engine import Products
+from innerloop.errors import BadData
 from innerloop.few_shot import FewShot, Stated, cross_entropy, refuse_misread, scores, squared_error
 from innerloop.inner import SGD, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Engine, Steps, Task, Tree
 from innerloop.start import Start
-from innerloop.trees import tree_leaves, tree_map
+from innerloop.trees import tensors, tree_leaves, tree_map
 
 __all__ = ["Evaluation", "MetaLearner", "Metrics"]
 
@@ -93,6 +95,7 @@ class MetaLearner(Bilevel):
     ) -> None:
         nn.Module.__init__(self)
         refuse_misread(model, loss)
+        self._classes: int | None = None  # that the model tells apart, once that is seen
         if any(nn.parameter.is_lazy(value) for value in (*model.parameters(), *model.buffers())):
             raise ValueError("the model has lazy parameters: pass one batch of inputs through it first")
         self.adapts: Adapts = choice(adapts, "adapts") if adapts is not None else Everything()
@@ -187,6 +190,7 @@ class MetaLearner(Bilevel):
             if not steps and self.few_shot.start is None:
                 return self.problem.start(meta)
             self._look([task])
+            self._check_labels(task)
             problem, meta, task, _ = self._posed(task, meta, self._ways([task]), differentiate=False)
             loop = bind(problem, meta, task.support, self.inner, self.learned(), steps=steps)
             return loop.run(steps).params
@@ -280,7 +284,7 @@ class MetaLearner(Bilevel):
                 leading = 1 if single else 2
                 sizes = {tuple(leaf.shape[:leading]) for leaf in tree_leaves(examples)}
                 if any(0 in size for size in sizes):
-                    raise ValueError(f"the {part} set of a task is empty: give one example or more")
+                    raise BadData(f"the {part} set of a task is empty: give one example or more")
                 if len(sizes) != 1 or len(sizes.pop()) < leading:
                     shown = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(examples))
                     where = "no task dimension in a list" if single else "a task dimension (tensor.unsqueeze(0))"
@@ -298,14 +302,18 @@ class MetaLearner(Bilevel):
         first = tasks[0] if isinstance(tasks, list) else tree_map(lambda value: value[0], tasks)
         support = first.support.row(0, 0) if isinstance(first.support, Steps) else first.support
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
-            found, targets = scores(self.few_shot.look(support[0])), support[1]
-        if not self._crossed or self.few_shot.start or not isinstance(found, Tensor) or not isinstance(targets, Tensor):
-            return
-        if found.ndim == targets.ndim + 1 and not targets.is_floating_point() and int(targets.max()) >= found.shape[1]:
-            raise ValueError(
-                f"{self._what()} gives {found.shape[1]} scores an example, and a task has {int(targets.max()) + 1} "
-                "classes: give its last layer one output a class"
-            )
+            outputs = self.few_shot.look(support[0])
+        self._classes = classes_of(scores(outputs)) if self._crossed and not self.few_shot.start else None
+        count = len(tasks) if isinstance(tasks, list) else len(tensors(tasks)[0])
+        for place in range(count):
+            one = tasks[place] if isinstance(tasks, list) else tree_map(lambda value, at=place: value[at], tasks)
+            self._check_labels(one, f" of task {place} of the batch" if count > 1 else "")
+
+    def _check_labels(self, task: Task, where: str = "") -> None:
+        """What torch would refuse without naming set or task."""
+        for part, examples in task._asdict().items():
+            if self._classes is not None and not isinstance(examples, Steps):
+                check_labels(part, examples[1], self._classes, getattr(self.loss, "ignore_index", -100), where)
 
     @property
     def _crossed(self) -> bool:
@@ -322,6 +330,9 @@ class MetaLearner(Bilevel):
         given, wanted = (len(tree_leaves(each)[0]) for each in (inputs, targets))
         if given != wanted:
             raise ValueError(f"adapt() was given {given} inputs and {wanted} targets: give one target an input")
+        if not given:
+            raise BadData("the support set that adapt() was given is empty: give one example or more")
+        check_finite("support", (inputs, targets))
         # autograd keeps no tensor that was made in inference mode
         support = tree_map(lambda part: part.clone() if part.is_inference() else part, (inputs, targets))
         support = self._moved(Task(support, ())).support

@@ -10,13 +10,36 @@ from importlib.metadata import version
 from pathlib import Path
 
 from innerloop.cli.parser import Parser
-from innerloop.errors import Diverged, Failed, UsageError
+from innerloop.cli.terminal import lasting_output
+from innerloop.errors import Diverged, Failed, Stopped, UsageError
 
 COMMANDS = ("train", "evaluate", "adapt", "compare", "patterns", "check", "data", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command line. Exits with 2 on a wrong setting, 1 if a training fails, 130 on Ctrl-C, and one line each."""
+    """Run a command line.
+
+    Exits with one line: code 2 on a wrong setting, 1 if a training fails or a disk is full, 128 and its number on a
+    signal, as 130 on Ctrl-C and 143 on SIGTERM.
+    """
+    from innerloop.training.signals import end_with_parent, heeded
+
+    lasting_output()
+    end_with_parent()
+    try:
+        with heeded(at_once=True):
+            _run(argv)
+    except UsageError as error:
+        _exit(2, error)
+    except (Diverged, Failed) as error:
+        _exit(1, error)
+    except Stopped as error:
+        _exit(128 + error.number, error)
+    except KeyboardInterrupt:
+        _exit(130, "stopped")
+
+
+def _run(argv: Sequence[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="innerloop", description="Meta-learning by optimisation.")
     parser.add_argument("--version", action="version", version=f"innerloop {version('innerloop')}")
@@ -28,18 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             module = import_module(f"innerloop.cli.{name}")
             sub.usage = f"innerloop {name} {module.USAGE}"
             module.add_arguments(sub)
-    try:
-        arguments = parser.parse_args(argv)
-        from innerloop.training.allocator import keep_freed_memory
+    arguments = parser.parse_args(argv)
+    from innerloop.training.allocator import keep_freed_memory
 
-        keep_freed_memory()
-        import_module(f"innerloop.cli.{arguments.command}").run(arguments)
-    except UsageError as error:
-        _exit(2, error)
-    except (Diverged, Failed) as error:
-        _exit(1, error)
-    except KeyboardInterrupt as error:
-        _exit(130, str(error) or "stopped")
+    keep_freed_memory()
+    import_module(f"innerloop.cli.{arguments.command}").run(arguments)
 
 
 def _docstring(name: str) -> str:

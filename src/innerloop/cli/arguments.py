@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from innerloop.errors import UsageError
+from innerloop.errors import Failed, UsageError
 from innerloop.training.settings import Settings, flag
 
 
@@ -19,6 +19,15 @@ def usage_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def writing_results() -> Iterator[None]:
+    """Where the numbers are printed already: turn a file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise Failed(f"the results are printed above but could not be written: {error}") from error
 
 
 def add_settings(

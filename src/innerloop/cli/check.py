@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 
 from innerloop.choices import META_GRADIENT, check_name, make
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import Failed, UsageError
+from innerloop.files import check_writable
 from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, draw, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder = arguments.out or (arguments.what if trained else Path())
         if not folder.is_dir():
             raise UsageError(f"--out {folder} is no folder; make it first, or name another")
+        check_writable(folder)
     checks = {}
     for point, learner in learners.items():
         with arithmetic(settings), Console(stderr=True).status(f"{point}: {arguments.tasks} tasks"):
@@ -95,8 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
         for row in found.rows:
             console.print(row.sentence, soft_wrap=True, markup=False)
         console.print()
-    save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
-    draw(folder / "check.png", checks)
+    with writing_results():
+        save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
+        draw(folder / "check.png", checks)
     console.print("median (10-90 % of the tasks); one task at a time", soft_wrap=True)
     console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
-from innerloop.errors import UsageError
+from innerloop.errors import Stopped, UsageError
 from innerloop.studies.compare import (
     CHOSEN,
     MEMORY_STEPS,
@@ -30,12 +31,12 @@ from innerloop.studies.compare import (
 )
 from innerloop.studies.comparison import recommend
 from innerloop.studies.comparison_report import HTML
+from innerloop.training.choices import seconds
 from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
 
 USAGE = "[--methods NAME,NAME,...] [--budget TIME] [options]"
 OTHERWISE = dict.fromkeys(CHOSEN, "the method's") | {"steps": "as many as --budget allows", "threads": "1"}
-UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +82,9 @@ def run(arguments: argparse.Namespace) -> None:
             folder = arguments.out or _default_folder(found)
         try:
             comparison = carry_out(found, folder, arguments.jobs)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; go on with: innerloop compare --resume {folder}") from None
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "number", signal.SIGINT)
+            raise Stopped(number, f"stopped; go on with: innerloop compare --resume {folder}") from None
     for name, why in comparison.failed.items():
         print(f"{name} could not be trained: {why}")
     for note in comparison.notes:
@@ -116,10 +118,10 @@ def _names(text: str) -> list[str]:
 
 
 def _minutes(text: str) -> float:
-    found = re.fullmatch(r"(\d+\.?\d*)([smh])", text)
-    if not found:
+    found = seconds(text)
+    if found is None:
         raise UsageError(f"--budget is {text!r}; give a number and its unit, such as 90s, 10m or 1h")
-    return float(found[1]) * UNITS[found[2]]
+    return found / 60
 
 
 def _changes(given: list[str]) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from innerloop.choices import check_name
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import UsageError
+from innerloop.files import check_writable
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
 from innerloop.training.code import is_code
 from innerloop.training.confusion import confusion
@@ -67,8 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{list(tasks.input_shape)}; choose a data set of the same shape and kind"
             )
         evaluate(learner, tasks, arguments.split, 1)  # a model that does not fit the tasks is refused here
+        check_writable(arguments.run)
+    kept = arguments.run / "evaluate.partial.jsonl"
     with arithmetic(settings):
-        assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True)
+        assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True, kept=kept)
     name = f"evaluate-{slug(settings)}-{arguments.split}"
     mistaken = confusion(tasks, arguments.split, assessment.inductive.answers)
     results = {
@@ -78,8 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.split: summary(assessment),
         "confusion": mistaken._asdict() if mistaken else None,
     }
-    save_results(arguments.run / f"{name}.json", results)
-    plot_adaptation(arguments.run / f"{name}.png", assessment, tasks.ways)
     print(trained["head"])
     print(describe(assessment, settings, arguments.split))
+    with writing_results():
+        save_results(arguments.run / f"{name}.json", results)
+        plot_adaptation(arguments.run / f"{name}.png", assessment, tasks.ways)
+        kept.unlink(missing_ok=True)
     print(f"results: {arguments.run / name}.json, .png")

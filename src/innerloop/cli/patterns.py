@@ -13,6 +13,7 @@ import torch
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
 from innerloop.errors import UsageError
+from innerloop.files import check_writable
 from innerloop.studies.patterns import CHOICE, PAGE, confirmation, movable_blocks, save_study, study
 from innerloop.training.build import arithmetic, build_tasks
 from innerloop.training.runs import load_learner, read_run
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         numbers = whole_numbers("--steps", arguments.numbers)
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        check_writable(arguments.run)
         tasks = build_tasks(settings, ("validation", "test"))
         learner, _ = load_learner(arguments.run, settings, tasks.output_size)
         parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]

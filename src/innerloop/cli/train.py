@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
+import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
-from innerloop.errors import UsageError
+from innerloop.errors import Failed, Stopped, UsageError
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
 from innerloop.training import processes
@@ -28,18 +32,25 @@ from innerloop.training.build import (
     choose_threads,
     with_inner_rate,
 )
-from innerloop.training.checkpoints import load_checkpoint, take_weights
-from innerloop.training.code import short
+from innerloop.training.checkpoints import take_weights
+from innerloop.training.code import is_code, remember, short
 from innerloop.training.evaluation import assess
-from innerloop.training.fit import BEST, LAST, fit, multi_step_weights
+from innerloop.training.fit import fit, replay
 from innerloop.training.health import ailment, inner_losses, opening
 from innerloop.training.methods import METHODS, method_settings
 from innerloop.training.report import describe, ending, slug, task_words, write_report
-from innerloop.training.runs import new_run, read_run
+from innerloop.training.runs import new_folder, read_run
+from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import SETTINGS, Settings, flag, read_config
+from innerloop.training.signals import has_parent
+from innerloop.training.store import BEST, load_newest, locked
 
 # What may be given anew when a run is continued: nothing that would have changed the steps already taken.
-FREE = ("steps", "minutes", "patience", "test_tasks", "device", "threads", "chunk_size", "compile")
+FREE = (
+    "steps", "minutes", "patience", "test_tasks", "outer_lr", "clip", "on_nonfinite", "checkpoint_every",
+    "keep_checkpoints", "device", "threads", "chunk_size", "compile",
+)  # fmt: skip
+PATIENCE = 60.0  # seconds in which a training of an earlier, killed comparison has to end
 
 USAGE = "[--out FOLDER] [options]"
 
@@ -48,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="new folder for the run [runs/<what and when>]")
     parser.add_argument("--resume", metavar="FOLDER", type=Path, help="continue the run in this folder")
+    parser.add_argument(
+        "--replay", metavar=("RUN", "STEP"), nargs=2, help="compute one step of a run again and say what is in it"
+    )
     parser.add_argument(
         "--config", metavar="FILE", type=Path, help="settings in YAML, JSON or TOML; options win over it"
     )
@@ -60,97 +74,148 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, test and report."""
-    with usage_errors():
-        settings = _settings(arguments)
-        device = choose_device(settings)
-        most = torch.get_num_threads()
-        if settings.threads or device.type == "cpu":
-            torch.set_num_threads(settings.threads or 1)  # until it is known what pays
-        processes.join(device)
-        with processes.rank_0_first():
-            tasks = build_tasks(settings)
-        processes.check_batch(settings.tasks_per_batch)  # before there is a folder
-        if settings.dataset == "folder":
-            settings = replace(settings, size=tasks.input_shape[-1])  # also where it was left to the images
-        settings = processes.agree(with_inner_rate(settings, tasks))
-        trained_on = settings.method()[2].trains_on(tasks)
-        learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
-        optimizer, scheduler = build_optimizer(settings, learner)
-        trial = _trial(settings, learner, tasks)
-        trial()
-        if settings.threads is None and device.type == "cpu":
-            settings = replace(settings, threads=choose_threads(trial, most))
-        begun = arguments.resume is not None and (arguments.resume / LAST).exists()
-        fresh = None
-        if settings.start_from is not None and not begun:
-            fresh = take_weights(learner, Path(settings.start_from) / BEST)
-        with arithmetic(settings):
-            words, warning = opening(learner, tasks)
-        folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
-        writes = processes.rank() == 0
-        if begun:
-            kinds = load_checkpoint(folder / LAST)["kinds"]  # a damaged one is refused here
-            if kinds != {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}:
-                raise UsageError(f"{folder} was trained in Python: go on there, with il.fit(..., resume=True)")
-        if writes and arguments.resume:
-            settings.save(folder / SETTINGS)
-        elif writes:
-            new_run(folder, settings)
-    if writes:
-        size = sum(parameter.numel() for parameter in learner.parameters())
-        threads = torch.get_num_threads()
-        place = f"{device}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device
-        shape = " x ".join(map(str, tasks.input_shape))
-        print(
-            f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
-            f"{place}, into {folder}"
-        )
-        if fresh is not None:
-            print(f"weights of {settings.start_from}" + (f"; left fresh: {fresh}" if fresh else ""))
-        if words:
-            print(words)
-        if warning:
-            print(f"warning: {warning}")
-
-    try:
-        with arithmetic(settings):
-            fitted = fit(
-                learner,
-                tasks,
-                steps=settings.steps,
-                tasks_per_batch=settings.tasks_per_batch,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                clip=settings.clip,
-                multi_step_loss=settings.multi_step_steps,
-                first_order=settings.first_order_steps,
-                validate_every=settings.validate_every,
-                validation_tasks=settings.validation_tasks,
-                patience=settings.patience,
-                minutes=settings.minutes,
-                folder=folder,
-                resume=True,
-                seed=settings.seed,
-            )
+    if arguments.replay:
+        with usage_errors():
+            print(_replay(arguments))
+        return
+    with ExitStack() as stack:
+        with usage_errors():
+            settings, most = _settings(arguments), torch.get_num_threads()
+            settings, learner, tasks, outer = _built(settings)
+            trial = _trial(settings, learner, tasks)
+            trial()
+            if settings.threads is None and choose_device(settings).type == "cpu":
+                settings = replace(settings, threads=choose_threads(trial, most))
+            begun, fresh = arguments.resume and _begun(arguments.resume, settings, outer), None
+            if settings.start_from is not None and not begun:
+                fresh = take_weights(learner, Path(settings.start_from) / BEST)
+            with arithmetic(settings):
+                words, warning = opening(learner, tasks)
+            folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
+            writes = processes.rank() == 0
+            if writes and not arguments.resume:
+                new_folder(folder)
             if writes:
-                print(f"{ending(folder, settings, fitted)}\nnow the test")
-            assessment = assess(learner, tasks, "test", settings.test_tasks, label="test")
-            # Each point of the curve is one more pass over the queries: fewer tasks are enough for a picture.
-            curve = assess(learner, tasks, "test", min(settings.test_tasks, 100), curve=True, label="curve")
-            found = ailment(
-                assessment.protocols[0], tasks.ways, inner_losses(learner, tasks, "test", settings.test_tasks)
-            )
-            warnings = [text for text in (warning, found) if text]
-            if writes:
-                write_report(folder, settings, learner, tasks, fitted, assessment, curve, warnings)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; continue with: innerloop train --resume {folder}") from None
-    if writes:
-        print(describe(assessment, settings, "test"))
-        if found:
-            print(f"warning: {found}")
-        print(f"report: {folder / 'report.md'}")
+                stack.enter_context(locked(folder, PATIENCE if has_parent() else 0.0))
+                settings.save(folder / SETTINGS)
+                remember(*filter(is_code, (settings.model, settings.dataset)))
+        if writes:
+            _announce(settings, learner, tasks, folder)
+            if fresh is not None:
+                print(f"weights of {settings.start_from}" + (f"; left fresh: {fresh}" if fresh else ""))
+            if words:
+                print(words)
+            if warning:
+                print(f"warning: {warning}")
+        again = f"innerloop train --resume {shlex.quote(str(folder))}"
+        try:
+            _train(settings, learner, tasks, outer, folder, warning)
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "number", signal.SIGINT)
+            raise Stopped(number, f"stopped; continue with: {again}") from None
+        except OSError as error:
+            raise Failed(f"{error}; the last checkpoint is whole: mend that, then continue with: {again}") from error
+        except ValueError as error:
+            raise UsageError(" ".join(str(error).split())) from error
     processes.leave()
+
+
+def _built(settings: Settings) -> tuple[Settings, MetaLearner, TaskSource, dict[str, Any]]:
+    """The learner and its tasks, what was measured for them, and what the outer loop is told to train and to replay."""
+    device = choose_device(settings)
+    if settings.threads or device.type == "cpu":
+        torch.set_num_threads(settings.threads or 1)  # until it is known what pays
+    processes.join(device)
+    with processes.rank_0_first():
+        tasks = build_tasks(settings)
+    processes.check_batch(settings.tasks_per_batch)  # before there is a folder
+    if settings.dataset == "folder":
+        settings = replace(settings, size=tasks.input_shape[-1])  # also where it was left to the images
+    settings = processes.agree(with_inner_rate(settings, tasks))
+    trained_on = settings.method()[2].trains_on(tasks)
+    learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
+    optimizer, scheduler = build_optimizer(settings, learner)
+    outer = dict(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        tasks_per_batch=settings.tasks_per_batch,
+        clip=settings.clip,
+        multi_step_loss=settings.multi_step_steps,
+        first_order=settings.first_order_steps,
+        seed=settings.seed,
+    )
+    return settings, learner, tasks, outer
+
+
+def _begun(folder: Path, settings: Settings, outer: dict[str, Any]) -> bool:
+    """Whether a folder holds steps already, which these settings can continue."""
+    states = load_newest(folder)  # a damaged one is refused here
+    if states is None:
+        return False
+    done = states["progress"]["step"]
+    if done > settings.steps:
+        raise ValueError(f"{folder} has done {done} outer steps; --steps {settings.steps} is less: give {done} or more")
+    if any(states["identity"][name] != type(outer[name]).__name__ for name in ("optimizer", "scheduler")):
+        raise UsageError(f"{folder} was trained in Python: go on there, with il.fit(..., resume=True)")
+    return True
+
+
+def _announce(settings: Settings, learner: MetaLearner, tasks: TaskSource, folder: Path) -> None:
+    size = sum(parameter.numel() for parameter in learner.parameters())
+    device, threads = choose_device(settings), torch.get_num_threads()
+    place = f"{device}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device
+    shape = " x ".join(map(str, tasks.input_shape))
+    print(
+        f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
+        f"{place}, into {folder}"
+    )
+
+
+def _train(
+    settings: Settings, learner: MetaLearner, tasks: TaskSource, outer: dict[str, Any], folder: Path, warning: str
+) -> None:
+    writes = processes.rank() == 0
+    with arithmetic(settings):
+        fitted = fit(
+            learner,
+            tasks,
+            steps=settings.steps,
+            validate_every=settings.validate_every,
+            validation_tasks=settings.validation_tasks,
+            patience=settings.patience,
+            minutes=settings.minutes,
+            folder=folder,
+            resume=True,
+            checkpoint_every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+            on_nonfinite=settings.on_nonfinite,
+            **outer,
+        )
+        if writes:
+            print(f"{ending(folder, settings, fitted)}\nnow the test")
+        kept = folder / "test.partial.jsonl"
+        assessment = assess(learner, tasks, "test", settings.test_tasks, label="test", kept=kept)
+        # Each point of the curve is one more pass over the queries: fewer tasks are enough for a picture.
+        few = min(settings.test_tasks, 100)
+        curve = assess(learner, tasks, "test", few, curve=True, label="curve", kept=kept)
+        found = ailment(assessment.protocols[0], tasks.ways, inner_losses(learner, tasks, "test", settings.test_tasks))
+        if writes:
+            print(describe(assessment, settings, "test"))
+            if found:
+                print(f"warning: {found}")
+            warnings = [text for text in (warning, found) if text]
+            write_report(folder, settings, learner, tasks, fitted, assessment, curve, warnings)
+            kept.unlink(missing_ok=True)
+            print(f"report: {folder / 'report.md'}")
+
+
+def _replay(arguments: argparse.Namespace) -> str:
+    folder, step = Path(arguments.replay[0]), arguments.replay[1]
+    if not (step.isascii() and step.isdecimal() and int(step) > 0):
+        raise UsageError(f"--replay RUN {step!r}; give a step of the run, a whole number from 1 on")
+    settings, learner, tasks, outer = _built(read_run(folder, given_settings(arguments)))
+    with arithmetic(settings):
+        return replay(learner, tasks, int(step), folder=folder, **outer)
 
 
 def _trial(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Callable[[], object]:

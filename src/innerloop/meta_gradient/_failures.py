@@ -98,6 +98,25 @@ def _in_the_gradient(result: Result) -> str:
     return f"the query loss is {result.loss.item():.4g}, but its gradient is not finite in {_list(names)}"
 
 
+CURES = (
+    ("the learner's own", "resume from a checkpoint, with a lower outer rate or a clipped gradient"),
+    ("holds numbers that are not finite", "repair that data, or leave such batches out with on-nonfinite skip"),
+    ("before the first inner step", "look at the scale of that task's data, or leave such batches out with "
+     "on-nonfinite skip"),
+    ("the support loss is", "lower the inner rate, take fewer inner steps, or clip the inner gradient"),
+    ("though its direction is", "give a loss that is twice differentiable there, or take first-order"),
+    ("the query loss is finite but its gradient", "give a loss that is differentiable there"),
+    ("but its gradient is not finite", "give a loss that is differentiable there"),
+    ("the query loss is", "look at the scale of that task's queries, then lower the inner rate"),
+)  # fmt: skip
+
+
+def cure(reason: str | None) -> str:
+    """What helps against a fault, as `fault` or a learner's own check words it; None where no task has one."""
+    found = (cure for words, cure in CURES if words in (reason or ""))
+    return next(found, "lower the inner rate, then the outer one, or clip the gradient")
+
+
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

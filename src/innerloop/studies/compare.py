@@ -32,12 +32,11 @@ from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Baseline, Estimate, verdict
-from innerloop.training.fit import BEST, METRICS
-from innerloop.training.logs import read_records
 from innerloop.training.methods import method, method_settings
 from innerloop.training.report import task_words
 from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings, flag
+from innerloop.training.store import BEST, METRICS, locked, read_records
 
 METHODS = (
     "maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
@@ -225,6 +224,11 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     # before the folder is taken, so that it stays free where the data cannot be read
     if not (folder / TASKS).exists():
         save_tasks(folder / TASKS, first, others=("validation", "test"))
+    with locked(folder):
+        return _carry_out(plan, folder, jobs, console)
+
+
+def _carry_out(plan: Plan, folder: Path, jobs: int, console: Console) -> Comparison:
     if not (folder / STUDY).exists():
         save_results(folder / STUDY, plan.as_json())
     console.print(f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False)
@@ -259,8 +263,9 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     begun = json.loads((folder / STUDY).read_text(encoding="utf-8"))
     made = provenance() | {"command": begun["command"]}
     made["commit"] = " to ".join(dict.fromkeys(filter(None, (begun["commit"], made["commit"])))) or None
-    if first.threads is not None:
-        made["machine"]["threads"] = first.threads
+    threads = next(iter(plan.methods.values())).threads
+    if threads is not None:
+        made["machine"]["threads"] = threads
     comparison = _collect(plan, kept, costs, failed, notes, made)
     write_report(folder, comparison)
     return comparison

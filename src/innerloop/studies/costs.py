@@ -20,7 +20,7 @@ from innerloop.problem import Task
 from innerloop.reporting import Timing, in_fresh_process, peak_memory, time_of
 from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
-from innerloop.training.fit import multi_step_weights
+from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import Settings
 
 SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, something is repeated to be timed

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from rich.progress import Progress
 
 from innerloop.errors import Failed
-from innerloop.training.fit import METRICS
 from innerloop.training.runs import RESULTS
 from innerloop.training.settings import SETTINGS, Settings
+from innerloop.training.signals import heeded, tied
+from innerloop.training.store import METRICS, last_step
 
 DIVERGED, OURS = 1, "innerloop: "  # how the command ends where training diverges
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no hang-up
 PATIENCE = 60  # seconds in which a training that is stopped has to write its checkpoint
 
 
@@ -85,7 +81,7 @@ def _start(training: Training) -> subprocess.Popen[bytes]:
     with _log(training).open("ab") as log:
         command = [sys.executable, "-m", "innerloop", "train", *arguments]
         # In a session of its own: Ctrl-C then reaches it once, from here.
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **tied(os.environ))
 
 
 def _log(training: Training) -> Path:
@@ -99,24 +95,13 @@ def _last_words(training: Training) -> str:
 
 @contextlib.contextmanager
 def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Whatever ends the block, Ctrl-C, a termination signal or a closed terminal too, no training goes on behind it.
-
-    Each writes its checkpoint first.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    here = threading.current_thread() is threading.main_thread()
-    heeded = [stop for stop in STOPS if signal.getsignal(stop) is not signal.SIG_IGN]  # nohup ignores the hang-up
-    before = {stop: signal.signal(stop, interrupt) for stop in heeded} if here else {}
+    """Whatever ends the block, a signal too, no training goes on behind it; each writes its checkpoint first."""
     try:
-        yield
+        with heeded(at_once=True):
+            yield
     finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in running.values():
             try:
                 process.wait(PATIENCE)
@@ -154,11 +139,5 @@ def _left(trainings: Sequence[Training]) -> float:
 
 
 def _steps_done(training: Training) -> int:
-    """Of an unfinished training, from the last whole line of its records, which may be many."""
-    file = training.folder / METRICS
-    if not file.exists():
-        return 0
-    with file.open("rb") as records:
-        records.seek(max(0, records.seek(0, os.SEEK_END) - 4096))
-        lines = records.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    """Of an unfinished training."""
+    return last_step(training.folder / METRICS)

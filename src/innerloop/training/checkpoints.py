@@ -1,26 +1,30 @@
 """Weights and training state as safetensors with JSON inside: nothing is ever pickled or unpickled.
 
-A checkpoint is one file, replaced in one move: a run that is killed while it writes keeps the one before.
+Each file holds the SHA-256 of all its bytes, header and tensors, so that a damaged one is never taken for whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from innerloop.files import write
+
 Json = Any
+CHECKSUM = b'"sha256":"%s"'  # in the header; with zeros in its place while it is computed
+ZEROS = b"0" * 64
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], notes: Json = None) -> None:
     """Write a ``state_dict``, and notes about it as JSON, to one safetensors file, whole or not at all."""
-    _write(path, weights, {"notes": json.dumps(notes)})
+    write(path, _whole(weights, {"notes": json.dumps(notes)}))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], Json]:
@@ -70,19 +74,22 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
     return f"{name} ({' x '.join(map(str, tensors[name].shape)) or '1'})"
 
 
-def save_checkpoint(path: Path, states: Mapping[str, Mapping[Any, Any]]) -> None:
+def save_checkpoint(
+    path: Path, states: Mapping[str, Mapping[Any, Any]], ready: Callable[[], object] | None = None
+) -> None:
     """Write named states (of a learner, an optimiser, a schedule, the loop itself) to one file.
 
     A state is a tree of dicts, lists and tuples over tensors, numbers, strings, booleans and None. Its tensors are
     stored under their place in the tree, such as ``learner/model.head.weight``; the rest is the JSON of the file's
-    metadata.
+    metadata. ``ready`` is called once the new file is on the disk, before it takes the place of the old one.
 
     Raises:
         TypeError: a state holds something else.
+        OSError: the file cannot be written; what it held before is still there.
     """
     tensors: dict[str, Tensor] = {}
     tree = {name: _pack(dict(state), name, tensors) for name, state in states.items()}
-    _write(path, tensors, {"state": json.dumps(tree)})
+    write(path, _whole(tensors, {"state": json.dumps(tree)}), ready)
 
 
 def load_checkpoint(path: Path) -> dict[str, dict[Any, Any]]:
@@ -133,22 +140,25 @@ def _unpack(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _whole(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     # Copies, because safetensors refuses tensors that share memory, as tied weights do.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(save(copies, metadata))  # save_file would make it readable by its owner alone
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = save(copies, metadata | {"sha256": ZEROS.decode()})
+    return content.replace(CHECKSUM % ZEROS, CHECKSUM % hashlib.sha256(content).hexdigest().encode(), 1)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it or train again") from error
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata: dict[str, str] = header["__metadata__"]
+        given = CHECKSUM % metadata["sha256"].encode()
+        blank = content.replace(given, CHECKSUM % ZEROS, 1)
+        if given not in content or hashlib.sha256(blank).hexdigest() != metadata["sha256"]:
+            raise ValueError("its checksum does not fit")
+        return load(content), metadata
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = "it has no checksum" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged ({why}); restore it or train again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ from torch import nn
 
 from innerloop.choices import Table
 from innerloop.models import MLP, Conv4, ResNet12
+
+SKIPS = 10  # batches left out in a row after which training stops
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 # LBFGS calls back for the loss, SparseAdam and Muon take only some kinds of parameters.
 OPTIMIZER: Table = {
@@ -73,3 +77,36 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 MODEL: Table = {"conv4": conv4, "resnet12": resnet12, "mlp": mlp}
+
+
+def seconds(text: str) -> float | None:
+    """The seconds of a time such as ``90s``, ``10m`` or ``1h``; None where it is none."""
+    found = re.fullmatch(r"(\d+\.?\d*)([smh])", text, re.ASCII)
+    return float(found[1]) * UNITS[found[2]] if found and float(found[1]) > 0 else None
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Steps and seconds between checkpoints, one of them infinite.
+
+    Raises:
+        ValueError: it is neither a number of steps nor a time.
+    """
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text), math.inf
+    if (time := seconds(text)) is not None:
+        return math.inf, time
+    raise ValueError(f"checkpoint-every is {text!r}; give steps, such as 500, or a time, such as 90s, 10m or 1h")
+
+
+def most_skips(text: str) -> int:
+    """How many batches in a row may be left out: of ``stop``, ``skip`` or ``skip:N``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    word, _, number = text.partition(":")
+    if text in ("stop", "skip"):
+        return SKIPS if word == "skip" else 0
+    if word == "skip" and number.isascii() and number.isdecimal() and int(number) > 0:
+        return int(number)
+    raise ValueError(f"on-nonfinite is {text!r}; give stop, skip, or skip:N for at most N batches in a row")

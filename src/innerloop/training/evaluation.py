@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +21,8 @@ from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training import baselines, processes
 from innerloop.training.logs import tracked
+from innerloop.training.store import resumable
+from innerloop.trees import tensors
 
 
 class Source(Protocol):
@@ -104,7 +108,8 @@ class Scores(NamedTuple):
 
     Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
     ``[tasks]``, by which two learners are compared task by task; ``answers`` the label and the guess of every query,
-    ``[tasks, queries, 2]``. ``baselines`` are filled by `assess`, by name.
+    ``[tasks, queries, 2]``; ``losses`` the loss of every task, ``[tasks]``. ``baselines`` are filled by `assess`, by
+    name.
     """
 
     tasks: int
@@ -117,6 +122,7 @@ class Scores(NamedTuple):
     accuracies: Tensor | None
     answers: Tensor | None = None
     baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
+    losses: Tensor | None = None
 
     @property
     def protocol(self) -> str:
@@ -140,6 +146,7 @@ def evaluate(
     inductive: bool = False,
     curve: bool = False,
     label: str = "",
+    kept: Path | None = None,
 ) -> Scores:
     """Adapt to the first ``count`` tasks of a split, without dropout, and score them; the learner stays as it is.
 
@@ -156,6 +163,8 @@ def evaluate(
         inductive: predict each query without seeing the others.
         curve: score after every adaptation step as well.
         label: what a terminal shows beside a progress bar; empty shows none.
+        kept: file to which each batch's results are appended, and from which those of the same evaluation, interrupted
+            before, are taken; not with several processes.
 
     Raises:
         ValueError: ``count`` or ``tasks_per_batch`` below 1, or what the source refuses.
@@ -164,19 +173,32 @@ def evaluate(
         raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
     size = tasks_per_batch if learner.stacked else 1
     results: list[tuple[int, dict[str, Tensor]]] = []
-    for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
-        batch = draw(tasks, learner, split, start, min(size, count - start))
-        with evaluation_mode(learner):
-            found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
-        outputs = scores(found.pop("outputs"))
-        if (
-            found["accuracy"] is not None
-            and isinstance(batch, Task)
-            and isinstance(outputs, Tensor)
-            and outputs.ndim == 3
-        ):
-            found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
-        results.append((start, {key: value.cpu() for key, value in found.items() if value is not None}))
+    with contextlib.ExitStack() as stack:
+        before: dict[int, dict[str, Tensor]] = {}
+        keep: Callable[[int, dict[str, Tensor]], None] | None = None
+        if kept is not None and processes.world() == 1:
+            asked = (split, size, steps, inductive, curve)
+            before, keep = stack.enter_context(resumable(kept, _key(learner, tasks, asked)))
+        for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
+            number = min(size, count - start)
+            if start in before and all(len(value) == number for value in before[start].values()):
+                results.append((start, before[start]))
+                continue
+            batch = draw(tasks, learner, split, start, number)
+            with evaluation_mode(learner):
+                found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
+            outputs = scores(found.pop("outputs"))
+            if (
+                found["accuracy"] is not None
+                and isinstance(batch, Task)
+                and isinstance(outputs, Tensor)
+                and outputs.ndim == 3
+            ):
+                found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
+            part = {key: value.cpu() for key, value in found.items() if value is not None}
+            results.append((start, part))
+            if keep is not None:
+                keep(start, part)
     parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
 
     def values(key: str) -> Tensor | None:
@@ -198,7 +220,16 @@ def evaluate(
         accuracy_curve=estimates("accuracy_curve"),
         accuracies=accuracies,
         answers=values("answers"),
+        losses=loss,
     )
+
+
+def _key(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:
+    """A hash of all that the results of an evaluation follow from, but for the data beyond the first task."""
+    digest = hashlib.sha256(repr((asked, learner)).encode())
+    for value in (*learner.state_dict().values(), *tensors(draw(tasks, learner, asked[0], 0, 1))):
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -259,14 +290,16 @@ def assess(
     steps: int | None = None,
     curve: bool = False,
     label: str = "",
+    kept: Path | None = None,
 ) -> Assessment:
     """Evaluate a learner under both protocols beside the baselines; arguments as in `evaluate`."""
     # Only batch norm that takes statistics from the queries lets one query see another.
     mixes = learner.batch_norm in ("batch", "step") and any(
         isinstance(module, TaskBatchNorm) for module in learner.modules()
     )
-    transductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, label=label) if mixes else None
-    inductive = evaluate(learner, tasks, split, count, steps=steps, curve=curve, inductive=True, label=label)
+    asked: dict[str, Any] = dict(steps=steps, curve=curve, label=label, kept=kept)
+    transductive = evaluate(learner, tasks, split, count, **asked) if mixes else None
+    inductive = evaluate(learner, tasks, split, count, inductive=True, **asked)
     if tasks.ways is None or not isinstance(tasks.batch(split, 0, 1).query[0], Tensor):
         return Assessment(transductive, inductive, None)
     with evaluation_mode(learner):

@@ -1,48 +1,25 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, and a progress display.
+"""Where the numbers of a run go besides its records: TensorBoard, and a progress display.
 
-Each is a callable that takes one record after another, a flat dict with ``kind`` ("train", once a step, or
-"validation"), ``step``, ``seconds`` since training began, and the numbers.
+Each is a callable that takes one record after another, a flat dict with ``kind``, ``step``, ``seconds`` since training
+began, and the numbers. Kinds are "train", once a step, "validation", "skipped" for a batch that was left out, and
+"changed" for a setting.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
 
-Record = dict[str, Any]
+from innerloop.training.store import Record
+
 Log = Callable[[Record], None]
 T = TypeVar("T")
-
-
-class JsonLines:
-    """One record a line. Records after step ``keep``, which a killed session left in the file, are dropped first."""
-
-    def __init__(self, path: Path, keep: int) -> None:
-        kept = [record for record in read_records(path) if record["step"] <= keep] if path.is_file() else []
-        self._file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self(record)
-
-    def __call__(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if record["kind"] == "validation":
-            self._file.flush()
-
-    def close(self) -> None:
-        """Write what is buffered and close the file."""
-        self._file.close()
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a ``metrics.jsonl``, without a last line that was cut short."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 class TensorBoard:
@@ -57,7 +34,7 @@ class TensorBoard:
         if record["kind"] == "train" and record["step"] % 10:
             return
         for name, value in record.items():
-            if name != "step" and value is not None and not isinstance(value, str):
+            if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
@@ -99,6 +76,11 @@ class ProgressDisplay:
             self._step = record["step"]
             # The loss of one batch jumps about; what is shown is an average over about twenty.
             self._loss = record["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * record["loss"]
+        elif record["kind"] == "skipped":
+            self._step = record["step"]
+            self.say(f"step {record['step']} skipped: {record['why']}")
+        elif record["kind"] == "changed":
+            self.say(f"from step {record['step']} on: {record['what']}")
         elif record["accuracy"] is not None:
             self._validation = f"validation {record['accuracy']:.1%}"
         else:

@@ -53,10 +53,10 @@ from innerloop.training.checkpoints import save_weights
 from innerloop.training.code import short
 from innerloop.training.confusion import confusion
 from innerloop.training.evaluation import Assessment, verdict
-from innerloop.training.fit import METRICS, Fitted
-from innerloop.training.logs import Record, read_records
+from innerloop.training.fit import Fitted
 from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings
+from innerloop.training.store import METRICS, Record, read_records
 
 LEARNING, ADAPTATION, TASKS, REPORT = "learning_curve.png", "adaptation_curve.png", "tasks.png", "report.md"
 CONFUSION = "confusion.png"
@@ -150,6 +150,8 @@ def slug(settings: Settings) -> str:
 def ending(folder: Path, settings: Settings, fitted: Fitted) -> str:
     """How far training came, and how to go on where it stopped early."""
     done = f"{fitted.step:,} steps in {fitted.seconds / 60:.1f} minutes; best weights at step {fitted.best_step}."
+    if fitted.skipped:
+        done += f" Left out: {fitted.skipped} batches whose loss or gradient was not finite."
     if fitted.stopped == "steps":
         return done
     share, why, more = fitted.step / settings.steps, "validation got no better", "--patience none"
@@ -166,7 +168,8 @@ def summary(assessment: Assessment) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for each in assessment.protocols:
         scores[each.protocol] = each._asdict()
-        del scores[each.protocol]["accuracies"], scores[each.protocol]["answers"]
+        for name in ("accuracies", "answers", "losses"):
+            del scores[each.protocol][name]
         scores[each.protocol]["baselines"] = {name: found._asdict() for name, found in each.baselines.items()}
     if assessment.nearest_neighbour:
         scores |= {"verdict": verdict(assessment.protocols[0].baselines), "no_features": assessment.no_features}

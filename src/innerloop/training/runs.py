@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from innerloop.files import PARTIAL
 from innerloop.learner import MetaLearner
 from innerloop.reporting import provenance, write_json
 from innerloop.training.build import build_learner, some
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.code import PYTHON, check_known, is_code, remember, short
-from innerloop.training.fit import BEST
 from innerloop.training.settings import SETTINGS, Settings
+from innerloop.training.store import BEST, LOCK, load_newest
 
 RESULTS, ACCURACIES = "results.json", "test.safetensors"
 
@@ -36,21 +38,21 @@ def is_shipped(run: Path) -> bool:
     return run.parent == SHIPPED
 
 
-def new_run(folder: Path, settings: Settings) -> None:
-    """Make a run folder and write the settings to it.
+def new_folder(folder: Path) -> None:
+    """Make a run folder.
 
     Raises:
-        ValueError: the folder already holds a run, or something else.
+        ValueError: it already holds a run, or something else.
     """
     if (folder / SETTINGS).exists():
         raise ValueError(
             f"{folder} already holds a run; continue it with --resume {folder}, or name another with --out"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something that is not a run; name a new folder with --out")
+    if folder.exists():
+        others = not folder.is_dir() or [file for file in folder.iterdir() if file.suffix != PARTIAL]
+        if others and others != [folder / LOCK]:
+            raise ValueError(f"{folder} holds something that is not a run; name a new folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    settings.save(folder / SETTINGS)
-    remember(*filter(is_code, (settings.model, settings.dataset)))
 
 
 def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool = True) -> Settings:
@@ -113,7 +115,14 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
         raise FileNotFoundError(
             f"{folder} has no {BEST}, it was not validated yet; go on with innerloop train --resume {folder}"
         )
-    weights, trained = load_weights(folder / BEST)
+    try:
+        weights, trained = load_weights(folder / BEST)
+    except ValueError as error:
+        states = load_newest(folder) or {}  # checkpoints hold the best weights too
+        if not states.get("best"):
+            raise
+        warnings.warn(f"{error}; the best weights are taken from the checkpoint", stacklevel=2)
+        weights, trained = states["best"], states["best_notes"]
     trained["head"] = "the trained head is used as it is"
     ways, shape = trained["output_size"], tuple(trained["input_shape"])
     settings = replace(settings, weights=None)  # those of the run take their place

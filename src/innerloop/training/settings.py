@@ -20,7 +20,7 @@ from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
 from innerloop.reporting import write_json
 from innerloop.tasks import SOURCES
-from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
+from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE, interval, most_skips
 from innerloop.training.code import PYTHON, absolute, is_code
 
 SETTINGS = "settings.json"
@@ -236,6 +236,9 @@ class Settings:
         None, "stop after so many minutes, over which the schedule runs", above=0, otherwise="when all steps are done"
     )
     test_tasks: int = option(1000, "tasks of the final test", at_least=1)
+    on_nonfinite: str = option("stop", "at a loss that is not finite; skip:N leaves out at most N batches in a row")
+    checkpoint_every: str = option("10m", "steps, such as 500, or time, such as 90s, between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0)
     device: str = option("auto", "auto takes a GPU where there is one", names=("auto", "cpu", "cuda"))
@@ -264,6 +267,8 @@ class Settings:
         if self.adapts != PYTHON:
             self.method()
         make("schedule", SCHEDULE, self.schedule)
+        most_skips(self.on_nonfinite)
+        interval(self.checkpoint_every)
         if self.start is not None:
             make("start", START, self.start)
         if self.dataset not in SOURCES:
@@ -310,9 +315,13 @@ class Settings:
         """The settings that ``save`` wrote.
 
         Raises:
-            ValueError: as `read_config`; or they are of the first edition, whose estimators brought terms of their own.
+            ValueError: as `read_config`; some are missing; or they are of the first edition, whose estimators brought
+                terms of their own.
         """
         found = read_config(path)
+        missing = [flag(each.name) for each in fields(cls) if each.name not in found]
+        if len(missing) > len(fields(cls)) / 2:
+            raise ValueError(f"{path} is empty or damaged: restore it from a copy, or train in another folder")
         settings = cls(**found)
         name = settings.meta_gradient.partition(":")[0]
         brought = {"implicit": ("proximal weight 2", "proximal 2"), "memory-reduced": ("L2 term", "weight-decay 0.05")}
@@ -321,5 +330,10 @@ class Settings:
             raise ValueError(
                 f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the "
                 f"inner loop's now: train again with --{option}"
+            )
+        if missing:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}: it is damaged, or of an earlier version; add what the run was "
+                "trained with"
             )
         return settings

@@ -1,0 +1,363 @@
+"""A learner in training: its steps, what a checkpoint keeps of it, and what is done about a batch that goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from innerloop.bilevel import Bilevel
+from innerloop.data_checks import check_finite
+from innerloop.errors import Diverged
+from innerloop.meta_gradient import FirstOrder
+from innerloop.meta_gradient._failures import cure
+from innerloop.problem import Task
+from innerloop.training import health, processes
+from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.evaluation import Scores, Source, draw, shape_of
+from innerloop.training.store import BEST, JsonLines, Record, load_newest, save_newest
+from innerloop.trees import tensors
+
+_log = logging.getLogger("innerloop")
+
+
+def multi_step_weights(inner_steps: int, step: int, annealing: int) -> list[float] | None:
+    """MAML++'s weights on the query losses after inner steps 1 to K (arXiv 1810.09502, section 4), at one outer step.
+
+    All start at 1/K; those before the last fall linearly to 0.03/K over ``annealing`` outer steps, the last takes the
+    rest. From then on the last loss alone counts, and this is None. (The authors anneal by the epoch, this by the
+    step.)
+    """
+    if step >= annealing:
+        return None
+    early = max(1 - step / annealing, 0.03) / inner_steps
+    return [early] * (inner_steps - 1) + [1 - early * (inner_steps - 1)]
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps of the loop itself.
+
+    Attributes:
+        hopeless: validations in a row of which `health.hopeless` says so.
+        ahead: steps by which the schedule is ahead of the run, where time runs faster.
+        stale: validations since the best one.
+        validated: the step of the last validation.
+        in_a_row: batches left out since the last that was not; ``skipped``: of the whole run.
+        records: of the step itself, which a log may not have got.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best: float = -math.inf
+    stale: int = 0
+    hopeless: int = 0
+    ahead: int = 0
+    seconds: float = 0.0
+    validated: int = 0
+    in_a_row: int = 0
+    skipped: int = 0
+    records: list[Record] = field(default_factory=list)
+
+
+@dataclass
+class Session:
+    """A learner in training, with all that a checkpoint holds."""
+
+    learner: Bilevel
+    tasks: Source
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    folder: Path | None
+    steps: int
+    tasks_per_batch: int
+    clip: float | None
+    multi_step_loss: int | None
+    first_order: int | None
+    seed: int
+    keep: int = 2
+    skips: int = 0
+    progress: Progress = field(default_factory=Progress)
+    best_weights: dict[str, Tensor] | None = None
+    best_kept: int | None = None
+    records: JsonLines | None = None
+    saved: str = ""
+    warned: str = ""
+    looked: bool = False
+
+    def __post_init__(self) -> None:
+        self.own = self.learner.meta_gradient
+
+    def draw(self) -> tuple[Task | Sequence[Task], list[float] | None]:
+        """This process's share of the next batch and the weights of its losses.
+
+        What is random is seeded for it, and the learner has the estimator of this step.
+        """
+        step, rank, count = self.progress.step, processes.rank(), self.tasks_per_batch
+        share = count // processes.world()
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
+        batch = draw(self.tasks, self.learner, "train", step * count + rank * share, share)
+        if not self.looked and not self.skips:
+            self._look(batch, step * count + rank * share)
+        place = step + self.progress.ahead
+        self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
+        annealed = self.multi_step_loss
+        return batch, multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
+
+    def _look(self, batch: Task | Sequence[Task], first: int) -> None:
+        """Check the first batch: a source that gives no numbers is not a matter of rates."""
+        self.looked = True
+        stacked = isinstance(batch, Task)
+        for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
+            where = f" of the batch from task {first} on" if stacked else f" of task {first + place}"
+            for part, examples in task._asdict().items():
+                check_finite(part, examples, f"{where} of the training stream")
+
+    def step(self, flags: list[float]) -> tuple[str, Record, list[float]]:
+        """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
+        batch, weights = self.draw()
+        buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
+        like = next(self.learner.parameters())
+        self.optimizer.zero_grad()
+        metrics = self.learner.meta_step(batch, step_weights=weights)
+        numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
+        values = {
+            name: value.detach().to(like).mean()
+            for name, value in numbers.items()
+            if value is not None and value.numel()
+        }
+        gradients = self._gradients()
+        shared = torch.stack([*values.values(), *like.new_tensor(flags)])
+        processes.average([*gradients, shared])
+
+        norm = torch.nn.utils.get_total_norm(gradients)
+        *means, size = torch.cat([shared, norm.view(1).to(shared)]).tolist()
+        kind, record = "train", dict(zip(values, means, strict=False))
+        record |= {"gradient_norm": size, "lr": float(self.optimizer.param_groups[0]["lr"])}
+        if math.isfinite(record["loss"]) and math.isfinite(size):
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), self.clip, norm)
+            self.optimizer.step()
+            self.progress.in_a_row = 0
+        else:
+            for buffer, before in zip(self.learner.buffers(), buffers, strict=False):  # running statistics
+                buffer.copy_(before)
+            kind, record = "skipped", self._skip(batch, weights, record["loss"], size)
+        self.progress.step += 1
+        return kind, record, means[len(values) :]
+
+    def anneal(self, ahead: int) -> None:
+        """Advance the schedule by the step just taken, and to where it is so many steps ahead of the run."""
+        if isinstance(self.scheduler, LambdaLR):  # knows its rate anywhere: where more time is given it goes back
+            self.scheduler.last_epoch += ahead - self.progress.ahead
+            self.scheduler.step()
+        elif self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            ahead = max(ahead, self.progress.ahead - 1)
+            for _ in range(1 + ahead - self.progress.ahead):
+                self.scheduler.step()
+        self.progress.ahead = ahead
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
+
+    def norm(self) -> float:
+        """Of the meta-gradient at hand."""
+        return torch.nn.utils.get_total_norm(self._gradients()).item()
+
+    def _skip(self, batch: Task | Sequence[Task], weights: list[float] | None, loss: float, norm: float) -> Record:
+        """Leave a batch out, or raise `Diverged` where that is not asked for."""
+        at = self.progress
+        self.optimizer.zero_grad()
+        reason, where = self._cause(batch, weights)
+        at.in_a_row += 1
+        at.skipped += 1
+        if at.in_a_row > self.skips or (reason or "").startswith("the learner's own"):
+            row = f", number {at.in_a_row} in a row that is not finite" if at.in_a_row > 1 else ""
+            raise Diverged(
+                f"outer step {at.step + 1}{row}: loss {loss:.4g}, norm of its gradient {norm:.4g}"
+                f"{reason and f'; {reason}{where}'}; {cure(reason)}{self.saved and f' ({self.saved})'}"
+            )
+        first = at.step * self.tasks_per_batch
+        return {
+            "why": f"{reason}{where}" if reason else cure(None),
+            "tasks": [first, first + self.tasks_per_batch - 1],
+            "seed": [self.seed, at.step],
+        }
+
+    def _cause(self, batch: Task | Sequence[Task], weights: list[float] | None) -> tuple[str, str]:
+        """What `Bilevel.diagnose` finds, on the first process that finds something, and which tasks were looked at."""
+        mine = self.learner.diagnose(batch, weights)
+        share = self.tasks_per_batch // processes.world()
+        for rank, reason in enumerate(processes.gather([mine])):
+            if reason is not None:
+                first = self.progress.step * self.tasks_per_batch + rank * share
+                whose = f" of process {rank}" if processes.world() > 1 else ""
+                return reason, f" (the batch{whose} is tasks {first} to {first + share - 1} of the training stream)"
+        return "", ""
+
+    def judge(self, scores: Scores) -> Record:
+        """Keep the learner's weights if they are the best in validation yet, and return a record.
+
+        Raises:
+            Diverged: the loss of a task is not finite.
+        """
+        assert scores.losses is not None
+        bad = (~scores.losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise Diverged(
+                f"validation at outer step {self.progress.step}: the loss of {len(bad)} of {scores.tasks} tasks is not "
+                f"finite, first that of task {bad[0]} of the validation stream ({scores.losses[bad[0]].item()}); look "
+                f"at its data, then lower the inner rate or the outer one{self.saved and f' ({self.saved})'}"
+            )
+        at = self.progress
+        better = scores.quality > at.best
+        at.stale, at.validated = 0 if better else at.stale + 1, at.step
+        if better:
+            at.best, at.best_step = scores.quality, at.step
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self.learner.state_dict().items()}
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(scores.loss.mean if self.scheduler.mode == "min" else scores.quality)
+        ways = getattr(self.tasks, "ways", None)
+        at.hopeless = at.hopeless + 1 if health.hopeless(scores, ways) else 0
+        known = self.warned
+        losses = health.inner_losses(self.learner, self.tasks, "validation", scores.tasks)
+        self.warned = health.ailment(scores, ways, losses)
+        if self.warned and not known and processes.rank() == 0:
+            _log.warning("step %s, validation: %s", at.step, self.warned)
+        judged = scores.accuracy or scores.loss
+        accuracy = scores.accuracy and scores.accuracy.mean
+        record = {"loss": scores.loss.mean, "accuracy": accuracy, "interval": judged.interval, "best": better}
+        return record | ({"warning": self.warned} if self.warned else {})
+
+    def save(self) -> None:
+        """Write the checkpoint, and the best weights beside it, on rank 0 and where there is a folder."""
+        carried = processes.gather([self.learner.carried.state_dict()])
+        if self.folder and processes.rank() == 0:
+            if self.records:
+                self.records.sync()
+            states: dict[str, Any] = {
+                "identity": self._identity(),
+                "free": self._free(),
+                "progress": asdict(self.progress),
+                "learner": self.learner.state_dict(),
+                "best": self.best_weights or {},
+                "best_notes": self._notes(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+                "carried": dict(enumerate(carried)),
+            }
+            save_newest(self.folder, states, self.keep)
+            self.keep_best()
+        self._remember()
+        processes.wait()  # what comes next on the others may read it
+
+    def _remember(self) -> None:
+        if self.folder:
+            self.saved = f"the checkpoint of step {self.progress.step} is in {self.folder}"
+
+    def _notes(self) -> dict[str, Any]:
+        return {"step": self.progress.best_step, **shape_of(self.tasks)}
+
+    def keep_best(self) -> None:
+        """Write the best weights, where the file does not hold them."""
+        assert self.folder
+        if self.best_weights is not None and self.best_kept != self.progress.best_step:
+            save_weights(self.folder / BEST, self.best_weights, self._notes())
+            self.best_kept = self.progress.best_step
+
+    def restore(self, resume: bool, before: int | None = None) -> list[str]:
+        """Read the folder's newest checkpoint, if it has one; returns what is other than it was, and may be."""
+        assert self.folder
+        states = load_newest(self.folder, before)
+        if states is None:
+            return []
+        if not resume:
+            raise ValueError(f"{self.folder} already holds a run; resume it, or choose another folder")
+        self._refuse_another(states["identity"])
+        if states["progress"]["step"] > self.steps:
+            raise ValueError(
+                f"{self.folder} has done {states['progress']['step']} outer steps, more than the {self.steps} asked "
+                "for: ask for as many or more"
+            )
+        self.progress = Progress(**states["progress"])
+        self.learner.load_state_dict(states["learner"])
+        self.best_weights = states["best"] or None
+        with suppress(OSError, ValueError, TypeError, KeyError):  # else it is written again
+            self.best_kept = load_weights(self.folder / BEST)[1]["step"]
+        given = self._free()
+        self.optimizer.load_state_dict(states["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(states["scheduler"])
+        self._set_rates(states["free"]["outer rate"], given["outer rate"])
+        carried = states["carried"]
+        if any(carried.values()) and len(carried) != processes.world():
+            raise ValueError(
+                f"{self.folder} holds where {len(carried)} processes left their tasks, not {processes.world()}; "
+                "resume it with as many"
+            )
+        self.learner.carried.load_state_dict(carried.get(processes.rank(), {}))
+        self._remember()
+        was = states["free"]
+        return [f"{name} {was[name]} -> {given[name]}" for name in given if was[name] != given[name]]
+
+    def _refuse_another(self, was: dict[str, Any]) -> None:
+        for name, value in self._identity().items():
+            if name == "data" and len(value) == len(was[name]):
+                same = all(
+                    math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-6) for pair in zip(value, was[name], strict=True)
+                )
+            else:
+                same = value == was[name]
+            if not same:
+                values = "" if name in ("data", "model") else f", {was[name]}, not {value}"
+                raise ValueError(
+                    f"{self.folder} was trained with another {name}{values}; resume it with the same, or train in "
+                    "another folder"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change within a run, by name: it would have changed the steps already taken."""
+        learner = self.learner
+        shapes = {name: list(tensor.shape) for name, tensor in learner.state_dict().items()}
+        choices = {name: getattr(learner, name, None) for name in ("adapts", "inner", "batch_norm", "carry")}
+        choices["meta_gradient"] = self.own  # the learner has another one while it is annealed
+        method = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in choices.items()}
+        first = draw(self.tasks, learner, "train", 0, 1)
+        leaves = [leaf.double() for leaf in tensors(first) if leaf.numel()]
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__,
+            "model": f"{getattr(learner, 'model', '')} {shapes}",
+            **method,
+            "seed": self.seed,
+            "number of tasks a batch": self.tasks_per_batch,
+            "data": [value for leaf in leaves for value in (leaf.mean().item(), leaf.square().mean().item())],
+        }
+
+    def _free(self) -> dict[str, Any]:
+        """What may change within a run, and is recorded when it does."""
+        groups = self.optimizer.param_groups
+        rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        return {"outer rate": rates, "clip": self.clip, "steps": self.steps}
+
+    def _set_rates(self, was: list[float], given: list[float]) -> None:
+        """Put other outer rates in place of those of the checkpoint, wherever the schedule has come to."""
+        if was == given:
+            return
+        for place, (old, new) in enumerate(zip(was, given, strict=True)):
+            group = self.optimizer.param_groups[place]
+            group["lr"] *= new / old
+            if "initial_lr" in group:
+                group["initial_lr"] = new
+            if self.scheduler is not None and hasattr(self.scheduler, "base_lrs"):
+                self.scheduler.base_lrs[place] = new
