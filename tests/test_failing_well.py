@@ -258,8 +258,10 @@ def test_batches_are_left_out_so_many_times_in_a_row_and_a_step_is_explained(tmp
         assert f"outer step {step}: tasks {4 * step - 4} to {4 * step - 1} of the training stream, seed (0, " in found
         assert words in found
     assert "repair that data" in found
-    with pytest.raises(ValueError, match="keeps no checkpoint from before step 0"):
-        replay(make_learner(), tasks, 0, folder=tmp_path, optimizer=optimizer, tasks_per_batch=TASKS)
+    learner, tasks = make_learner(), Sums()
+    fit(learner, tasks, folder=tmp_path / "later", keep=1, **outer_loop())
+    with pytest.raises(ValueError, match="keeps no checkpoint from before step 4: the oldest is of step 6"):
+        replay(make_learner(), tasks, 4, folder=tmp_path / "later", optimizer=optimizer, tasks_per_batch=TASKS)
 
 
 def test_a_validation_that_is_not_finite_is_an_error() -> None:

@@ -284,7 +284,7 @@ class Session:
         if not resume:
             raise ValueError(f"{self.folder} already holds a run; resume it, or choose another folder")
         self._refuse_another(states["identity"])
-        if states["progress"]["step"] > self.steps:
+        if before is None and states["progress"]["step"] > self.steps:
             raise ValueError(
                 f"{self.folder} has done {states['progress']['step']} outer steps, more than the {self.steps} asked "
                 "for: ask for as many or more"

@@ -26,6 +26,11 @@ from innerloop.training.code import PYTHON, absolute, is_code
 SETTINGS = "settings.json"
 OF_PYTHON = "dataset", "model", "adapts"  # what a run made in Python may have no text for; the last, any other choice
 AUTO = "auto"
+NEEDED = (
+    "dataset", "model", "adapts", "inner", "inner_lr", "inner_steps", "meta_gradient", "batch_norm", "optimizer",
+    "outer_lr", "steps", "tasks_per_batch", "seed",
+)  # fmt: skip
+"""Without which a run's settings are no longer those of the run; others came later, and have defaults."""
 TUNED = dict.fromkeys(("glyphs", "omniglot"), 0.5)  # inner rates by data set; on all others it is measured
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -319,9 +324,10 @@ class Settings:
                 terms of their own.
         """
         found = read_config(path)
-        missing = [flag(each.name) for each in fields(cls) if each.name not in found]
-        if len(missing) > len(fields(cls)) / 2:
-            raise ValueError(f"{path} is empty or damaged: restore it from a copy, or train in another folder")
+        if missing := [flag(name) for name in NEEDED if name not in found]:
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}: it is damaged; restore it from a copy, or train in another folder"
+            )
         settings = cls(**found)
         name = settings.meta_gradient.partition(":")[0]
         brought = {"implicit": ("proximal weight 2", "proximal 2"), "memory-reduced": ("L2 term", "weight-decay 0.05")}
@@ -330,10 +336,5 @@ class Settings:
             raise ValueError(
                 f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the "
                 f"inner loop's now: train again with --{option}"
-            )
-        if missing:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)}: it is damaged, or of an earlier version; add what the run was "
-                "trained with"
             )
         return settings
