@@ -340,7 +340,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     run = tmp_path / "run"
     options = [*TINY, *SHORT, "--carry=slot", "--weight-decay=0.1", "--meta-gradient=memory-reduced:iterations=3"]
     main(["train", f"--out={run}", "--dataset=sinusoid", *options])
-    left = load_checkpoint(run / "last.safetensors")["carried"][0]
+    left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
     for given, cure in (
         ("--carry=task", "carry 'task' is unknown: choose one of none, slot"),

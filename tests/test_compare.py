@@ -284,7 +284,7 @@ def test_a_seed_that_diverges_is_named_and_the_others_count(tmp_path, monkeypatc
     found = compare(["anil"], folder=tmp_path / "study", steps=3, seeds=2, progress=False, **TINY)
     assert found.failed == {}
     assert len(found.entries[0].seeds) == 1
-    assert "anil: seed 1 diverged and is left out: outer step 3: loss nan" in found.notes
+    assert "anil: seed 1 is left out: outer step 3: loss nan" in found.notes
 
 
 def test_methods_are_compared_over_the_seeds_that_both_have():

@@ -150,15 +150,10 @@ def test_a_killed_run_keeps_where_its_tasks_were_left(tasks: Episodes, tmp_path:
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     body = "learner/model.1.weight"
     assert not torch.equal(whole[body], cold[body])
-    assert {"carried/0/2/params/3.weight", "carried/0/2/solution/3.weight"} <= whole.keys()
+    assert {"carried/2/params/3.weight", "carried/2/solution/3.weight"} <= whole.keys()
 
     states = load_checkpoint(tmp_path / "killed" / "last.safetensors")
-    assert [left["step"] for left in states["carried"][0].values()] == [8, 8, 8]
-    states["carried"][1] = states["carried"][0]
-    states["progress"]["step"] = 7
-    save_checkpoint(tmp_path / "killed" / "last.safetensors", states)
-    with pytest.raises(ValueError, match="holds where 2 processes left their tasks, not 1; resume it with as many"):
-        session(tmp_path / "killed", "slot")
+    assert [left["step"] for left in states["carried"].values()] == [8, 8, 8]
 
 
 def test_evaluation_is_without_dropout_and_leaves_the_modes(tasks: Episodes) -> None:

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -118,8 +119,8 @@ def test_a_killed_run_resumes_bit_for_bit_where_its_tasks_were_left(form: Form, 
     assert one == other
 
     kept = {"sgd": set(), "adam": {"mean/w", "square/b"}, "momentum, minibatch, schedule": {"w", "b"}}[solver]
-    assert {"carried/0/0/params/w", *(f"carried/0/0/state/{name}" for name in kept)} <= first.keys()
-    assert load_checkpoint(tmp_path / "whole" / "last.safetensors")["carried"][0][0]["step"] == 20
+    assert {"carried/0/params/w", *(f"carried/0/state/{name}" for name in kept)} <= first.keys()
+    assert load_checkpoint(tmp_path / "whole" / "last.safetensors")["carried"][0]["step"] == 20
     cold = session("cold", carry="none")
     assert not torch.equal(cold.state_dict()["meta.rating"], whole.state_dict()["meta.rating"])
 
@@ -296,25 +297,56 @@ from innerloop.training import processes
 
 torch.set_num_threads(1)
 processes.join(torch.device("cpu"))
-session_of_several(Path(sys.argv[2]), 4, 7)
+session_of_several(Path(sys.argv[2]), int(sys.argv[3]))
 processes.leave()
 """
 
 
-def test_several_processes_carry_each_their_own_tasks(tmp_path: Path) -> None:
+def test_three_processes_then_two_are_one(tmp_path: Path) -> None:
+    """Four tasks a step, so 2 + 1 + 1 of them and then 2 + 2; carried tasks stay with their place in the batch."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [*launch, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    for count, steps in ((3, 4), (2, 7)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        line = [*launch, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "two"), str(steps)]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
     session_of_several(tmp_path / "one", 7)
     one, two = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, value in one["learner"].items():
         torch.testing.assert_close(two["learner"][name], value, rtol=1e-10, atol=1e-12)
-    assert [sorted(left) for left in two["carried"].values()] == [[0, 1], [0, 1]]
-    for place, left in one["carried"][0].items():
-        found = two["carried"][place // 2][place % 2]
+    assert sorted(two["carried"]) == [0, 1, 2, 3]
+    for place, left in one["carried"].items():
+        found = two["carried"][place]
         assert found["step"] == left["step"] == 14
         torch.testing.assert_close(found["params"], left["params"], rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(found["state"], left["state"], rtol=1e-9, atol=1e-11)
+
+
+class Speed(NamedTuple):
+    """What a rule carries from step to step."""
+
+    value: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolling(il.SGD):
+    """Momentum of one half, whose state is a NamedTuple."""
+
+    def init(self, params: dict[str, Tensor]) -> Speed:
+        return Speed({name: torch.zeros_like(value) for name, value in params.items()})
+
+    def update(self, step: int, params: Any, grad: Any, state: Speed, learned: Any, start: Any) -> Any:
+        speed = {name: 0.5 * state.value[name] + value for name, value in grad.items()}
+        return {name: value - 0.05 * speed[name] for name, value in params.items()}, Speed(speed)
+
+
+def test_a_solver_whose_state_is_a_named_tuple_is_resumed(tmp_path: Path) -> None:
+    learners = {}
+    for name, lengths in (("parts", (3, 6)), ("whole", (6,))):
+        for steps in lengths:
+            learners[name] = make_learner("list", Rolling(lr=0.05, steps=2), carry="slot")
+            options = OPTIONS | dict(steps=steps, tasks_per_batch=2, validate_every=3)
+            fit(learners[name], Lines("list"), folder=tmp_path / name, resume=True, **options)
+    for name, value in learners["whole"].state_dict().items():
+        assert torch.equal(value, learners["parts"].state_dict()[name]), name

@@ -278,3 +278,53 @@ def test_settings_build_a_learner() -> None:
 def test_choices_that_do_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_learner(Settings(**given), (1, 28, 28), 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clip": "inf"}, "clip is too large a number"),
+        ({"minutes": float("inf")}, "minutes is too large a number"),
+        ({"schedule": "cosine:-1"}, "the schedule's floor is -1; it is a share of the outer rate, from 0 to 1"),
+        ({"schedule": "linear:NaN"}, "schedule 'linear:NaN': floor is 'NaN'; it must be a number"),
+        ({"inner": "momentum:momentum=0.5,momentum=0.9"}, "an argument is given twice; give each once"),
+        ({"inner": "sgd:lr=3"}, "lr has an option of its own; leave it out here"),
+        ({"inner": "adam:eps=x"}, "eps='x'): a value is of a kind that it cannot take"),
+        ({"meta_gradient": "truncated:2.5"}, "horizon is '2.5'; it must be a whole number"),
+        ({"batch_norm": "task:3"}, "batch-norm 'task:3' is unknown"),
+    ],
+)
+def test_nonsense_behind_a_colon_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings(**given)
+
+
+def test_pairs_are_typed_with_a_slash() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    assert make("optimizer", OPTIMIZER, "adam:betas=0.8/0.9", parameters).defaults["betas"] == (0.8, 0.9)
+    with pytest.raises(ValueError, match=r"betas is '0.9'; give 2 numbers, as in 0.9/0.999"):
+        make("optimizer", OPTIMIZER, "adam:betas=0.9", parameters)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; leave it out"),
+        ("# nothing\n", "is empty; leave it out"),
+        ("steps: 1\nsteps: 2\n", "steps is set twice; set it once"),
+        ("inner-lr: 1\ninner_lr: 2\n", "inner-lr is set twice; set it once"),
+        ('{"steps": 1, "steps": 2}', "steps is set twice; set it once"),
+    ],
+)
+def test_a_configuration_says_each_thing_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "some.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(tmp_path / "some.yaml")
+
+
+def test_a_subclass_of_the_users_own_has_no_text() -> None:
+    class Mine(il.SGD):
+        """A rule of the user's own."""
+
+    with pytest.raises(ValueError, match=r"Mine\(.*\) has no name that can be typed: the command takes everything"):
+        text(Mine(lr=0.1, steps=1))

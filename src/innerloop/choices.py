@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
 
 import torch
 
@@ -206,9 +208,10 @@ def text(value: Any) -> str:
     if isinstance(value, Mixed):
         return "mixed:" + ",".join(f"{n}={weight}" for n, weight in zip(value.horizons, value.weights, strict=True))
     reduced = isinstance(value, Implicit) and not value.learn_start
-    names = [name for _, table, _ in _KINDS.values() for name in table]
-    kind = type(value).__name__.lower()
-    name = "memory-reduced" if reduced else next(name for name in names if name.replace("-", "") == kind)
+    names = {name.replace("-", ""): name for _, table, _ in _KINDS.values() for name in table}
+    name = "memory-reduced" if reduced else names.get(type(value).__name__.lower(), "")
+    if not name:
+        raise ValueError(f"{value!r} has no name that can be typed: the command takes {', '.join(names.values())}")
     typed: list[str] = []
     for field in fields(value):
         held = getattr(value, field.name)
@@ -249,7 +252,8 @@ def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
     name, _, rest = text.partition(":")
     check_name(what, name, table)
     typed = [part.strip() for part in rest.split(",") if part.strip()]
-    named = dict(part.split("=", 1) for part in typed if "=" in part)
+    pairs = [part.split("=", 1) for part in typed if "=" in part]
+    named = dict(pairs)
     places = [part for part in typed if "=" not in part]
     options = {key: value for key, value in options.items() if value is not None}
     signature = inspect.signature(table[name])
@@ -259,21 +263,65 @@ def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
         raise ValueError(
             f"{what} {text!r}: {name} takes {', '.join(signature.parameters)}, by name; {'; '.join(moved)}"
         )
+    takes = f"{name} takes {', '.join(_taken(table[name], args, options)) or 'no arguments'}"
+    if len(named) < len(pairs):
+        raise ValueError(f"{what} {text!r}: an argument is given twice; give each once")
+    if both := sorted(named.keys() & options.keys()):
+        raise ValueError(f"{what} {text!r}: {both[0]} has an option of its own; leave it out here")
     try:
         bound = signature.bind(*args, *places, **named, **options)
     except TypeError as error:
-        taken = list(signature.parameters)[len(args) :]
-        raise ValueError(f"{what} {text!r}: {error}; {name} takes {', '.join(taken) or 'no arguments'}") from error
+        raise ValueError(f"{what} {text!r}: {error}; {takes}") from error
     for key, value in bound.arguments.items():
-        if signature.parameters[key].annotation == "str":
-            continue
-        if isinstance(value, str):
-            bound.arguments[key] = _number(value)
-        elif signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
-            bound.arguments[key] = {
-                each: _number(given) if isinstance(given, str) else given for each, given in value.items()
-            }
-    return table[name](*bound.args, **bound.kwargs)
+        parameter = signature.parameters[key]
+        if isinstance(value, str) and parameter.annotation != "str":
+            bound.arguments[key] = _read(f"{what} {text!r}: {key}", value, parameter)
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given = {each: _number(text) if isinstance(text, str) else text for each, text in value.items()}
+            bound.arguments[key] = given
+    try:
+        return table[name](*bound.args, **bound.kwargs)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a constructor makes of what it does not expect
+        raise ValueError(f"{what} {text!r} cannot be made; {takes}") from error
+
+
+def _taken(kind: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:
+    """The arguments that may be typed, for messages."""
+    parameters = [*inspect.signature(kind).parameters.values()][len(args) :]
+    names = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    made = get_type_hints(kind).get("return") if inspect.isfunction(kind) else None
+    if len(names) < len(parameters) and is_dataclass(made):
+        names += [each.name for each in fields(made) if each.name != "betas"]
+    return [name for name in dict.fromkeys(names) if name not in options]
+
+
+def _read(what: str, text: str, parameter: inspect.Parameter) -> Any:
+    """What was typed for an argument, as its default value or its annotation says.
+
+    Raises:
+        ValueError: it is of another kind, or no finite number.
+    """
+    value, default = _number(text), parameter.default
+    if isinstance(default, tuple):
+        value = tuple(map(_number, text.split("/")))
+        if not default:
+            raise ValueError(f"{what} cannot be typed; set it in Python")
+        if len(value) != len(default) or not all(map(_finite, value)):
+            raise ValueError(f"{what} is {text!r}; give {len(default)} numbers, as in {'/'.join(map(str, default))}")
+        return value
+    kinds = {*re.findall(r"\w+", str(parameter.annotation)), type(default).__name__}
+    known = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    wanted = [words for kind, words in known.items() if kind in kinds]
+    fits = type(value).__name__ in kinds or (type(value) is int and "float" in kinds) or "Literal" in kinds
+    if wanted and not fits:
+        raise ValueError(f"{what} is {text!r}; it must be {' or '.join(wanted)}")
+    return value
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_name(what: str, name: str, names: Iterable[str]) -> None:
@@ -286,8 +334,9 @@ def check_name(what: str, name: str, names: Iterable[str]) -> None:
 
 
 def _number(text: str) -> Any:
-    """A number or boolean as JSON writes it; any other text stays text."""
+    """A number or boolean as JSON writes it; any other text stays text, ``NaN`` and ``null`` too."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text)
+    except ValueError:
         return text
+    return value if isinstance(value, bool) or _finite(value) else text

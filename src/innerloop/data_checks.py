@@ -69,7 +69,7 @@ def passed(forward: Callable[[], T], inputs: Any, name: str) -> T:
         return forward()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shapes = ", ".join(str(list(leaf.shape)) for leaf in tensors(inputs))
         cure = "give inputs of the shape that it is made for, or a model for these"

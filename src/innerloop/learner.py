@@ -281,6 +281,7 @@ class MetaLearner(Bilevel):
                     raise ValueError(
                         f"the {part} set of a task is a pair (inputs, targets), not {type(examples).__name__}"
                     )
+                _check_tensors(f"the {part} set of a task", examples)
                 leading = 1 if single else 2
                 sizes = {tuple(leaf.shape[:leading]) for leaf in tree_leaves(examples)}
                 if any(0 in size for size in sizes):
@@ -327,6 +328,8 @@ class MetaLearner(Bilevel):
                 "adapt() takes one support set, not a batch for every step (Steps): for a stream write "
                 "learner.loop(il.Task(support, query))[0].run(steps).params"
             )
+        for each in (inputs, targets):
+            _check_tensors("what adapt() was given", each)
         given, wanted = (len(tree_leaves(each)[0]) for each in (inputs, targets))
         if given != wanted:
             raise ValueError(f"adapt() was given {given} inputs and {wanted} targets: give one target an input")
@@ -344,3 +347,10 @@ class MetaLearner(Bilevel):
 
     def _what(self) -> str:
         return type(self.model).__name__
+
+
+def _check_tensors(what: str, tree: Any) -> None:
+    found = tree_leaves(tree)
+    if not found or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in found):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in found})) or "nothing"
+        raise ValueError(f"{what} holds {kinds}: give tensors with a leading dimension for the examples")

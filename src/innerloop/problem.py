@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,6 +34,24 @@ def short_repr(choice: Any) -> str:
         if value != default:
             shown.append(f"{each.name}={value!r}")
     return f"{type(choice).__name__}({', '.join(shown)})"
+
+
+def refuse_kinds(choice: type) -> None:
+    """Let a dataclass's own check refuse values of a kind that it does not expect, None say, by ValueError too."""
+    check = vars(choice).get("__post_init__")
+    if check is None:
+        return
+
+    @wraps(check)
+    def checked(self: Any) -> None:
+        try:
+            check(self)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{short_repr(self)}: a value is of a kind that it cannot take; see its docstring"
+            ) from error
+
+    choice.__post_init__ = checked  # type: ignore[attr-defined]
 
 
 class Task(NamedTuple):

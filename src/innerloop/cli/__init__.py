@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,6 +13,7 @@ from pathlib import Path
 from innerloop.cli.parser import Parser
 from innerloop.cli.terminal import lasting_output
 from innerloop.errors import Diverged, Failed, Stopped, UsageError
+from innerloop.files import shown
 
 COMMANDS = ("train", "evaluate", "adapt", "compare", "patterns", "check", "data", "demo")
 
@@ -66,5 +68,15 @@ def _docstring(name: str) -> str:
 
 def _exit(code: int, message: object) -> None:
     sys.stdout.flush()  # into a file what was printed before comes before
-    print(f"innerloop: {message}", file=sys.stderr)
+    if _speaks():
+        print(f"innerloop: {shown(str(message))}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _speaks() -> bool:
+    """Whether it is for this process to say so, where torchrun has started several."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True  # and torch is not loaded for it
+    from innerloop.training.processes import speaks
+
+    return speaks()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 from pathlib import Path
 
 import torch
@@ -15,13 +16,16 @@ import torch
 from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
+from innerloop.files import write
 from innerloop.reporting import provenance, write_json
 from innerloop.studies.patterns import read_choice, with_pattern
+from innerloop.tasks._images import regular
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
 from innerloop.training.export import FORMATS, check_format, export
 from innerloop.training.runs import is_shipped, load_learner, read_run, run_folder, shipped_runs
 
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # how cells begin that spreadsheets compute
 USAGE = "RUN --support FOLDER --query PATH [PATH ...] [options]"
 
 
@@ -108,6 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
         with arithmetic(settings):
             model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
         out = arguments.out or (Path() if is_shipped(arguments.run) else arguments.run) / "adapted"
+        if out.is_symlink() and arguments.out is None:
+            raise UsageError(f"{out} is a link to another place; remove it, or name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
 
     with arithmetic(settings):
@@ -153,8 +159,12 @@ def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:
         if path.is_dir():
             found += [(file, None) for file in images_in(path)]
             found += [(file, label) for label, files in class_folders(path).items() for file in files]
-        elif path.is_file():
+        elif regular(path):
             found.append((path, None))
+        elif path.exists():
+            raise UsageError(
+                f"--query {path} is no regular file that can be read; name image files or a folder of them"
+            )
         else:
             raise FileNotFoundError(f"--query {path} does not exist")
     if not found:
@@ -165,11 +175,18 @@ def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:
 def _write_csv(
     path: Path, query: list[tuple[Path, str | None]], names: list[str], probabilities: list[list[float]]
 ) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "class", "prediction", *names])
-        for (image, label), row in zip(query, probabilities, strict=True):
-            writer.writerow([image, label or "", names[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+    content = io.StringIO(newline="")
+    writer = csv.writer(content)
+    writer.writerow(["file", "class", "prediction", *map(_cell, names)])
+    for (image, label), row in zip(query, probabilities, strict=True):
+        words = (str(image), label or "", names[row.index(max(row))])
+        writer.writerow([*map(_cell, words), *(f"{value:.6f}" for value in row)])
+    write(path, content.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _cell(text: str) -> str:
+    """A name as a spreadsheet shows it: with a quote in front where it would be computed as a formula."""
+    return f"'{text}" if text[:1] in FORMULAS else text
 
 
 def _write_json(

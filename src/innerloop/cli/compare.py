@@ -2,7 +2,7 @@
 
 Every method has its paper's settings (innerloop train --method), unless an option here sets one for all of them, or
 --set for one of them. Writes report.html, report.md, comparison.json and all runs to a folder; an interrupted
-comparison goes on with --resume.
+comparison goes on with --resume. --plan leaves the trainings to other machines, --collect reports on what they did.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from innerloop.studies.compare import (
     plan,
     read_plan,
 )
-from innerloop.studies.comparison import recommend
+from innerloop.studies.comparison import Comparison, recommend
 from innerloop.studies.comparison_report import HTML
+from innerloop.studies.plan import COMMANDS, collect, write_plan
 from innerloop.training.choices import seconds
 from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
@@ -69,12 +70,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-steps", metavar="N,N,...",
         help=f"inner steps at which memory is measured [{','.join(map(str, MEMORY_STEPS))}]",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", action="store_true", default=None,
+        help="measure, and write a command a training to commands.txt in the folder, for other machines to run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--collect", metavar="FOLDER", type=Path, help="report on what the commands of --plan have done so far"
+    )
     add_settings(parser, {each.name for each in fields(Settings)} - {*OWN, "minutes"}, otherwise=OTHERWISE)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, train, test and report."""
     with usage_errors():
+        if arguments.plan:
+            found = _plan(arguments)
+            folder = arguments.out or _default_folder(found)
+            commands = write_plan(found, folder)
+            print(f"{len(commands)} trainings: {folder / COMMANDS}; then: innerloop compare --collect {folder}")
+            return
+        if arguments.collect:
+            _refuse_all_but(arguments, "collect")
+            _tell(collect(arguments.collect), arguments.collect)
+            return
         if arguments.resume:
             found, folder = _resumed(arguments), arguments.resume
         else:
@@ -85,6 +103,10 @@ def run(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt as stopped:
             number = getattr(stopped, "number", signal.SIGINT)
             raise Stopped(number, f"stopped; go on with: innerloop compare --resume {folder}") from None
+    _tell(comparison, folder)
+
+
+def _tell(comparison: Comparison, folder: Path) -> None:
     for name, why in comparison.failed.items():
         print(f"{name} could not be trained: {why}")
     for note in comparison.notes:
@@ -95,10 +117,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _resumed(arguments: argparse.Namespace) -> Plan:
-    free = ("command", "resume", "jobs")
-    if given := [name for name, value in vars(arguments).items() if value is not None and name not in free]:
-        raise UsageError(f"--resume takes all from the folder; leave --{flag(given[0])} out")
+    _refuse_all_but(arguments, "resume")
     return read_plan(arguments.resume)
+
+
+def _refuse_all_but(arguments: argparse.Namespace, option: str) -> None:
+    free = ("command", option, "jobs")
+    if given := [name for name, value in vars(arguments).items() if value is not None and name not in free]:
+        raise UsageError(f"--{option} takes all from the folder; leave --{flag(given[0])} out")
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,7 +41,7 @@ from innerloop.training.fit import fit, replay
 from innerloop.training.health import ailment, inner_losses, opening
 from innerloop.training.methods import METHODS, method_settings
 from innerloop.training.report import describe, ending, slug, task_words, write_report
-from innerloop.training.runs import new_folder, read_run
+from innerloop.training.runs import RESULTS, is_run_of, new_folder, read_run
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import SETTINGS, Settings, flag, read_config
 from innerloop.training.signals import has_parent
@@ -81,9 +83,23 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         with usage_errors():
             settings, most = _settings(arguments), torch.get_num_threads()
+            if arguments.out is arguments.resume is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+                raise UsageError("a run that torchrun restarts needs a folder that it finds again: give --out FOLDER")
+            again = bool(arguments.out) and is_run_of(arguments.out, settings)
+            if again and (arguments.out / RESULTS).exists():
+                print(f"finished before; report: {arguments.out / 'report.md'}")
+                return
+            if again:
+                settings = read_run(arguments.out)  # with what was measured for it
             settings, learner, tasks, outer = _built(settings)
             trial = _trial(settings, learner, tasks)
-            trial()
+            try:
+                trial()
+            except (RuntimeError, AssertionError, TypeError) as error:
+                raise UsageError(
+                    f"an outer step on one task fails: {str(error).splitlines()[0]}; another model, size or optimizer "
+                    "may do"
+                ) from error
             if settings.threads is None and choose_device(settings).type == "cpu":
                 settings = replace(settings, threads=choose_threads(trial, most))
             begun, fresh = arguments.resume and _begun(arguments.resume, settings, outer), None
@@ -91,9 +107,12 @@ def run(arguments: argparse.Namespace) -> None:
                 fresh = take_weights(learner, Path(settings.start_from) / BEST)
             with arithmetic(settings):
                 words, warning = opening(learner, tasks)
+            if (reach := learner.meta_gradient.reach) > learner.inner.steps and processes.rank() == 0:
+                what = f"{settings.meta_gradient} reaches back {reach} inner steps"
+                print(f"innerloop: {what} and there are {learner.inner.steps}: it takes them all", file=sys.stderr)
             folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
             writes = processes.rank() == 0
-            if writes and not arguments.resume:
+            if writes and not arguments.resume and not again:
                 new_folder(folder)
             if writes:
                 stack.enter_context(locked(folder, PATIENCE if has_parent() else 0.0))
@@ -107,14 +126,16 @@ def run(arguments: argparse.Namespace) -> None:
                 print(words)
             if warning:
                 print(f"warning: {warning}")
-        again = f"innerloop train --resume {shlex.quote(str(folder))}"
+        command = f"innerloop train --resume {shlex.quote(str(folder))}"
         try:
             _train(settings, learner, tasks, outer, folder, warning)
         except KeyboardInterrupt as stopped:
             number = getattr(stopped, "number", signal.SIGINT)
-            raise Stopped(number, f"stopped; continue with: {again}") from None
+            raise Stopped(number, f"stopped; continue with: {command}") from None
+        except Failed as error:
+            raise Failed(f"{error}; continue with: {command}") from error
         except OSError as error:
-            raise Failed(f"{error}; the last checkpoint is whole: mend that, then continue with: {again}") from error
+            raise Failed(f"{error}; the last checkpoint is whole: mend that, then continue with: {command}") from error
         except ValueError as error:
             raise UsageError(" ".join(str(error).split())) from error
     processes.leave()
@@ -219,13 +240,16 @@ def _replay(arguments: argparse.Namespace) -> str:
 
 
 def _trial(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Callable[[], object]:
-    """Takes the meta-gradient of one task, so that what does not go together is refused before there is a folder."""
+    """Takes an outer step on one task, so that what does not go together is refused before there is a folder."""
     weights = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_loss else None
     mine, batch = copy.deepcopy(learner), tasks.batch("train", 0, 1)
+    optimizer, _ = build_optimizer(settings, mine)
 
     def trial() -> None:
         with arithmetic(settings):
+            optimizer.zero_grad()
             mine.meta_step(batch, step_weights=weights)
+            optimizer.step()
 
     return trial
 

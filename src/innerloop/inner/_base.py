@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop.problem import Tree, short_repr
+from innerloop.problem import Tree, refuse_kinds, short_repr
 
 State = Any
 """What a solver carries from step to step: any tree of tensors, empty for plain gradient descent."""
@@ -83,6 +83,7 @@ class InnerSolver:
 
     def __init_subclass__(cls) -> None:
         """Complete the docstring, and show what differs from the defaults."""
+        refuse_kinds(cls)
         if "__repr__" not in vars(cls):
             cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
         if "update" in vars(cls) or "advance" in vars(cls):

@@ -173,8 +173,7 @@ def bind(
     else:
         # Without a proximal term nothing reads the start.
         start = started(problem, meta, support) if solver.proximal else begin.params
-        at = begin
-        _check_begin(solver, start, begin)
+        at = _checked_begin(solver, start, begin)
     solver.check_names(at.params)
     if solver.minibatch is not None and rows is None:
         rows = minibatches(solver, support, [problem.seed or 0], steps or solver.steps, at.step)[0]
@@ -210,11 +209,27 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
     return torch.stack(drawn)
 
 
-def _check_begin(solver: InnerSolver, start: Tree, begin: End) -> None:
+def _checked_begin(solver: InnerSolver, start: Tree, begin: End) -> End:
+    """Where a task was left, its solver's state in the solver's own classes: files keep a NamedTuple as a tuple."""
     if begin.params.keys() != start.keys():
         raise ValueError(f"begin holds {', '.join(begin.params)}, but the inner problem has {', '.join(start)}")
     shapes = {name: (tuple(begin.params[name].shape), tuple(value.shape)) for name, value in start.items()}
     if odd := [f"{name}: {was} for {now}" for name, (was, now) in shapes.items() if was != now]:
         raise ValueError(f"begin holds parameters of other shapes than the inner problem: {', '.join(odd)}")
-    if pytree.tree_structure(solver.init(begin.params)) != pytree.tree_structure(begin.state):
+    own = solver.init(begin.params)
+    if pytree.tree_structure(_plain(own)) != pytree.tree_structure(_plain(begin.state)):
         raise ValueError(f"begin was left by another solver than {type(solver).__name__}: go on with the same one")
+    return begin._replace(state=pytree.tree_unflatten(pytree.tree_leaves(begin.state), pytree.tree_structure(own)))
+
+
+def _plain(tree: Any) -> Any:
+    """A tree of plain containers."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return (
+        type(tree)(map(_plain, tree))
+        if type(tree) is list
+        else tuple(map(_plain, tree))
+        if isinstance(tree, tuple)
+        else tree
+    )

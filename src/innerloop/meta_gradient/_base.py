@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
-from innerloop.problem import Batch, End, Task, Tree, short_repr
+from innerloop.problem import Batch, End, Task, Tree, refuse_kinds, short_repr
 
 
 class Result(NamedTuple):
@@ -74,6 +74,7 @@ class MetaGradient:
 
     def __init_subclass__(cls) -> None:
         """Show what differs from the defaults."""
+        refuse_kinds(cls)
         if "__repr__" not in vars(cls):
             cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
 
@@ -102,6 +103,11 @@ class MetaGradient:
     def draws(self) -> bool:
         """Whether it draws random numbers of its own in Python, which a compiled meta-step would repeat."""
         return False
+
+    @property
+    def reach(self) -> int:
+        """How many inner steps it is set to look at together; 0 where it is set to nothing of the kind."""
+        return 0
 
     def check(self, solver: InnerSolver, *, learns: bool = False, whole: bool | None = None) -> None:
         """Refuse what this estimator does not go with.

@@ -54,6 +54,10 @@ class Mixed(MetaGradient):
         if not all(weight >= 0 for weight in self.weights) or not math.isclose(sum(self.weights), 1.0, rel_tol=1e-6):
             raise ValueError(f"Mixed(weights={self.weights}): each must be 0 or more, and their sum 1")
 
+    @property
+    def reach(self) -> int:
+        return max(self.horizons)
+
     def estimate(self, loop: InnerLoop, query: Batch, step_weights: Sequence[float] | None = None) -> Result:
         """The mixed meta-gradient of one task; arguments as in ``MetaGradient.estimate``."""
         steps = loop.solver.steps

@@ -65,6 +65,10 @@ class Truncated(MetaGradient):
         """Whether the end is random."""
         return self.end == "random"
 
+    @property
+    def reach(self) -> int:
+        return self.horizon
+
     def advice(self, seen: Seen) -> str:
         """Whether the steps left out matter."""
         left_out = seen.inner.steps - self.horizon

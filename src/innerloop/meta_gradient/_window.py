@@ -65,6 +65,10 @@ class Window(MetaGradient):
 
     stepless: ClassVar[str] = "shares one gradient between steps"
 
+    @property
+    def reach(self) -> int:
+        return self.size
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not (isinstance(self.size, int) and self.size >= 1):

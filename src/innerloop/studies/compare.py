@@ -14,7 +14,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,18 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     """Do what a plan says, or the rest of it; as `compare`."""
     if jobs < 1:
         raise ValueError(f"{jobs} jobs; give 1 or more")
+    with _begun(plan, folder, progress) as bar:
+        costs, failed = _costs(folder, plan, bar)
+        if not costs:
+            raise Failed(_none_left(failed))
+        trainings = trainings_of(plan, folder, costs)
+        diverged = train_all(list(trainings.values()), jobs, bar)
+        return conclude(plan, folder, trainings, costs, failed, diverged)
+
+
+@contextmanager
+def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
+    """Within the block the folder is that of the plan's study and no other process's."""
     _check(folder, plan)
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)
     for note in plan.notes if progress else ():
@@ -225,33 +238,67 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     if not (folder / TASKS).exists():
         save_tasks(folder / TASKS, first, others=("validation", "test"))
     with locked(folder):
-        return _carry_out(plan, folder, jobs, console)
+        if not (folder / STUDY).exists():
+            save_results(folder / STUDY, plan.as_json())
+        console.print(
+            f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False
+        )
+        with _bar(plan, console) as bar:
+            yield bar
 
 
-def _carry_out(plan: Plan, folder: Path, jobs: int, console: Console) -> Comparison:
-    if not (folder / STUDY).exists():
-        save_results(folder / STUDY, plan.as_json())
-    console.print(f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False)
-    with _bar(plan, console) as bar:
-        costs, failed = _costs(folder, plan, bar)
-        if not costs:
-            raise Failed(_none_left(failed))
-        trainings = {
-            (name, seed): _training(folder, plan, name, seed, costs[name].meta_step.median)
-            for name in costs
-            for seed in range(plan.seeds)
-        }
-        diverged = train_all(list(trainings.values()), jobs, bar)
+def prepare(plan: Plan, folder: Path, progress: bool, measure: bool = True) -> tuple[dict[str, Cost], dict[str, str]]:
+    """What each method costs, measured now or before, and why it is not known where that is so."""
+    if not measure:
+        files = {name: _cost_file(folder, name) for name in plan.methods}
+        there = {name: Cost.of(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
+        return there, {name: "its costs are not measured" for name in files if name not in there}
+    with _begun(plan, folder, progress) as bar:
+        return _costs(folder, plan, bar)
+
+
+def trainings_of(plan: Plan, folder: Path, costs: Mapping[str, Cost]) -> dict[tuple[str, int], Training]:
+    """The trainings of a study, by method and seed."""
+    return {
+        (name, seed): _training(folder, plan, name, seed, costs[name].meta_step.median)
+        for name in costs
+        for seed in range(plan.seeds)
+    }
+
+
+def conclude(
+    plan: Plan,
+    folder: Path,
+    trainings: Mapping[tuple[str, int], Training],
+    costs: Mapping[str, Cost],
+    failed: dict[str, str],
+    left_out: Mapping[Path, str],
+    more: Sequence[str] = (),
+) -> Comparison:
+    """Write the report of the trainings that are finished.
+
+    Args:
+        plan: of the study.
+        folder: of the study.
+        trainings: all of them.
+        costs: of each method that could be measured.
+        failed: why the others could not.
+        left_out: by the folder of each training that is not finished, why.
+        more: notes for the reader.
+
+    Raises:
+        Diverged: none is finished.
+    """
     kept: dict[str, dict[int, Path]] = {}
-    notes = [*plan.notes]
+    notes = [*plan.notes, *more]
     for name in costs:
         runs = {seed: trainings[name, seed].folder for seed in range(plan.seeds)}
-        lost = {seed: diverged[run] for seed, run in runs.items() if run in diverged}
+        lost = {seed: left_out[run] for seed, run in runs.items() if run in left_out}
         if len(lost) == len(runs):
             failed[name] = lost[0]
             continue
         kept[name] = {seed: run for seed, run in runs.items() if seed not in lost}
-        notes += [f"{name}: seed {seed} diverged and is left out: {why}" for seed, why in lost.items()]
+        notes += [f"{name}: seed {seed} is left out: {why}" for seed, why in lost.items()]
         notes += [
             f"{name}: memory at {steps} inner steps could not be measured"
             for steps in plan.memory_steps
@@ -310,11 +357,15 @@ def _folder_name(method: str) -> str:
     return method.replace(":", "-").replace("/", "-")
 
 
+def _cost_file(folder: Path, method: str) -> Path:
+    return folder / COSTS / f"{_folder_name(method)}.json"
+
+
 def _costs(folder: Path, plan: Plan, bar: Progress) -> tuple[dict[str, Cost], dict[str, str]]:
     """What each method costs, measured now or before, and why it could not be measured where that is so."""
     costs, failed = {}, {}
     for name, settings in plan.methods.items():
-        file = folder / COSTS / f"{_folder_name(name)}.json"
+        file = _cost_file(folder, name)
         if not file.exists():
             bar.update(bar.task_ids[0], description=f"measuring {name}")
             if not bar.console.is_terminal:

@@ -69,15 +69,21 @@ def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[P
     return failed
 
 
+def write_config(training: Training) -> Path:
+    """The settings of a training as a file that ``--config`` takes, beside its folder."""
+    training.folder.parent.mkdir(parents=True, exist_ok=True)
+    file = training.folder.parent / f"{training.folder.name}.json"
+    training.settings.save(file)
+    return file
+
+
 def _start(training: Training) -> subprocess.Popen[bytes]:
     folder = training.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (folder / SETTINGS).exists():
         arguments = ["--resume", str(folder)]
     else:
-        config = folder.parent / f"{folder.name}.json"
-        training.settings.save(config)
-        arguments = ["--config", str(config), "--out", str(folder)]
+        arguments = ["--config", str(write_config(training)), "--out", str(folder)]
     with _log(training).open("ab") as log:
         command = [sys.executable, "-m", "innerloop", "train", *arguments]
         # In a session of its own: Ctrl-C then reaches it once, from here.
@@ -135,9 +141,9 @@ def _display(
 
 def _left(trainings: Sequence[Training]) -> float:
     """Seconds of meta-steps that are still to be done, as far as that is on disk."""
-    return sum(each.seconds * (each.settings.steps - _steps_done(each)) for each in trainings)
+    return sum(each.seconds * (each.settings.steps - steps_done(each)) for each in trainings)
 
 
-def _steps_done(training: Training) -> int:
+def steps_done(training: Training) -> int:
     """Of an unfinished training."""
     return last_step(training.folder / METRICS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from innerloop.tasks._episodes import Episodes, recorded
-from innerloop.tasks._images import SPLITS, Files, image_set, is_image, size_of, split_folders
+from innerloop.tasks._images import SPLITS, Files, image_set, is_image, read_table, size_of, split_folders
 
 FRACTIONS = (0.6, 0.2, 0.2)
 LAYOUT = (
@@ -35,7 +34,8 @@ def folder(
 ) -> Episodes:
     """Few-shot tasks of the user's own images, ``[channels, size, size]``.
 
-    Every file below a class folder that Pillow can open is an image of that class. It is turned upright as its EXIF
+    Every image file below a class folder is an image of that class; formats that Pillow reads only with another program
+    (EPS) do not count, and what cannot be read is left out with a warning. It is turned upright as its EXIF
     data says, the largest centred square is cut out and resized, and the result is kept in the cache folder for as
     long as no file changes. Classes may have different numbers of images.
 
@@ -129,7 +129,7 @@ def _groups(group: str, root: Path, images: Sequence[str], depth: int) -> dict[s
 def _by_column(table: Path, column: str, root: Path, images: Sequence[str]) -> dict[str, str]:
     if not table.is_file():
         raise FileNotFoundError(f"group names {table}, which does not exist; give FILE.csv:COLUMN")
-    rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+    rows = read_table(table, table.read_bytes())
     if not rows or not {"file", column} <= rows[0].keys():
         raise ValueError(f"{table} needs the columns file,{column}; it has {','.join(rows[0]) if rows else 'no rows'}")
     named = {row["file"]: row[column] for row in rows}
@@ -158,7 +158,7 @@ def _fractions(split: str | PathLike[str] | Sequence[float]) -> list[float] | No
 
 
 def _by_fraction(fractions: Sequence[float], classes: Sequence[str]) -> dict[str, list[str]]:
-    order = sorted(classes, key=lambda label: hashlib.sha256(label.encode()).digest())
+    order = sorted(classes, key=lambda label: hashlib.sha256(label.encode("utf-8", "surrogateescape")).digest())
     ends = [round(total * len(order)) for total in accumulate(fractions)]
     starts = [0, *ends]
     parts = zip(SPLITS, fractions, starts, ends, strict=False)
@@ -172,7 +172,7 @@ def _by_list(path: Path, classes: Sequence[str]) -> dict[str, list[str]]:
             f"split is {str(path)!r}, which is neither three fractions nor a file; give 0.6,0.2,0.2 or a CSV"
         )
     homes: dict[str, list[str]] = {}
-    for row in csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()):
+    for row in read_table(path, path.read_bytes()):
         label, split = row.get("class"), row.get("split")
         if label not in classes or split not in SPLITS:
             raise ValueError(

@@ -7,12 +7,11 @@ learning" (ICLR 2017). tieredImageNet: Ren et al., "Meta-learning for semi-super
 
 from __future__ import annotations
 
-import csv
 from os import PathLike
 from pathlib import Path
 
 from innerloop.tasks._episodes import Episodes, recorded
-from innerloop.tasks._images import Files, Layout, image_set, is_image, split_folders
+from innerloop.tasks._images import Files, Layout, image_set, is_image, read_table, split_folders
 
 SIZE = 84
 LISTS = {"train.csv": "train", "val.csv": "validation", "test.csv": "test"}
@@ -80,7 +79,7 @@ def _episodes(
 def _listed(files: Files) -> Layout:
     layout: Layout = {split: {} for split in LISTS.values()}
     for name, content in files.read(LISTS):
-        for row in csv.DictReader(content.decode("utf-8-sig").splitlines()):
+        for row in read_table(files.root / name, content):
             file, label = row.get("filename"), row.get("label")
             if not file or not label:
                 raise ValueError(f"{files.root / name} must have the columns filename,label in every row")

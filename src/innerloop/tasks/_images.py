@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import logging
 import os
+import stat
 import tarfile
 import warnings
 import zipfile
@@ -50,14 +52,25 @@ SPLIT_FOLDERS = {
     "test": "test",
 }
 
-_BROKEN = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError)
+MOST_BYTES = 2**28  # bytes that one image or list may take, 256 MiB
+MOST_ARRAYS = 2**33  # bytes that the arrays of an npz may take together, 8 GiB
+MOST_UNPACKED = 2**40  # bytes that all files of an archive may take unpacked, 1 TiB
+
+# Those that Pillow reads by itself. Of the others EPS, for one, starts Ghostscript on whatever the file says.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+_BROKEN = (
+    OSError, EOFError, RuntimeError, ValueError, MemoryError,
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError,
+)  # fmt: skip
 
 
 class Files:
     """The files of a folder, a zip or a tar, read without unpacking.
 
-    Hidden files and the shadow copies that macOS leaves in archives do not count. An archive that wraps everything in
-    one folder is read as that folder.
+    Hidden files and the shadow copies that macOS leaves in archives do not count. Links that lead nowhere, files that
+    cannot be read and whatever is no regular file are left out, with a warning that counts them. An archive that wraps
+    everything in one folder is read as that folder.
 
     Attributes:
         root: the folder or archive.
@@ -66,7 +79,7 @@ class Files:
 
     Raises:
         FileNotFoundError: there is no such folder or archive.
-        ValueError: the archive is damaged.
+        ValueError: the archive is damaged, declares more than 1 TiB, or is no regular file.
     """
 
     def __init__(self, root: Path) -> None:
@@ -75,10 +88,14 @@ class Files:
             stamps = _list_folder(root)
         elif not root.exists():
             raise FileNotFoundError(f"{root} does not exist; data= (--data) must name a folder or an archive")
+        elif not root.is_file():
+            raise ValueError(f"{root} is neither a folder nor a regular file; name a folder or an archive")
         elif _is_zip(root):
             stamps = _list_zip(root)
         else:
             stamps = _list_tar(root)
+        if sum(size for size, _ in stamps.values()) > MOST_UNPACKED:
+            raise ValueError(f"{root} declares more than {MOST_UNPACKED >> 40} TiB of files; give fewer")
         stamps = {name: stamp for name, stamp in sorted(stamps.items()) if not _hidden(name)}
         tops = {name.partition("/")[0] + "/" for name in stamps}
         self._prefix = tops.pop() if len(tops) == 1 and not root.is_dir() else ""
@@ -88,8 +105,14 @@ class Files:
         """Names and contents of the named files, in whatever order they are read fastest.
 
         Raises:
-            ValueError: the archive is damaged, or a file cannot be read.
+            ValueError: the archive is damaged, or a file cannot be read or declares more than 256 MiB.
         """
+        for name in names:
+            if self.stamps[name][0] > MOST_BYTES:
+                size = self.stamps[name][0] >> 20
+                raise ValueError(
+                    f"{self.root / name} takes {size:,} MiB, more than the {MOST_BYTES >> 20} MiB of an image"
+                )
         wanted = {self._prefix + name: None for name in names}
         read = _read_folder if self.root.is_dir() else _read_zip if _is_zip(self.root) else _read_tar
         try:
@@ -103,9 +126,13 @@ def read_npz(path: Path, names: Collection[str]) -> Arrays:
     """The named arrays of an npz file.
 
     Raises:
-        ValueError: the file is damaged or lacks one of the arrays.
+        ValueError: the file is damaged, lacks one of the arrays, or declares more than 8 GiB.
     """
     try:
+        with zipfile.ZipFile(path) as entries:
+            declared = sum(item.file_size for item in entries.infolist())
+        if declared > MOST_ARRAYS:
+            raise ValueError(f"it declares {declared >> 30:,} GiB of arrays")
         with np.load(path, allow_pickle=False) as archive:
             missing = sorted(set(names) - set(archive.files))
             arrays = {} if missing else {name: archive[name] for name in names}
@@ -117,17 +144,45 @@ def read_npz(path: Path, names: Collection[str]) -> Arrays:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's suffix is one that Pillow can open."""
+    """Whether a file's suffix is that of a format which Pillow reads by itself, `FORMATS`."""
     from PIL import Image
 
-    return Image.registered_extensions().get(os.path.splitext(name)[1].lower(), "") in Image.OPEN
+    return Image.registered_extensions().get(os.path.splitext(name)[1].lower(), "") in {*FORMATS} & Image.OPEN.keys()
+
+
+def open_image(content: bytes) -> Image.Image:
+    """An image file in one of `FORMATS`, not yet decoded.
+
+    Raises:
+        ValueError: it is in no such format.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    try:
+        return Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:  # whose message is the address of the bytes
+        raise ValueError("in no format that is read here") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file (a pipe or a device would not end), or takes more than 256 MiB.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+        raise ValueError(f"no regular file of at most {MOST_BYTES >> 20} MiB")
+    return path.read_bytes()
 
 
 def decode(content: bytes, size: int, channels: int, crop: bool = True) -> Pixels:
     """The image in a file's bytes as uint8 ``[channels, size, size]``, upright as its EXIF data says.
 
     Args:
-        content: a file of any format that Pillow reads; of several frames the first, on white where it is transparent.
+        content: a file in one of `FORMATS`; of several frames the first, on white where it is transparent.
         size: height and width to resize to (Lanczos).
         channels: 1 for grey, 3 for colour.
         crop: cut the largest centred square out first; otherwise the image is squeezed.
@@ -149,13 +204,9 @@ def upright(content: bytes, size: int) -> Image.Image:
     Raises:
         Exception: as `decode`.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    try:
-        opened = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:  # whose message is the address of the bytes
-        raise ValueError("not in a format that Pillow knows") from None
-    with opened as file:
+    with open_image(content) as file:
         file.draft(None, (4 * size, 4 * size))
         return plain(ImageOps.exif_transpose(file))
 
@@ -198,15 +249,25 @@ def size_of(files: Files, names: Sequence[str]) -> int:
     Raises:
         ValueError: none can be read.
     """
-    from PIL import Image
-
     sides = []
     for _, content in files.read(names[:: len(names) // MEASURED + 1]):
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:  # see `decode`
+        with contextlib.suppress(Exception), open_image(content) as image:  # see `decode`
             sides.append(min(image.size))
     if not sides:
         raise ValueError(f"cannot read the images of {files.root}: repair them, or name another folder")
     return usual_size(sides)
+
+
+def read_table(path: Path, content: bytes) -> list[dict[str, str]]:
+    """The rows of a CSV file, by the names in its first row.
+
+    Raises:
+        ValueError: it is no CSV file.
+    """
+    try:
+        return list(csv.DictReader(content.decode("utf-8-sig").splitlines()))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); mend it, or leave it out") from error
 
 
 def split_folders(names: Iterable[str]) -> Layout | None:
@@ -350,15 +411,40 @@ def _is_zip(root: Path) -> bool:
 
 def _list_folder(root: Path) -> dict[str, Stamp]:
     stamps = {}
-    for folder, folders, names in os.walk(root, followlinks=True):
+    skipped: list[str] = []
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, onerror=lambda error: skipped.append(error.filename), followlinks=True):
         folders[:] = [name for name in folders if not _hidden(name)]
+        if (real := os.path.realpath(folder)) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
         for name in names:
             if _hidden(name):
                 continue
             file = Path(folder, name)
+            if not regular(file):
+                skipped.append(str(file))
+                continue
             status = file.stat()
             stamps[file.relative_to(root).as_posix()] = (status.st_size, status.st_mtime_ns)
+    warn_of_skipped(root, skipped)
     return stamps
+
+
+def regular(file: Path) -> bool:
+    """Whether it is a regular file, or a link to one, that can be read."""
+    return file.is_file() and os.access(file, os.R_OK)
+
+
+def warn_of_skipped(root: Path, skipped: Sequence[str]) -> None:
+    """Count what was left out because it cannot be read, if anything."""
+    if skipped:
+        warnings.warn(
+            f"{str(root)!r}: {len(skipped)} left out that cannot be read (links that lead nowhere, pipes, devices, no "
+            f"permission), such as {os.path.relpath(min(skipped), root)!r}",
+            stacklevel=2,
+        )
 
 
 def _list_zip(root: Path) -> dict[str, Stamp]:
@@ -375,7 +461,13 @@ def _list_tar(root: Path) -> dict[str, Stamp]:
     def make() -> Arrays:
         try:
             with tarfile.open(root) as archive:
-                items = [item for item in archive if item.isfile()]
+                items, size = [], 0
+                for item in archive:
+                    if item.isfile():
+                        items.append(item)
+                        size += item.size
+                    if size > MOST_UNPACKED:
+                        raise ValueError(f"it declares more than {MOST_UNPACKED >> 40} TiB")
         except _BROKEN as error:
             raise _damaged(root, error) from error
         stamps = np.array([(item.size, int(item.mtime)) for item in items], np.int64)
@@ -389,7 +481,7 @@ def _list_tar(root: Path) -> dict[str, Stamp]:
 
 def _read_folder(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]]:
     for name in wanted:
-        yield name, (root / name).read_bytes()
+        yield name, read_bytes(root / name)
 
 
 def _read_zip(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]]:
@@ -404,6 +496,8 @@ def _read_tar(root: Path, wanted: dict[str, None]) -> Iterator[tuple[str, bytes]
         for item in archive:
             name = item.name.removeprefix("./")
             if item.isfile() and name in wanted:
+                if item.size > MOST_BYTES:  # of two files of a name the list has the other
+                    raise ValueError(f"{name} takes more than {MOST_BYTES >> 20} MiB")
                 content = archive.extractfile(item)
                 assert content is not None  # it is a file
                 yield name, content.read()

@@ -7,7 +7,6 @@ Lake, Salakhutdinov and Tenenbaum, "Human-level concept learning through probabi
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from os import PathLike
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from innerloop.tasks._cache import Arrays, cached_arrays
 from innerloop.tasks._downloads import download
 from innerloop.tasks._episodes import Episodes, ImageSet, random_bits, recorded
-from innerloop.tasks._images import Files, is_image, read_npz
+from innerloop.tasks._images import Files, is_image, open_image, read_npz
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python"
 ARCHIVES = {
@@ -135,8 +134,6 @@ def _load(data: str | PathLike[str] | None) -> Arrays:
 
 
 def _shrink_all(parts: list[Files]) -> Arrays:
-    from PIL import Image
-
     images: list[NDArray[np.uint8]] = []
     names: list[str] = []
     for files, expected in zip(parts, CHARACTERS.values(), strict=True):
@@ -150,7 +147,7 @@ def _shrink_all(parts: list[Files]) -> Arrays:
         small = {}
         for name, content in files.read(drawings):
             try:
-                with Image.open(io.BytesIO(content)) as image:
+                with open_image(content) as image:
                     small[name] = shrink(~np.asarray(image.convert("1")))
             except Exception as error:  # a damaged image makes Pillow's decoders raise nearly anything
                 raise ValueError(f"cannot read the image {files.root / name} ({error}); fetch it again") from error

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.reporting import write_json
-from innerloop.tasks._images import decode, is_image
+from innerloop.tasks._images import decode, is_image, read_bytes, regular, warn_of_skipped
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.code import check_known, is_code
@@ -40,8 +40,10 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted; hidden ones are left out."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and is_image(file.name) and file.name[0] != ".")
+    """The image files directly in a folder, sorted; hidden ones are left out, and with a warning unreadable ones."""
+    named = [file for file in folder.iterdir() if is_image(file.name) and file.name[0] != "." and not file.is_dir()]
+    warn_of_skipped(folder, [str(file) for file in named if not regular(file)])
+    return sorted(filter(regular, named))
 
 
 def read_images(files: Sequence[Path], shape: Sequence[int], invert: bool | None) -> Tensor:
@@ -61,7 +63,7 @@ def read_images(files: Sequence[Path], shape: Sequence[int], invert: bool | None
     images = []
     for file in files:
         try:
-            images.append(as_input(file.read_bytes(), shape, invert))
+            images.append(as_input(read_bytes(file), shape, invert))
         except Exception as error:  # a damaged image makes Pillow's decoders raise nearly anything
             raise ValueError(f"cannot read the image {file} ({error}); repair it or leave it out") from error
     return torch.stack(images)

@@ -173,17 +173,28 @@ def build_optimizer(settings: Settings, learner: MetaLearner) -> tuple[torch.opt
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device of the settings; among several GPUs each process of a node takes its own.
+    """The device of the settings; among several GPUs each process of a node takes its own, unless one is named.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: a GPU is asked for that is not there, or one of them for several processes.
     """
-    there = torch.cuda.is_available()
-    if settings.device == "cuda" and not there:
-        raise ValueError("device is 'cuda' but torch finds no GPU here; choose --device cpu, or install torch for CUDA")
-    if settings.device == "cpu" or not there:
+    kind, _, number = settings.device.partition(":")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise ValueError(
+            f"device is {settings.device!r} but torch finds no GPU here; choose --device cpu, or install torch for CUDA"
+        )
+    if not number:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
+    if int(number) >= there:
+        raise ValueError(f"device is {settings.device!r} but there are {there} GPUs here, counted from 0")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"device is {settings.device!r} for several processes; leave the number out: each takes its own"
+        )
+    return torch.device("cuda", int(number))
 
 
 def choose_threads(trial: Callable[[], object], most: int) -> int:

@@ -35,12 +35,19 @@ def constant() -> Callable[[float], float]:
 
 def cosine(floor: float = 0.0) -> Callable[[float], float]:
     """The outer rate falls along half a cosine to ``floor`` times what was given."""
+    _check_floor(floor)
     return lambda progress: floor + (1 - floor) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
 def linear(floor: float = 0.0) -> Callable[[float], float]:
     """The outer rate falls evenly to ``floor`` times what was given."""
+    _check_floor(floor)
     return lambda progress: floor + (1 - floor) * (1 - min(progress, 1.0))
+
+
+def _check_floor(floor: float) -> None:
+    if not 0 <= floor <= 1:
+        raise ValueError(f"the schedule's floor is {floor}; it is a share of the outer rate, from 0 to 1")
 
 
 SCHEDULE: Table = {"constant": constant, "cosine": cosine, "linear": linear}

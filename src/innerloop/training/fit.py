@@ -224,7 +224,8 @@ def fit(
             judged = boundary and bool(validation_tasks) and at.validated < at.step and not stop
             if judged:
                 if buffers := [buffer for buffer in learner.buffers() if buffer.is_floating_point()]:
-                    processes.average(buffers)  # running statistics are each process's own
+                    # running statistics are each process's own
+                    processes.average(buffers, len(run.mine) / tasks_per_batch)
                 try:
                     with signals.stopping_at_once() if processes.world() == 1 else nullcontext():
                         scores = evaluate(learner, tasks, "validation", validation_tasks)

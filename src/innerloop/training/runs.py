@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from innerloop.reporting import provenance, write_json
 from innerloop.training.build import build_learner, some
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.code import PYTHON, check_known, is_code, remember, short
-from innerloop.training.settings import SETTINGS, Settings
+from innerloop.training.settings import AUTO, SETTINGS, Settings
 from innerloop.training.store import BEST, LOCK, load_newest
 
 RESULTS, ACCURACIES = "results.json", "test.safetensors"
@@ -36,6 +36,17 @@ def run_folder(name: str) -> Path:
 def is_shipped(run: Path) -> bool:
     """Whether a run is one that comes with the package, where nothing is to be written."""
     return run.parent == SHIPPED
+
+
+def is_run_of(folder: Path, settings: Settings) -> bool:
+    """Whether a folder holds the run of these very settings, whatever was measured for what they leave open.
+
+    So a command that a scheduler or ``torchrun --max-restarts`` gives again goes on.
+    """
+    if not (folder / SETTINGS).exists():
+        return False
+    was = read_run(folder)
+    return all(value in (None, AUTO, getattr(was, name)) for name, value in asdict(settings).items())
 
 
 def new_folder(folder: Path) -> None:

@@ -98,17 +98,22 @@ class Session:
     def __post_init__(self) -> None:
         self.own = self.learner.meta_gradient
 
+    @property
+    def mine(self) -> range:
+        """This process's tasks, by their place in the batch."""
+        return processes.shares(self.tasks_per_batch)[processes.rank()]
+
     def draw(self) -> tuple[Task | Sequence[Task], list[float] | None]:
         """This process's share of the next batch and the weights of its losses.
 
         What is random is seeded for it, and the learner has the estimator of this step.
         """
-        step, rank, count = self.progress.step, processes.rank(), self.tasks_per_batch
-        share = count // processes.world()
+        step, rank = self.progress.step, processes.rank()
+        first = step * self.tasks_per_batch + self.mine.start
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
-        batch = draw(self.tasks, self.learner, "train", step * count + rank * share, share)
+        batch = draw(self.tasks, self.learner, "train", first, len(self.mine))
         if not self.looked and not self.skips:
-            self._look(batch, step * count + rank * share)
+            self._look(batch, first)
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
         annealed = self.multi_step_loss
@@ -138,7 +143,7 @@ class Session:
         }
         gradients = self._gradients()
         shared = torch.stack([*values.values(), *like.new_tensor(flags)])
-        processes.average([*gradients, shared])
+        processes.average([*gradients, shared], len(self.mine) / self.tasks_per_batch)
 
         norm = torch.nn.utils.get_total_norm(gradients)
         *means, size = torch.cat([shared, norm.view(1).to(shared)]).tolist()
@@ -197,12 +202,12 @@ class Session:
     def _cause(self, batch: Task | Sequence[Task], weights: list[float] | None) -> tuple[str, str]:
         """What `Bilevel.diagnose` finds, on the first process that finds something, and which tasks were looked at."""
         mine = self.learner.diagnose(batch, weights)
-        share = self.tasks_per_batch // processes.world()
-        for rank, reason in enumerate(processes.gather([mine])):
+        first, shares = self.progress.step * self.tasks_per_batch, processes.shares(self.tasks_per_batch)
+        for rank, (reason, share) in enumerate(zip(processes.gather([mine]), shares, strict=True)):
             if reason is not None:
-                first = self.progress.step * self.tasks_per_batch + rank * share
                 whose = f" of process {rank}" if processes.world() > 1 else ""
-                return reason, f" (the batch{whose} is tasks {first} to {first + share - 1} of the training stream)"
+                place = f"tasks {first + share[0]} to {first + share[-1]} of the training stream"
+                return reason, f" (the batch{whose} is {place})"
         return "", ""
 
     def judge(self, scores: Scores) -> Record:
@@ -241,7 +246,9 @@ class Session:
 
     def save(self) -> None:
         """Write the checkpoint, and the best weights beside it, on rank 0 and where there is a folder."""
-        carried = processes.gather([self.learner.carried.state_dict()])
+        # by the place in the whole batch, so that another number of processes can go on
+        left = self.learner.carried.state_dict()
+        carried = dict(processes.gather([(place, left[at]) for at, place in enumerate(self.mine) if at in left]))
         if self.folder and processes.rank() == 0:
             if self.records:
                 self.records.sync()
@@ -254,7 +261,7 @@ class Session:
                 "best_notes": self._notes(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-                "carried": dict(enumerate(carried)),
+                "carried": carried,
             }
             save_newest(self.folder, states, self.keep)
             self.keep_best()
@@ -299,13 +306,8 @@ class Session:
         if self.scheduler:
             self.scheduler.load_state_dict(states["scheduler"])
         self._set_rates(states["free"]["outer rate"], given["outer rate"])
-        carried = states["carried"]
-        if any(carried.values()) and len(carried) != processes.world():
-            raise ValueError(
-                f"{self.folder} holds where {len(carried)} processes left their tasks, not {processes.world()}; "
-                "resume it with as many"
-            )
-        self.learner.carried.load_state_dict(carried.get(processes.rank(), {}))
+        left = states["carried"]
+        self.learner.carried.load_state_dict({at: left[place] for at, place in enumerate(self.mine) if place in left})
         self._remember()
         was = states["free"]
         return [f"{name} {was[name]} -> {given[name]}" for name in given if was[name] != given[name]]

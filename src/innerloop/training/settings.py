@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import sys
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
@@ -32,6 +34,7 @@ NEEDED = (
 )  # fmt: skip
 """Without which a run's settings are no longer those of the run; others came later, and have defaults."""
 TUNED = dict.fromkeys(("glyphs", "omniglot"), 0.5)  # inner rates by data set; on all others it is measured
+ARGUMENTS = ":.*"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -41,8 +44,10 @@ def option(
     *,
     names: Iterable[str] = (),
     code: bool = False,
+    also: str = "",
     at_least: float = -math.inf,
     above: float = -math.inf,
+    at_most: float = sys.float_info.max,
     otherwise: str = "",
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
@@ -50,13 +55,16 @@ def option(
     Args:
         default: its value where none is given.
         help: one line for ``--help``.
-        names: allowed names; arguments may follow a name behind a colon.
+        names: allowed names.
         code: a function of the user's own will do as well, ``file.py:name``.
+        also: what else is allowed, as a regular expression; ``ARGUMENTS``: any of the names with a colon behind it.
         at_least: smallest allowed number.
         above: number that it must exceed.
+        at_most: largest allowed number.
         otherwise: in words, what holds where the default is None.
     """
-    limits = {"names": tuple(names), "code": code, "at_least": at_least, "above": above}
+    limits = {"names": tuple(names), "code": code, "also": also}
+    limits |= {"at_least": at_least, "above": above, "at_most": at_most}
     return field(default=default, metadata={"help": help, "otherwise": otherwise, **limits})
 
 
@@ -69,18 +77,22 @@ def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
     what, limits = flag(each.name), each.metadata
     try:
         value = _converted(kind, value)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         allowed = ", auto or none" if str in other else " or none" if other else ""
         raise ValueError(f"{what} is {value!r}; it must be {KINDS[kind]}{allowed}") from None
     if value == PYTHON and each.name in OF_PYTHON:
         return value
     if limits["code"] and value.partition(":")[0] not in limits["names"] and is_code(value):
         return absolute(value)
-    if limits["names"]:
+    if limits["also"] == ARGUMENTS:
         check_name(what, value.partition(":")[0], limits["names"])
+    elif limits["names"] and not (limits["also"] and re.fullmatch(limits["also"], value)):
+        check_name(what, value, limits["names"])
     elif kind in (int, float) and not (value >= limits["at_least"] and value > limits["above"]):
         least = f"above {limits['above']}" if math.isfinite(limits["above"]) else f"{limits['at_least']} or more"
         raise ValueError(f"{what} is {value}; it must be {least}")
+    elif kind in (int, float) and not -math.inf < value <= limits["at_most"]:
+        raise ValueError(f"{what} is too large a number; it must be {limits['at_most']:g} or less")
     return value
 
 
@@ -108,17 +120,33 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; --config takes a YAML, JSON or TOML file")
-    text = path.read_text(encoding="utf-8")
     try:
-        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content or {}, Mapping):
+    if not content:
+        raise ValueError(f"{path} is empty; leave it out, or write settings by name, such as 'ways: 5'")
+    if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold settings by name, such as 'ways: 5'")
-    values = {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
-    for name in values:
+    values: dict[str, Any] = {}
+    for each, value in content.items():
+        name = str(each).replace("-", "_")
         check_name(f"{path}: the setting", flag(name), [flag(each.name) for each in fields(Settings)])
+        if name in values:
+            raise ValueError(f"{path}: {flag(name)} is set twice; set it once")
+        values[name] = value
     return values
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Plain values alone, as `yaml.SafeLoader`, which takes the last of a setting's values without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise yaml.YAMLError(f"{twice[0]} is set twice; set it once")
+        return dict(super().construct_mapping(node, deep))
 
 
 @dataclass(frozen=True)
@@ -157,7 +185,9 @@ class Settings:
         "omniglot: background, 1200 or vinyals; folder: how classes are split",
         otherwise="background; 0.6,0.2,0.2",
     )
-    size: int | None = option(None, "folder: side of the images", at_least=1, otherwise="as they are, at most 84")
+    size: int | None = option(
+        None, "folder: side of the images", at_least=1, at_most=4096, otherwise="as they are, at most 84"
+    )
     channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1, otherwise="3")
 
     group: str | None = option(
@@ -169,7 +199,9 @@ class Settings:
         None, "folder: changes of training images: flip, crop or flip,crop", otherwise="no change"
     )
 
-    model: str = option("conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, code=True)
+    model: str = option(
+        "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, also=ARGUMENTS, code=True
+    )
     weights: str | None = option(
         None, "safetensors file with pretrained weights of the model", otherwise="first weights by the seed"
     )
@@ -190,8 +222,12 @@ class Settings:
         None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1, otherwise="no such vector"
     )
 
-    adapts: str = option("head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS)
-    inner: str = option("learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER)
+    adapts: str = option(
+        "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, also=ARGUMENTS
+    )
+    inner: str = option(
+        "learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER, also=ARGUMENTS
+    )
     inner_lr: float | str | None = option(
         None,
         "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
@@ -202,8 +238,12 @@ class Settings:
     test_steps: int | None = option(None, "inner steps in evaluation", at_least=0, otherwise="as in training")
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
-    meta_gradient: str = option("unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT)
-    start: str | None = option(None, "where the inner loop begins: ridge", names=START, otherwise="at the model")
+    meta_gradient: str = option(
+        "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, also=ARGUMENTS
+    )
+    start: str | None = option(
+        None, "where the inner loop begins: ridge", names=START, also=ARGUMENTS, otherwise="at the model"
+    )
     start_from: str | None = option(
         None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
     )
@@ -226,9 +266,11 @@ class Settings:
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
     )
 
-    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER)
+    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, also=ARGUMENTS)
     outer_lr: float = option(3e-3, "outer rate", above=0)
-    schedule: str = option("cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE)
+    schedule: str = option(
+        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, also=ARGUMENTS
+    )
     steps: int = option(9000, "outer steps", at_least=1)
     tasks_per_batch: int = option(4, "tasks of an outer step", at_least=1)
     clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
@@ -245,10 +287,12 @@ class Settings:
     checkpoint_every: str = option("10m", "steps, such as 500, or time, such as 90s, between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
 
-    seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0)
-    device: str = option("auto", "auto takes a GPU where there is one", names=("auto", "cpu", "cuda"))
+    seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
+    device: str = option(
+        "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), also=r"cuda:\d+"
+    )
     threads: int | None = option(
-        None, "CPU threads", at_least=1, otherwise="1, or as many as are free where that is much faster"
+        None, "CPU threads", at_least=1, at_most=1024, otherwise="1, or as many as are free where that is much faster"
     )
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
     chunk_size: int | None = option(
