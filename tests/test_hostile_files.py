@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from PIL import Image
 
 from innerloop.cli import main
 from innerloop.cli.adapt import _write_csv
-from innerloop.files import own, shown, write
+from innerloop.files import shown, write
+from innerloop.reporting.figures import Line, Panel, panels, save
 from innerloop.tasks import _images, folder
 from innerloop.tasks._images import Files, decode, is_image, read_bytes, read_npz
 from innerloop.training.adaptation import class_folders, images_in
+from innerloop.training.runs import save_results
 
 posix = pytest.mark.skipif(os.name != "posix", reason="makes links, pipes and names that only POSIX has")
 
@@ -107,13 +110,16 @@ def test_outputs_do_not_follow_a_planted_link(tmp_path: Path) -> None:
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     run.mkdir()
     elsewhere.write_text("mine")
-    names = ["settings.json", "results.json", "report.md", "tasks.png", "adaptation.png", "training.png"]
-    for name in names:
+    outputs: dict[str, Callable[[Path], object]] = {
+        "settings.json": lambda path: write(path, "theirs"),
+        "results.json": lambda path: save_results(path, {}),
+        "curve.png": lambda path: save(path, panels([Panel({"line": Line([0, 1], [0, 1])}, {})])),
+    }
+    for name, output in outputs.items():
         (run / name).symlink_to(elsewhere)
-    write(run / "settings.json", "theirs")
-    own(run / "report.md").write_text("theirs")
+        output(run / name)
+        assert not (run / name).is_symlink()
     assert elsewhere.read_text() == "mine"
-    assert not (run / "settings.json").is_symlink()
 
 
 @posix

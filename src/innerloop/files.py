@@ -37,13 +37,6 @@ def write(path: Path, content: bytes | str, ready: Callable[[], object] | None =
         partial.unlink(missing_ok=True)
 
 
-def own(path: Path) -> Path:
-    """The path of an output; a link that lies there is removed, so that nothing is written through it."""
-    if path.is_symlink():
-        path.unlink()
-    return path
-
-
 def shown(text: str) -> str:
     """Text for a terminal: control characters and bytes that are no UTF-8, as names of files may hold, are escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
