@@ -150,7 +150,7 @@ def test_code_of_a_run_runs_only_if_the_user_has_typed_it_and_it_is_unchanged(
         (["--model=nets.py:Net"], "nets.py cannot be imported (FileNotFoundError"),
         (["--model=no.such.module:Net"], "no.such.module cannot be imported (ModuleNotFoundError"),
         (["--model=net.py:Nets"], "net.py has no function or class Nets: it has Net, narrow, failing"),
-        (["--model=net.py:narrow"], "Net gives 2 scores an example, and a task has 3 classes: give its last layer"),
+        (["--model=net.py:narrow"], "the model tells 2 classes apart"),
         (["--model=net.py:failing"], "model net.py:failing failed: RuntimeError: out of ideas"),
         (["--model=net.py:number"], "gives int: let it return an nn.Module"),
         (["--model=net.py:Net:depth=3"], "Net takes ways, in_channels, width"),

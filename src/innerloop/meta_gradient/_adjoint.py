@@ -249,7 +249,8 @@ def pull(loop: InnerLoop, steps: range, snapshot: Snapshot, cotangents: Cotangen
     back = pullback(updates, snapshot.params, snapshot.grad, snapshot.state, loop.learned, loop.start)[1]
     params, grad, state, learned, start = back((cotangents.params, cotangents.state))
     before = Cotangents(params, state, add(cotangents.learned, learned), add(cotangents.start, start), cotangents.meta)
-    return before, grad
+    # what stands still has a gradient of zero, whoever reads it
+    return before, {name: g if loop.moves(name, steps.start) else nothing(g) for name, g in grad.items()}
 
 
 def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad: Tree) -> Cotangents:
