@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -22,7 +24,6 @@ from innerloop.blocks import parameter_names
 from innerloop.choices import make
 from innerloop.learner import MetaLearner
 from innerloop.tasks import SOURCES, TaskSource
-from innerloop.training.checkpoints import load_weights
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.code import PYTHON, build, is_code, load, short
 from innerloop.training.health import fitting_rate
@@ -142,7 +143,12 @@ def load_pretrained(model: nn.Module, file: Path) -> None:
         FileNotFoundError: no such file.
         ValueError: it is damaged, or something beside the head finds no weight of its name and shape.
     """
-    found, _ = load_weights(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        found = load_file(file)  # others write no checksum
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or damaged: {' '.join(str(error).split())}") from error
     own = model.state_dict()
     fits = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
     lacking = set(own) - set(fits)
