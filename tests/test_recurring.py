@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -192,7 +191,7 @@ class Grouped(il.tasks.TaskSource):
         return place % 10 == 3
 
 
-def steps_to_recover(source, limit: int = 400, **options: Any) -> int:
+def steps_to_recover(source, limit: int, **options: Any) -> int:
     """Outer steps until the loss of new hard tasks has fallen to a tenth."""
     learner = linear_learner(il.Unrolled())
     plain = Grouped()
@@ -204,34 +203,22 @@ def steps_to_recover(source, limit: int = 400, **options: Any) -> int:
         )
     )
     first = learner.evaluate(hard).loss.mean()
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
-
-    class Done(Exception):
-        pass
-
-    steps = 0
-
-    def watch(record: dict[str, Any]) -> None:
-        nonlocal steps
-        steps = record["step"]
-        if learner.evaluate(hard).loss.mean() < 0.1 * first:
-            raise Done
-
-    with contextlib.suppress(Done):
-        il.fit(
-            learner, source, steps=limit, tasks_per_batch=10, validation_tasks=0, progress=False, log=watch,
-            optimizer=optimizer, **options,
-        )  # fmt: skip
-    return steps
+    losses: list[float] = []
+    il.fit(
+        learner, source, steps=limit, tasks_per_batch=10, validation_tasks=0, progress=False,
+        log=lambda record: losses.append(learner.evaluate(hard).loss.mean().item()),
+        optimizer=torch.optim.SGD(learner.parameters(), lr=0.1), **options,
+    )  # fmt: skip
+    return next(step for step, loss in enumerate(losses, 1) if loss < 0.1 * first)
 
 
 def test_priority_and_weights_recover_a_hard_group_of_tasks_sooner():
-    uniform = steps_to_recover(Grouped())
-    drawn = steps_to_recover(il.tasks.Prioritised(Grouped(), 50, share=0.5))
-    weighted = steps_to_recover(Grouped(), task_weights=il.by_loss(1.0))
-    assert 100 < uniform < 400
-    assert drawn < uniform / 2
-    assert weighted < uniform / 2
+    uniform = steps_to_recover(Grouped(), 250)
+    drawn = steps_to_recover(il.tasks.Prioritised(Grouped(), 50, share=0.5), 90)
+    weighted = steps_to_recover(Grouped(), 90, task_weights=il.by_loss(1.0))
+    assert uniform > 180
+    assert drawn < 60
+    assert weighted < 60
 
 
 def test_prioritised_tasks_are_drawn_by_their_losses():

@@ -135,8 +135,9 @@ def fit(
     Raises:
         ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner
             with ``carry="task"`` and tasks that do not recur, a source that gives another number of tasks than asked
-            for, weights to start from that do not fit, a folder that not every process can read, that another process has, that already holds a
-            run while ``resume`` is False, or whose run is of another method, model, data or seed.
+            for, weights to start from that do not fit, a folder that not every process can read, that another process
+            has, that already holds a run while ``resume`` is False, or whose run is of another method, model, data or
+            seed.
         FileNotFoundError: ``start_from`` holds no weights.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were. Also where a validation is not finite. Or three validations in a row at

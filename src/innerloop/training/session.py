@@ -273,7 +273,9 @@ class Session:
         # by the place in the whole batch, so that another number of processes can go on
         left = self.learner.carried.state_dict()
         named = self.learner.carry == "task"
-        mine = list(left.items()) if named else [(p, left[at]) for at, p in enumerate(self.mine) if at in left]
+        mine: list[Any] = (
+            list(left.items()) if named else [(p, left[at]) for at, p in enumerate(self.mine) if at in left]
+        )
         carried = dict(processes.gather(mine))
         if self.folder and processes.rank() == 0:
             if self.records:
