@@ -26,7 +26,7 @@ from innerloop.problem import Batch, End, Tree
 class MOML(MetaGradient):
     """For tasks that come again with noisy support sets: averages what the inner loop gives over a task's visits.
 
-    Every visit begins at the start. With ``carry="task"`` a learner keeps the averages, a copy of what adapts for each
+    Every visit begins at the start, with step 0. With ``carry="task"`` a learner keeps the averages, a copy of what adapts for each
     task; without it, and with ``beta=1``, this is `Unrolled`. Loss and accuracy are the average's.
 
     Attributes:
