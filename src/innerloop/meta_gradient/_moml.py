@@ -26,8 +26,8 @@ from innerloop.problem import Batch, End, Tree
 class MOML(MetaGradient):
     """For tasks that come again with noisy support sets: averages what the inner loop gives over a task's visits.
 
-    Every visit begins at the start, with step 0. With ``carry="task"`` a learner keeps the averages, a copy of what adapts for each
-    task; without it, and with ``beta=1``, this is `Unrolled`. Loss and accuracy are the average's.
+    Every visit begins at the start, with step 0. With ``carry="task"`` a learner keeps the averages, a copy of what
+    adapts for each task; without it, and with ``beta=1``, this is `Unrolled`. Loss and accuracy are the average's.
 
     Attributes:
         beta: the weight of the new visit, above 0 and at most 1.
