@@ -429,3 +429,184 @@ def test_the_binomial_estimate_reports_its_reach_and_training_warns():
     learner = il.Bilevel(problem, meta, il.SGD(lr=0.8, steps=4), il.Binomial(2))
     with pytest.warns(UserWarning, match=r"lr \* \|H\| of the inner problem is 1\.6 or more"):
         il.fit(learner, Same(), steps=2, tasks_per_batch=1, validation_tasks=0, progress=False)
+
+
+# --- B-SMALL ---------------------------------------------------------------------------------------------------------
+
+
+def sparse_learner(estimator: MetaGradient, chosen: str = "everything", **options) -> tuple[il.MetaLearner, il.Task]:
+    plain, batch = model_and_batch("conv4")
+    model = il.models.sparse(plain)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("log_std"):
+                parameter.fill_(-2.0)  # of the size of the weights
+    learner = il.MetaLearner(
+        model, subset("conv4", chosen), il.SGD(lr=0.1, steps=3), estimator, regulariser=il.models.Divergence(1e-3),
+        reuse_prefix=False, **options,
+    )  # fmt: skip
+    return learner.train(), batch
+
+
+@pytest.mark.parametrize("chosen", ["everything", "pattern"])
+def test_sparse_layers_replay_their_noise_exactly(chosen):
+    """Recomputed steps draw what recorded ones drew: one graph of the whole loop against one product a step."""
+    grads = []
+    for estimator in (il.Unrolled(record=True), il.Unrolled(record=False), il.Unrolled(copies=2), il.Binomial(3)):
+        learner, batch = sparse_learner(estimator, chosen, chunk_size=1)
+        torch.manual_seed(4)
+        learner.meta_step(batch)
+        grads.append({name: p.grad for name, p in learner.model.named_parameters()})
+    assert all(relative_error(each, grads[0]) < 1e-9 for each in grads[1:])
+    assert all(value.any() for name, value in grads[0].items() if name.endswith(("weight", "log_std")))
+    torch.manual_seed(5)
+    learner.zero_grad()
+    learner.meta_step(batch)
+    assert relative_error({name: p.grad for name, p in learner.model.named_parameters()}, grads[0]) > 1e-3
+
+
+def test_a_regulariser_is_a_term_of_both_losses():
+    learner, batch = sparse_learner(il.Unrolled())
+    plain, _ = sparse_learner(il.Unrolled())
+    plain.few_shot.regulariser = None
+    task = torch.utils._pytree.tree_map(lambda value: value[0], batch)
+    params = {name: p.detach() for name, p in learner.model.named_parameters()}
+    for loss, examples in (("inner_loss", task.support), ("outer_loss", task.query)):
+        torch.manual_seed(0)
+        found = getattr(learner.problem, loss)(params, params, examples)
+        torch.manual_seed(0)
+        without = getattr(plain.problem, loss)(params, params, examples)
+        found, without = (each[0] if isinstance(each, tuple) else each for each in (found, without))
+        assert (found - without).item() == pytest.approx(il.models.Divergence(1e-3)(params).item(), rel=1e-9)
+
+
+def test_sparse_layers_have_the_moments_of_their_weights_and_drop_noisy_ones():
+    torch.manual_seed(0)
+    layer = il.models.sparse(torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        layer.log_std[:] = torch.tensor([[-8.0, -1.0, 0.5, 3.0]] * 2)
+    inputs = torch.randn(4)
+    draws = layer(inputs.expand(100_000, 4))
+    mean = torch.nn.functional.linear(inputs, layer.weight, layer.bias)
+    variance = (2 * layer.log_std).exp() @ inputs.square()
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.2)
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.03, atol=0)
+    kept = 2 * layer.log_std - 2 * layer.weight.abs().log() < 3
+    assert il.models.sparsity(layer) == pytest.approx(1 - kept.float().mean().item())
+    expected = torch.nn.functional.linear(inputs, layer.weight * kept, layer.bias)
+    torch.testing.assert_close(layer.eval()(inputs), expected)
+    with pytest.raises(ValueError, match="no plain linear"):
+        il.models.sparse(torch.nn.ReLU())
+    with pytest.raises(ValueError, match="1e-5"):
+        il.models.Divergence(-1.0)
+
+
+# --- GradNCP and neural fields ---------------------------------------------------------------------------------------
+
+
+def last_layer_score(errors: Tensor, features: Tensor) -> Tensor:
+    return errors.norm(dim=1) * (features.square().sum(1) + 1).sqrt()
+
+
+def field(keep: float | None) -> tuple[il.Problem, Tree, il.Task]:
+    torch.manual_seed(0)
+    model = il.models.SIREN([2, 16, 16, 1]).double()
+    call = partial(torch.func.functional_call, model)
+
+    def loss(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (call(params, batch[0]) - batch[1]).square().mean()
+
+    def score(params: Tree, meta: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        features = batch[0]
+        for name, layer in list(model.named_children())[:-1]:
+            own = {key.removeprefix(f"{name}."): v for key, v in params.items() if key.startswith(f"{name}.")}
+            features = torch.func.functional_call(layer, own, features)
+        return last_layer_score(call(params, batch[0]) - batch[1], features)
+
+    problem = il.Problem(dict, loss, loss)
+    problem = problem if keep is None else il.pruned(problem, score, keep)
+    tasks = il.tasks.Fields(il.tasks.glyphs())
+    task = torch.utils._pytree.tree_map(lambda value: value[0].double(), tasks.batch("train", 2, 1))
+    return problem, {name: p.detach() for name, p in model.named_parameters()}, task
+
+
+def test_fields_are_the_images_of_their_source():
+    source = il.tasks.glyphs(ways=2)
+    tasks = il.tasks.Fields(source)
+    (points, values), query = tasks.batch("validation", 3, 2)
+    image = source.batch("validation", 4, 1).support[0][0, 0]
+    assert torch.equal(values[1].view(28, 28), image[0])
+    assert points[1].view(28, 28, 2)[27, 0].tolist() == [1.0, -1.0]
+    assert torch.equal(query[1], values)
+    assert (tasks.ways, tasks.input_shape, tasks.output_size) == (None, (2,), 1)
+
+
+def test_scores_are_lengths_of_the_last_layers_gradient():
+    torch.manual_seed(1)
+    head, features, targets = torch.nn.Linear(5, 3), torch.randn(7, 5), torch.randn(7, 3)
+    errors = head(features) - targets
+    lengths = []
+    for error in errors.square().sum(1) / 2:
+        slopes = torch.autograd.grad(error, list(head.parameters()), retain_graph=True)
+        lengths.append(torch.cat([each.flatten() for each in slopes]).norm())
+    torch.testing.assert_close(last_layer_score(errors, features), torch.stack(lengths))
+
+
+def test_pruned_steps_choose_their_own_examples_and_the_meta_gradient_is_exact():
+    problem, meta, task = field(0.25)
+    inner = il.SGD(lr=1e-2, steps=3)
+    found = [il.hypergradient(problem, meta, task, inner, il.Unrolled(record=record)) for record in (True, False)]
+    assert relative_error(found[0].grad, found[1].grad) < 1e-9
+    plain, _, _ = field(None)
+    whole, _, _ = field(1.0)
+    every = il.hypergradient(plain, meta, task, inner).grad
+    assert relative_error(il.hypergradient(whole, meta, task, inner).grad, every) < 1e-9
+    assert relative_error(found[0].grad, every) > 1e-2
+    learner = il.Bilevel(problem, meta, inner, stacked=True, chunk_size=2)
+    learner.meta_step(torch.utils._pytree.tree_map(lambda value: value.expand(2, *value.shape), task))
+    assert relative_error({name: learner._parameter(name).grad for name in meta}, found[0].grad) < 1e-9
+
+
+def test_what_fields_refuse():
+    problem, _, _ = field(None)
+    with pytest.raises(ValueError, match="share of examples"):
+        il.pruned(problem, lambda *_: torch.zeros(1), 0.0)
+
+
+# --- tasks without labels --------------------------------------------------------------------------------------------
+
+
+def test_clusters_stand_for_classes_and_hold_mostly_one():
+    source = il.tasks.glyphs(ways=5, shots=1, queries=5)
+    tasks = il.tasks.clustered(source, 40)
+    own, found = source.image_set, tasks.image_set
+    first = torch.tensor([0, *own.counts]).cumsum(0)
+    known = {
+        own.images[row].numpy().tobytes(): each
+        for each in own.splits["train"]
+        for row in range(first[each], first[each + 1])
+    }
+    share, place = [], 0
+    for each in found.splits["train"]:
+        rows = range(place, place + found.counts[each])
+        labels = torch.tensor([known[found.images[row].numpy().tobytes()] for row in rows])
+        share.append(labels.bincount().max().item() / len(labels))
+        assert len(labels) >= 6
+        place += found.counts[each]
+    assert sum(share) / len(share) > 10 / len(own.splits["train"])
+    assert torch.equal(tasks.batch("test", 0, 2).support[1], source.batch("test", 0, 2).support[1])
+    assert il.tasks.clustered(source, 40).image_set.counts == found.counts
+    assert {*found.classes[-3:]} <= {*own.classes}
+    for clusters in (4, 10**6):
+        with pytest.raises(ValueError, match="from 5, the ways"):
+            il.tasks.clustered(source, clusters)
+
+
+def test_clusters_by_an_embedding_of_ones_own_are_those_of_it():
+    source = il.tasks.arrays(
+        torch.arange(60.0).view(60, 1), torch.arange(60) // 10, split=(0.4, 0.3, 0.3), ways=2, shots=1, queries=2
+    )
+    tasks = il.tasks.clustered(source, 3, embed=lambda images: (images > 20).double() * 5 + images / 1000)
+    assert sum(tasks.image_set.counts) == 60
+    with pytest.raises(ValueError, match="fewer clusters"):
+        il.tasks.clustered(source, 20)

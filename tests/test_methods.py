@@ -25,7 +25,9 @@ def test_every_method_trains(name, dataset, shape):
     targets = torch.arange(3).repeat(2, 1)
     generator = torch.Generator().manual_seed(0)
     support, query = (torch.rand(2, 3, *shape, generator=generator) for _ in range(2))
-    metrics = learner.meta_step(Task((support, targets), (query, targets)))
+    metrics = learner.meta_step(
+        Task((support, targets), (query, targets)), task_ids=[0, 1] if learner.carry == "task" else None
+    )
     optimizer.step()
     assert metrics.loss.isfinite()
     after = learner.state_dict()

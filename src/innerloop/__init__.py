@@ -9,12 +9,14 @@ from innerloop.inner import ALFA, SGD, Adam, AdamW, LearnedRates, Momentum, Newt
 from innerloop.learner import MetaLearner
 from innerloop.linear import CG, Neumann, Nystrom
 from innerloop.meta_gradient import (
+    MOML,
     SAMA,
     Binomial,
     EvolutionStrategies,
     FirstOrder,
     ForwardGradient,
     Implicit,
+    LocalMOML,
     MemoryReduced,
     MetaRKHS,
     Mixed,
@@ -28,6 +30,7 @@ from innerloop.meta_gradient import (
     Window,
 )
 from innerloop.problem import End, Problem, Steps, Task
+from innerloop.pruning import pruned
 from innerloop.start import Prototypes, Ridge
 
 if TYPE_CHECKING:
@@ -35,9 +38,12 @@ if TYPE_CHECKING:
     from innerloop.studies.compare import compare
     from innerloop.training.adaptation import load_adapted
     from innerloop.training.fit import fit
+    from innerloop.training.weighting import SPSA, by_loss
 
 # Loaded when first asked for: they bring drawing, logs and tables with them.
 _LAZY = {
+    "SPSA": "innerloop.training.weighting",
+    "by_loss": "innerloop.training.weighting",
     "check": "innerloop.studies.check",
     "compare": "innerloop.studies.compare",
     "fit": "innerloop.training.fit",
@@ -47,8 +53,10 @@ _LAZY = {
 __all__ = [
     "ALFA",
     "CG",
+    "MOML",
     "SAMA",
     "SGD",
+    "SPSA",
     "Adam",
     "AdamW",
     "Bilevel",
@@ -65,6 +73,7 @@ __all__ = [
     "Implicit",
     "LearnedRates",
     "LoRA",
+    "LocalMOML",
     "MemoryReduced",
     "MetaLearner",
     "MetaRKHS",
@@ -88,12 +97,14 @@ __all__ = [
     "Truncated",
     "Unrolled",
     "Window",
+    "by_loss",
     "check",
     "compare",
     "fit",
     "hypergradient",
     "load_adapted",
     "models",
+    "pruned",
     "tasks",
 ]
 

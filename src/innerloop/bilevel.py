@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -218,14 +218,14 @@ class Bilevel(nn.Module):
         self.timeless = self.inner.timeless
         if self.adapted:
             self.inner.check_names(self.adapted)
-        if carry != "none" and whole and not self.inner.proximal:
+        self.meta_gradient: MetaGradient = (
+            choice(meta_gradient, "meta_gradient") if meta_gradient is not None else Unrolled()
+        )
+        if carry != "none" and whole and not self.inner.proximal and not self.meta_gradient.anew:
             raise ValueError(
                 f"carry={carry!r}: a task that is taken up no longer depends on the start, and all that could be "
                 f"learned here is that: give {type(inner).__name__}(proximal=2.0), or adapt less, as in adapts=Head()"
             )
-        self.meta_gradient: MetaGradient = (
-            choice(meta_gradient, "meta_gradient") if meta_gradient is not None else Unrolled()
-        )
         learned: Tree = {}
         if type(self.inner).learned is not InnerSolver.learned:
             learned = self.inner.learned(self._first_params())
@@ -315,6 +315,9 @@ class Bilevel(nn.Module):
         reached = self._ends(found, starts, count) if keep else None
         if self.carry != "none" and reached is not None:
             self.carried.store(keys, reached)
+            if self.meta_gradient.drifts:
+                start = self._first_params()
+                self.carried.change(lambda params: self.meta_gradient.unseen(params, start), besides=keys)
         self._accumulate(*total)
         alone = isinstance(batch, Task) and not self.stacked
         return Metrics(
@@ -820,6 +823,11 @@ class Carried:
         for key, end in zip(keys, ends, strict=True):
             if finite((end.params, end.state, end.solution)):
                 self._left[key] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, end)
+
+    def change(self, function: Callable[[Tree], Tree], besides: Collection[Hashable]) -> None:
+        """Replace the parameters of all tasks but those of some keys."""
+        for key in self._left.keys() - set(besides):
+            self._left[key] = self._left[key]._replace(params=function(self._left[key].params))
 
     def state_dict(self) -> dict[Hashable, dict[str, Any]]:
         """Where every task was left, in dicts and tensors alone."""

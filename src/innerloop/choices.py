@@ -21,12 +21,14 @@ from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, LoRA, Named
 from innerloop.inner import ALFA, SGD, Adam, AdamW, InnerSolver, LearnedRates, Momentum, NewtonCG
 from innerloop.linear import CG, Neumann
 from innerloop.meta_gradient import (
+    MOML,
     SAMA,
     Binomial,
     EvolutionStrategies,
     FirstOrder,
     ForwardGradient,
     Implicit,
+    LocalMOML,
     MemoryReduced,
     MetaGradient,
     MetaRKHS,
@@ -137,6 +139,8 @@ META_GRADIENT: Table = {
     "darts": darts,
     "t1-t2": t1_t2,
     "meta-rkhs": MetaRKHS,
+    "moml": MOML,
+    "local-moml": LocalMOML,
     "forward-gradient": ForwardGradient,
     "evolution-strategies": EvolutionStrategies,
     "pes": pes,

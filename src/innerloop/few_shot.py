@@ -54,6 +54,7 @@ class FewShot:
         batch_norm: where queries take their statistics.
         start: None starts at the initialisation itself.
         reuse_prefix: compute what all inner steps share once.
+        regulariser: ``regulariser(params) -> scalar``, of all parameters by name, a term of both losses; None for none.
 
     Raises:
         ValueError: the choice does not fit the model.
@@ -67,7 +68,9 @@ class FewShot:
         batch_norm: BatchNormMode,
         start: Start | None,
         reuse_prefix: bool,
+        regulariser: Callable[[Tree], Tensor] | None = None,
     ) -> None:
+        self.regulariser = regulariser
         self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         selected = set(adapts.select(model))
@@ -90,10 +93,10 @@ class FewShot:
         self.suffix: Chain | None = None
         self.blocks: list[Chain] = []
         self._lowest = 0
-        self._split(reuse_prefix and batch_norm != "step")
+        self._split(reuse_prefix and batch_norm != "step" and regulariser is None)
         begin = self._from_support if start else self._from_meta
         self.problem = Problem(begin, self._inner_loss, self._outer_loss)
-        if self.blocks:
+        if self.blocks and regulariser is None:  # which is no stage of a chain
             inner, outer = (partial(self._stages, part) for part in (SUPPORT, QUERY))
             self.problem = replace(self.problem, inner_chain=inner, outer_chain=outer)
 
@@ -293,13 +296,17 @@ class FewShot:
         inputs, targets, step = _parts(batch)
         with statistics_from_first(self.model, None, step) if step else contextlib.nullcontext():
             outputs = self._forward(params, meta, inputs, SUPPORT)
-        return self._judged(meta, outputs, targets)
+        return self._regularised(self._judged(meta, outputs, targets), params, meta)
 
     def _outer_loss(self, params: Tree, meta: Tree, batch: Batch, rows: int | None = None) -> tuple[Tensor, Any]:
         inputs, targets, step = _parts(batch)
         with statistics_from_first(self.model, rows, step):
             outputs = self._forward(params, meta, inputs, QUERY)
-        return self._with_outputs(meta, outputs, targets, rows)
+        loss, shown = self._with_outputs(meta, outputs, targets, rows)
+        return self._regularised(loss, params, meta), shown
+
+    def _regularised(self, loss: Tensor, params: Tree, meta: Tree) -> Tensor:
+        return loss if self.regulariser is None else loss + self.regulariser({**meta, **params})
 
     def _with_outputs(self, meta: Tree, outputs: Any, targets: Any, rows: int | None) -> tuple[Tensor, Any]:
         if rows:

@@ -63,6 +63,8 @@ class MetaLearner(Bilevel):
         products: how gradients and curvature products are computed: ``"auto"``, ``"autograd"``, ``"blocks"`` (deep
             models at a block's memory, where the blocks are known) or ``"differences"``; see `Bilevel`.
         compile: True compiles the meta-step, which pays for small models and long runs; see `Bilevel`.
+        regulariser: ``regulariser(params) -> scalar``, of the parameters by name: a term of both losses, such as
+            `models.Divergence`; None for none.
         reuse_prefix: compute what lies below the lowest adapted block once a task instead of once a step. Exact; left
             out by itself where the blocks are not known, or random (dropout).
 
@@ -91,6 +93,7 @@ class MetaLearner(Bilevel):
         memory: int | None = None,
         products: Products | Engine = "auto",
         compile: bool | str = False,
+        regulariser: Callable[[Tree], Tensor] | None = None,
         reuse_prefix: bool = True,
     ) -> None:
         nn.Module.__init__(self)
@@ -110,7 +113,7 @@ class MetaLearner(Bilevel):
         pooling.convert(self.model)
         freeze(self.model)
         begin: Start | None = choice(start, "start") if start is not None else None
-        self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix)
+        self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix, regulariser)
         self.problem = self.few_shot.problem
         moves, whole = self.few_shot.moves, self._whole()
         self._bind(inner, meta_gradient, carry, True, chunk_size, memory, products, compile, moves, whole)

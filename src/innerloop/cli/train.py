@@ -248,7 +248,7 @@ def _trial(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Calla
     def trial() -> None:
         with arithmetic(settings):
             optimizer.zero_grad()
-            mine.meta_step(batch, step_weights=weights)
+            mine.meta_step(batch, step_weights=weights, task_ids=[0] if mine.carry == "task" else None)
             optimizer.step()
 
     return trial

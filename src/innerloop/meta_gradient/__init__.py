@@ -10,6 +10,7 @@ from innerloop.meta_gradient._forward import ForwardGradient
 from innerloop.meta_gradient._implicit import Implicit, MemoryReduced
 from innerloop.meta_gradient._meta_rkhs import MetaRKHS
 from innerloop.meta_gradient._mixed import Mixed
+from innerloop.meta_gradient._moml import MOML, LocalMOML
 from innerloop.meta_gradient._penalty import Penalty
 from innerloop.meta_gradient._released import ReleasedIMAML
 from innerloop.meta_gradient._reptile import Reptile
@@ -20,12 +21,14 @@ from innerloop.meta_gradient._unrolled import Unrolled
 from innerloop.meta_gradient._window import Window
 
 __all__ = [
+    "MOML",
     "SAMA",
     "Binomial",
     "EvolutionStrategies",
     "FirstOrder",
     "ForwardGradient",
     "Implicit",
+    "LocalMOML",
     "MemoryReduced",
     "MetaGradient",
     "MetaRKHS",

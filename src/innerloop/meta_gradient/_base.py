@@ -96,6 +96,9 @@ class MetaGradient:
     is_gradient: ClassVar[bool] = True
     """Whether it estimates the gradient of the outer loss, length and all."""
 
+    anew: ClassVar[bool] = False
+    """Whether a task that is taken up begins at the start again, and only its end depends on where it was left."""
+
     learn_start: bool = True
     """Whether the start of the inner loop is learned; if not, nothing reaches meta through it."""
 
@@ -108,6 +111,15 @@ class MetaGradient:
     def reach(self) -> int:
         """How many inner steps it is set to look at together; 0 where it is set to nothing of the kind."""
         return 0
+
+    @property
+    def drifts(self) -> bool:
+        """Whether tasks that are carried move in outer steps that do not see them, as ``unseen`` says."""
+        return False
+
+    def unseen(self, params: Tree, start: Tree) -> Tree:
+        """The parameters of a carried task after an outer step without it; ``start`` is where tasks begin."""
+        return params
 
     def check(self, solver: InnerSolver, *, learns: bool = False, whole: bool | None = None) -> None:
         """Refuse what this estimator does not go with.

@@ -41,7 +41,7 @@ from innerloop.training.store import BEST, METRICS, locked, read_records
 
 METHODS = (
     "maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
-    "proto-maml", "ridge", "pretrained",
+    "proto-maml", "ridge", "pretrained", "mamf",
 )  # fmt: skip
 STUDY, COSTS, RUNS, TASKS = "study.json", "costs", "runs", "tasks.safetensors"
 SHARE = 0.9
@@ -54,7 +54,7 @@ SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for wh
 # What a method chooses; the comparison holds all else equal.
 CHOSEN = (
     "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
-    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "batch_norm", "context",
+    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "batch_norm", "context", "recurring",
 )  # fmt: skip
 
 # What the comparison sets itself, from its own numbers.

@@ -125,6 +125,8 @@ def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict
 
 
 def _learner(settings: Settings, shape: dict[str, Any]) -> MetaLearner:
+    if settings.carry == "task":  # one batch again and again, in which the place names the task
+        settings = replace(settings, carry="slot")
     return build_learner(settings, tuple(shape["input_shape"]), shape["outputs"], shape["regression"])
 
 

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from innerloop.tasks._arrays import arrays, dataset
 from innerloop.tasks._baseline import nearest_neighbour
 from innerloop.tasks._cifar import cifar_fs, fc100
+from innerloop.tasks._clustered import clustered
 from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, check_seed, check_split, random_bits, uniform
+from innerloop.tasks._fields import Fields
 from innerloop.tasks._folder import folder
 from innerloop.tasks._glyphs import glyphs
 from innerloop.tasks._imagenet import mini_imagenet, tiered_imagenet
 from innerloop.tasks._omniglot import omniglot
+from innerloop.tasks._recurring import Prioritised, Recurring
 from innerloop.tasks._regression import linear, quadratic, sinusoid
 from innerloop.tasks._stations import stations
 
@@ -31,12 +34,16 @@ SOURCES: dict[str, Callable[..., TaskSource]] = {
 __all__ = [
     "SOURCES",
     "Episodes",
+    "Fields",
     "ImageSet",
+    "Prioritised",
+    "Recurring",
     "TaskSource",
     "arrays",
     "check_seed",
     "check_split",
     "cifar_fs",
+    "clustered",
     "dataset",
     "fc100",
     "folder",

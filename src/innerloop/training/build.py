@@ -23,7 +23,7 @@ from innerloop.adapts._head import head_of
 from innerloop.blocks import parameter_names
 from innerloop.choices import make
 from innerloop.learner import MetaLearner
-from innerloop.tasks import SOURCES, TaskSource
+from innerloop.tasks import SOURCES, Recurring, TaskSource
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.code import PYTHON, build, is_code, load, short
 from innerloop.training.health import fitting_rate
@@ -56,6 +56,8 @@ def build_tasks(settings: Settings, splits: Iterable[str] = ("train", "validatio
             f"dataset {short(settings.dataset)} gives {type(tasks).__name__}, no source of tasks: let it return "
             "il.tasks.arrays(...), il.tasks.dataset(...) or a subclass of il.tasks.TaskSource"
         )
+    if settings.recurring is not None:
+        tasks = Recurring(tasks, settings.recurring)
     for split in splits:
         tasks.batch(split, 0, 1)
     return tasks

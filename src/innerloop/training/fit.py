@@ -29,6 +29,7 @@ from innerloop.training.session import Session
 from innerloop.training.settings import SETTINGS
 from innerloop.training.signals import heeded
 from innerloop.training.store import BEST, METRICS, TENSORBOARD, JsonLines, Record, locked
+from innerloop.training.weighting import Weights
 
 TRIED = 20  # outer steps after which compiling is thought of
 _log = logging.getLogger("innerloop")
@@ -65,6 +66,7 @@ def fit(
     clip: float | None = None,
     multi_step_loss: int | None = None,
     first_order: int | None = None,
+    task_weights: Weights | None = None,
     validate_every: int = 500,
     validation_tasks: int = 200,
     patience: int | None = None,
@@ -96,7 +98,9 @@ def fit(
         learner: a `MetaLearner` or any `Bilevel`, trained in place, on the device and in the precision of its
             parameters. What it carries from batch to batch is in the checkpoint.
         tasks: where tasks come from: any object with ``batch(split, start, count)``, which gives a batch of tasks, a
-            list of them, or the one asked for, and is a pure function of its arguments.
+            list of them, or the one asked for, and is a pure function of its arguments. One whose tasks recur names
+            them by ``ids(split, start, count)``, which ``carry="task"`` needs. One that draws by losses
+            (`Prioritised`) has ``seen(ids, losses)``, ``state_dict`` and ``load_state_dict`` as well.
         steps: outer steps, those of earlier sessions included.
         tasks_per_batch: tasks in one outer step, over all processes.
         optimizer: any optimiser of torch over ``learner.parameters()``; by default Adam at 1e-3.
@@ -105,6 +109,8 @@ def fit(
         multi_step_loss: anneal `multi_step_weights` over so many outer steps; None trains on the last inner step alone.
         first_order: outer steps that take the meta-gradient of `FirstOrder` before those of the learner's own, MAML++'s
             annealing of derivatives (arXiv 1810.09502); None takes the learner's own from the first on.
+        task_weights: ``weights(losses, ids, step)``, how much each task of a batch counts by its loss after adaptation,
+            which takes one more pass through the inner loop; see `innerloop.training.weighting`. None counts all alike.
         validate_every: outer steps between validations, each followed by a checkpoint. The last step has one too.
         validation_tasks: tasks in a validation, always the same ones; 0 for none.
         patience: stop after so many validations in a row without a better one.
@@ -128,9 +134,10 @@ def fit(
 
     Raises:
         ValueError: a setting outside its range, an optimiser that holds none of the learner's parameters, a learner
-            with ``carry="task"``, a source that gives another number of tasks than asked for, weights to start from
-            that do not fit, a folder that not every process can read, that another process has, that already holds a
-            run while ``resume`` is False, or whose run is of another method, model, data or seed.
+            with ``carry="task"`` and tasks that do not recur, a source that gives another number of tasks than asked
+            for, weights to start from that do not fit, a folder that not every process can read, that another process
+            has, that already holds a run while ``resume`` is False, or whose run is of another method, model, data or
+            seed.
         FileNotFoundError: ``start_from`` holds no weights.
         Diverged: loss or gradient not finite, with the task at fault and what is wrong in it; weights and the last
             checkpoint stay as they were. Also where a validation is not finite. Or three validations in a row at
@@ -159,10 +166,15 @@ def fit(
             f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would "
             "change nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
         )
-    if learner.carry == "task":
+    if learner.carry == "task" and not hasattr(tasks, "ids"):
         raise ValueError(
             "carry='task' resumes tasks that come again, and those of a training stream never do: choose 'slot' or "
-            "'none', or call meta_step with task_ids in a training loop of your own"
+            "'none', take il.tasks.Recurring(tasks, 100), or call meta_step with task_ids in a loop of your own"
+        )
+    if learner.carry == "task" and processes.world() > 1 and (count := getattr(tasks, "count", 0)) % tasks_per_batch:
+        raise ValueError(
+            f"{count} tasks recur in batches of {tasks_per_batch}, and would change processes, each of which keeps its "
+            "own: let a multiple of the batch recur"
         )
     if first_order:
         learner.accepts(FirstOrder())
@@ -174,7 +186,7 @@ def fit(
     run = Session(
         learner, tasks, optimizer, scheduler, None if folder is None else Path(folder), steps=steps,
         tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, first_order=first_order, seed=seed,
-        keep=keep, skips=skips,
+        keep=keep, skips=skips, task_weights=task_weights,
     )  # fmt: skip
     limit = math.inf if minutes is None else 60 * minutes
     warned = False
@@ -292,6 +304,7 @@ def replay(
     clip: float | None = None,
     multi_step_loss: int | None = None,
     first_order: int | None = None,
+    task_weights: Weights | None = None,
     seed: int = 0,
 ) -> str:
     """Compute one outer step of a run again, from the checkpoint before it, and say what is in it; nothing is written.
@@ -309,6 +322,7 @@ def replay(
         clip: of the run.
         multi_step_loss: of the run.
         first_order: of the run.
+        task_weights: of the run.
         seed: of the run.
 
     Raises:
@@ -317,7 +331,7 @@ def replay(
     run = Session(
         learner, learner.meta_gradient.trains_on(tasks), optimizer, scheduler, Path(folder), steps=step,
         tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, first_order=first_order, seed=seed,
-        skips=step,
+        skips=step, task_weights=task_weights,
     )  # fmt: skip
     run.restore(True, before=step)
     began = run.progress.step
@@ -326,12 +340,12 @@ def replay(
     while run.progress.step < step - 1:
         run.step([])
         run.anneal(run.progress.ahead)
-    batch, weights = run.draw()
+    batch, settings = run.draw()
     optimizer.zero_grad()
-    metrics = learner.meta_step(batch, step_weights=weights)
+    metrics = run.meta_step(batch, settings)
     norm = run.norm()
     optimizer.zero_grad()
-    reason = learner.diagnose(batch, weights)
+    reason = learner.diagnose(batch, **settings)
     if reason is None and math.isfinite(norm):
         reason = "every number is finite"
     elif reason is None:

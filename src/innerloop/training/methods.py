@@ -15,6 +15,7 @@ from innerloop.choices import check_name, text
 from innerloop.inner import ALFA, SGD, Adam, InnerSolver, LearnedRates, NewtonCG
 from innerloop.linear import CG
 from innerloop.meta_gradient import (
+    MOML,
     Binomial,
     FirstOrder,
     Implicit,
@@ -188,6 +189,20 @@ METHODS: dict[str, Method] = {
         "ten steps at test as published; the paper's regulariser is not known, so that of MAML's rates and five steps, "
         "0.1 for characters and 0.01 for pictures; Adam 1e-3 outside is ours",
         Everything(), (SGD(lr=0.1, steps=5, test_steps=10), SGD(lr=0.01, steps=5, test_steps=10)), MetaRKHS(), OUTER,
+    ),
+    "moml": Method(
+        "MOML", "2106.04911",
+        "authors' code for Omniglot and CIFAR-100: beta 0.3, inner rate 0.01, Adam 1e-3 outside; one step and 1,000 "
+        "tasks are ours, and 0.4, MAML's rate, for characters",
+        Everything(), (MAML[0], SGD(lr=0.01, steps=1)), MOML(), OUTER | {"carry": "task", "recurring": 1000},
+        ("recurring", "{}"), "100",
+    ),
+    "mamf": Method(
+        "MAMF, no bilevel part", "2203.04904",
+        "plain fine-tuning on sampled tasks, one after the other (reconstructed): Reptile that goes all the way, the "
+        "mean of a batch of tasks. Eight epochs a task as in the authors' code; its rates are CLIP's, so MAML's: 0.1 "
+        "for characters and 0.01 for pictures",
+        Everything(), (SGD(lr=0.1, steps=8), SGD(lr=0.01, steps=8)), Reptile(), {"optimizer": "sgd", "outer_lr": 1.0},
     ),
     "protonet": Method(
         "ProtoNet", "1703.05175", f"no inner step; the outer rate is ours: {OWN_RATE}",

@@ -52,6 +52,7 @@ def _choices(learner: MetaLearner, settings: Settings, regression: bool) -> Sett
         same = repr(settings.method()) == repr(own)
     except (StopIteration, TypeError, ValueError):  # a class of the user's own, or a rate that is no number
         return None
+    same = same and learner.few_shot.regulariser is None
     return settings if same and learner.loss is (squared_error if regression else cross_entropy) else None
 
 

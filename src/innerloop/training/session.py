@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from innerloop.bilevel import Bilevel
+from innerloop.bilevel import Bilevel, Metrics
 from innerloop.data_checks import check_finite
 from innerloop.errors import Diverged
 from innerloop.meta_gradient import FirstOrder
@@ -26,6 +26,7 @@ from innerloop.training import health, processes
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.evaluation import Scores, Source, draw, shape_of
 from innerloop.training.store import BEST, JsonLines, Record, load_newest, save_newest
+from innerloop.training.weighting import Weights
 from innerloop.trees import tensors
 
 _log = logging.getLogger("innerloop")
@@ -87,6 +88,7 @@ class Session:
     seed: int
     keep: int = 2
     skips: int = 0
+    task_weights: Weights | None = None
     progress: Progress = field(default_factory=Progress)
     best_weights: dict[str, Tensor] | None = None
     best_kept: int | None = None
@@ -103,8 +105,19 @@ class Session:
         """This process's tasks, by their place in the batch."""
         return processes.shares(self.tasks_per_batch)[processes.rank()]
 
-    def draw(self) -> tuple[Task | Sequence[Task], list[float] | None]:
-        """This process's share of the next batch and the weights of its losses.
+    def _ids(self) -> list[int]:
+        """What names this process's tasks of the next batch."""
+        first, count = self.progress.step * self.tasks_per_batch + self.mine.start, len(self.mine)
+        tasks: Any = self.tasks
+        return tasks.ids("train", first, count) if hasattr(tasks, "ids") else list(range(first, first + count))
+
+    def _remembers(self) -> dict[str, Any]:
+        """What has a state of its own beside the learner."""
+        found = {"tasks": self.tasks, "task weights": self.task_weights}
+        return {name: each for name, each in found.items() if hasattr(each, "load_state_dict")}
+
+    def draw(self) -> tuple[Task | Sequence[Task], dict[str, Any]]:
+        """This process's share of the next batch, the weights of its losses and, where tasks are carried, their names.
 
         What is random is seeded for it, and the learner has the estimator of this step.
         """
@@ -117,7 +130,16 @@ class Session:
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
         annealed = self.multi_step_loss
-        return batch, multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
+        weights = multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
+        return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
+
+    def meta_step(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> Metrics:
+        """That of the learner, with the weights of the tasks."""
+        if self.task_weights is None:
+            return self.learner.meta_step(batch, **settings)
+        losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
+        counts = self.task_weights(losses, self._ids(), self.progress.step)
+        return self.learner.meta_step(batch, **settings, task_weights=counts)
 
     def _look(self, batch: Task | Sequence[Task], first: int) -> None:
         """Check the first batch: a source that gives no numbers is not a matter of rates."""
@@ -130,11 +152,11 @@ class Session:
 
     def step(self, flags: list[float]) -> tuple[str, Record, list[float]]:
         """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
-        batch, weights = self.draw()
+        batch, settings = self.draw()
         buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
         like = next(self.learner.parameters())
         self.optimizer.zero_grad()
-        metrics = self.learner.meta_step(batch, step_weights=weights)
+        metrics = self.meta_step(batch, settings)
         numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
         values = {
             name: value.detach().to(like).mean()
@@ -154,10 +176,12 @@ class Session:
                 torch.nn.utils.clip_grads_with_norm_(self.learner.parameters(), self.clip, norm)
             self.optimizer.step()
             self.progress.in_a_row = 0
+            if hasattr(self.tasks, "seen"):
+                self.tasks.seen(processes.gather(self._ids()), processes.gather(metrics.losses.tolist()))
         else:
             for buffer, before in zip(self.learner.buffers(), buffers, strict=False):  # running statistics
                 buffer.copy_(before)
-            kind, record = "skipped", self._skip(batch, weights, record["loss"], size)
+            kind, record = "skipped", self._skip(batch, settings, record["loss"], size)
         self.progress.step += 1
         return kind, record, means[len(values) :]
 
@@ -179,11 +203,11 @@ class Session:
         """Of the meta-gradient at hand."""
         return torch.nn.utils.get_total_norm(self._gradients()).item()
 
-    def _skip(self, batch: Task | Sequence[Task], weights: list[float] | None, loss: float, norm: float) -> Record:
+    def _skip(self, batch: Task | Sequence[Task], settings: dict[str, Any], loss: float, norm: float) -> Record:
         """Leave a batch out, or raise `Diverged` where that is not asked for."""
         at = self.progress
         self.optimizer.zero_grad()
-        reason, where = self._cause(batch, weights)
+        reason, where = self._cause(batch, settings)
         at.in_a_row += 1
         at.skipped += 1
         if at.in_a_row > self.skips or (reason or "").startswith("the learner's own"):
@@ -199,9 +223,9 @@ class Session:
             "seed": [self.seed, at.step],
         }
 
-    def _cause(self, batch: Task | Sequence[Task], weights: list[float] | None) -> tuple[str, str]:
+    def _cause(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> tuple[str, str]:
         """What `Bilevel.diagnose` finds, on the first process that finds something, and which tasks were looked at."""
-        mine = self.learner.diagnose(batch, weights)
+        mine = self.learner.diagnose(batch, **settings)
         first, shares = self.progress.step * self.tasks_per_batch, processes.shares(self.tasks_per_batch)
         for rank, (reason, share) in enumerate(zip(processes.gather([mine]), shares, strict=True)):
             if reason is not None:
@@ -248,7 +272,11 @@ class Session:
         """Write the checkpoint, and the best weights beside it, on rank 0 and where there is a folder."""
         # by the place in the whole batch, so that another number of processes can go on
         left = self.learner.carried.state_dict()
-        carried = dict(processes.gather([(place, left[at]) for at, place in enumerate(self.mine) if at in left]))
+        named = self.learner.carry == "task"
+        mine: list[Any] = (
+            list(left.items()) if named else [(p, left[at]) for at, p in enumerate(self.mine) if at in left]
+        )
+        carried = dict(processes.gather(mine))
         if self.folder and processes.rank() == 0:
             if self.records:
                 self.records.sync()
@@ -262,6 +290,7 @@ class Session:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else {},
                 "carried": carried,
+                "remembered": {name: each.state_dict() for name, each in self._remembers().items()},
             }
             save_newest(self.folder, states, self.keep)
             self.keep_best()
@@ -307,7 +336,11 @@ class Session:
             self.scheduler.load_state_dict(states["scheduler"])
         self._set_rates(states["free"]["outer rate"], given["outer rate"])
         left = states["carried"]
-        self.learner.carried.load_state_dict({at: left[place] for at, place in enumerate(self.mine) if place in left})
+        if self.learner.carry != "task":
+            left = {at: left[place] for at, place in enumerate(self.mine) if place in left}
+        self.learner.carried.load_state_dict(left)
+        for name, each in self._remembers().items():
+            each.load_state_dict(states["remembered"][name])
         self._remember()
         was = states["free"]
         return [f"{name} {was[name]} -> {given[name]}" for name in given if was[name] != given[name]]
@@ -334,7 +367,8 @@ class Session:
         choices = {name: getattr(learner, name, None) for name in ("adapts", "inner", "batch_norm", "carry")}
         choices["meta_gradient"] = self.own  # the learner has another one while it is annealed
         method = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in choices.items()}
-        first = draw(self.tasks, learner, "train", 0, 1)
+        # a source that draws by losses gives other training tasks as it learns
+        first = draw(self.tasks, learner, "validation" if hasattr(self.tasks, "seen") else "train", 0, 1)
         leaves = [leaf.double() for leaf in tensors(first) if leaf.numel()]
         return {
             "optimizer": type(self.optimizer).__name__,

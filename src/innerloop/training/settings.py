@@ -177,6 +177,9 @@ class Settings:
         None, "support examples: of a class, or in all for regression", at_least=1, otherwise="1 for images"
     )
     queries: int | None = option(None, "query examples, likewise", at_least=1, otherwise="5 for images")
+    recurring: int | None = option(
+        None, "training tasks: the first so many of the stream, over and over", at_least=1, otherwise="ever new ones"
+    )
     rotations: bool | None = option(
         None, "omniglot: quarter turns of the training classes as further classes", otherwise="false"
     )
@@ -248,7 +251,9 @@ class Settings:
         None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
     )
     carry: str = option(
-        "none", "where a task begins: slot: where its place in the last batch ended", names=("none", "slot")
+        "none",
+        "where a task begins: where its place in the last batch (slot), or itself (task), ended",
+        names=("none", "slot", "task"),
     )
     multi_step_loss: float | None = option(
         None,
