@@ -98,6 +98,7 @@ def write_report(folder: Path, comparison: Comparison) -> None:
 def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory: Picture) -> list[Part]:
     found, shown = recommend(comparison), table(comparison)
     return [
+        comparison.first_line,
         Box(found.first, found.rest),
         Gallery([summary]),
         f"The rule: {RULE}",
@@ -105,6 +106,7 @@ def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory:
         Heading("What was measured"),
         shown,
         *_baselines(comparison),
+        *_rates(comparison),
         Heading("Learning"),
         Gallery([learning]),
         *(part for part in (Heading("Memory"), Gallery(memory)) if memory),
@@ -308,6 +310,20 @@ def _baselines(comparison: Comparison) -> list[Part]:
         for found in [entry.baselines]
     ]
     return [Heading("Without adaptation"), Table(["method", "adapted", *names], rows)] if names else []
+
+
+def _rates(comparison: Comparison) -> list[Part]:
+    """The outer rates that were tried for each method, lowest first, and how each did in validation."""
+    rows: list[list[Cell | str]] = []
+    for entry in (each for each in comparison.entries if each.rates):
+        best = max((found for found in entry.rates.values() if found is not None), default=math.nan)
+        cells = [
+            Cell(f"{rate}: {'diverged' if found is None else f'{100 * found:.1f} %'}", found == best)
+            for rate, found in entry.rates.items()
+        ]
+        rows.append([entry.title, *cells])
+    head = ["method", *(f"rate {place}" for place in range(1, max(map(len, rows), default=1)))]
+    return [Heading("Outer rates tried"), Table(head, rows, "Bold: the one trained with.")] if rows else []
 
 
 def _mean(name: str, entry: Entry) -> float | None:
