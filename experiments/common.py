@@ -134,11 +134,12 @@ def references(ways: int, pixels: float | None = None) -> dict[str, tuple[float,
     return {**known, "chance": (100 / ways, DOTTED)}
 
 
-def check_learning(rows: dict[str, Results]) -> None:
-    """Every method lowers its validation loss."""
+def check_learning(rows: dict[str, Results], least: dict[str, float]) -> None:
+    """Every method lowers its validation loss by so much, some two thirds of what it does where nothing is broken."""
     for name, row in rows.items():
         losses = [loss for _, _, loss in row["curve"]]
-        assert losses[-1] < losses[0] - 0.02, f"{name}: validation loss does not fall in {row['steps']} steps: {losses}"
+        fall = losses[0] - losses[-1]
+        assert fall > least[name], f"{name}: validation loss falls by {fall:.3f} in {row['steps']} steps: {losses}"
 
 
 def judged(found: bool | str, small: bool = True) -> str:
