@@ -203,7 +203,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + first)
-        rounds = [torch.randperm(examples, generator=generator) for _ in range(-(-steps * size // examples))]
+        rounds = [torch.randperm(examples, generator=generator) for _ in range(1 + steps * size // examples)]
         drawn.append(torch.cat(rounds)[: steps * size].view(steps, size))
     return torch.stack(drawn)
 
