@@ -258,7 +258,7 @@ def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
 
 
 def prepare(plan: Plan, folder: Path, progress: bool, measure: bool = True) -> tuple[dict[str, Cost], dict[str, str]]:
-    """What each method costs, measured now or before, and why it is not known where that is so."""
+    """What each method costs, measured now or before, and why it is not known where that is so; rates are tuned."""
     if not measure:
         files = {name: _cost_file(folder, name) for name in plan.methods}
         there = {name: Cost.of(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
