@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--plan", action="store_true", default=None,
-        help="measure and tune, and write a command a training to commands.txt in the folder, for other machines to run",
+        help="measure and tune, and write commands.txt to the folder, a training a line, for other machines",
     )  # fmt: skip
     parser.add_argument(
         "--collect", metavar="FOLDER", type=Path, help="report on what the commands of --plan have done so far"
