@@ -16,7 +16,7 @@ SHOWN = {"adapts", "start", *INNER, "meta_gradient", "optimizer", "outer_lr"}
 INTRO = """# The named methods
 
 A name stands for all that a paper chooses: what adapts, how it moves, the meta-gradient, and the inner and outer
-rates. You choose the tasks, the model, the number of tasks in a batch and the outer schedule.
+rates. You choose the tasks, the model, the number of tasks in a batch and, but for Reptile, the outer schedule.
 
 ```
 innerloop train --method anil --dataset fc100 --data DATA            # other options override the method's

@@ -14,13 +14,13 @@ from rich.progress import Progress
 from innerloop.cli import main
 from innerloop.errors import Failed
 from innerloop.reporting import Timing
-from innerloop.studies import costs, trainings
+from innerloop.studies import costs, trainings, tuning
 from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
 from innerloop.studies.comparison import Point
 from innerloop.studies.comparison_report import read
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.training.build import build_learner, build_tasks
-from innerloop.training.checkpoints import load_weights
+from innerloop.training.checkpoints import load_checkpoint, load_weights
 from innerloop.training.evaluation import Estimate
 from innerloop.training.settings import Settings
 from innerloop.training.store import JsonLines
@@ -98,6 +98,7 @@ def test_what_a_method_chooses_and_an_option_sets_for_all_is_noted():
         ({"methods": ["maml"], "seed": 3}, "seed is the comparison's business"),
         ({"methods": ["maml"], "minutes": 0.0}, "must be above 0"),
         ({"methods": ["maml"], "share": 1.5}, "between 0 and 1"),
+        ({"methods": ["maml"], "tune": 1}, "give 2 or more, or 0"),
         ({"methods": ["maml"], "memory_steps": [0]}, "memory at 0 inner steps"),
         ({"methods": ["maml"], "dataset": "sinusoid"}, "regression"),
     ],
@@ -193,7 +194,7 @@ def test_the_dearer_first_meta_steps_of_a_multi_step_loss_count(monkeypatch):
 
 def test_a_comparison_on_the_command_line(tmp_path, capsys):
     folder = tmp_path / "study"
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    options = ["--tune=0", *(f"--{name.replace('_', '-')}={value}" for name, value in TINY.items())]
     main(["compare", "--out", str(folder), "--methods", "maml,anil", "--steps", "4", "--memory-steps", "2", *options])
     found = read(folder / "comparison.json")
     assert [entry.method for entry in found.entries] == ["maml", "anil"]
@@ -206,6 +207,7 @@ def test_a_comparison_on_the_command_line(tmp_path, capsys):
     assert found.made["machine"]["threads"] == 1
     out, err = capsys.readouterr()
     assert "Recommended" in out
+    assert "Nothing was tuned" in out
     assert f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}" in out
     assert err == f"{note}\n"
     assert note in (folder / "report.md").read_text(encoding="utf-8")
@@ -232,8 +234,9 @@ def test_a_comparison_on_the_command_line(tmp_path, capsys):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Costs without measuring."""
+    """Costs without measuring, and outer rates without trying."""
     monkeypatch.setattr(studies, "cost", lambda *_: COST)
+    monkeypatch.setattr(tuning, "search", lambda settings, *_: {str(settings.outer_lr): 0.5})
 
 
 def test_a_budget_of_time_becomes_steps_and_an_interruption_loses_nothing(tmp_path, monkeypatch, measured):
@@ -256,6 +259,62 @@ def test_a_budget_of_time_becomes_steps_and_an_interruption_loses_nothing(tmp_pa
         studies.carry_out(again, tmp_path / "study", progress=False)
 
 
+def test_every_method_trains_at_the_outer_rate_that_was_best_in_validation(tmp_path, monkeypatch, measured):
+    asked = []
+
+    def search(settings, count, steps):
+        asked.append((settings.outer_lr, count, steps))
+        return dict(zip(map(str, tuning.rates(settings.outer_lr, count)), (0.5, 0.6, None), strict=True))
+
+    monkeypatch.setattr(tuning, "search", search)
+    settings = {"steps": 2, "progress": False, **TINY}
+    found = compare(["anil"], folder=tmp_path / "study", changes={"anil": {"outer_lr": 3e-3}}, **settings)
+    assert asked == [(3e-3, 3, 2)]
+    assert found.entries[0].rates == {"0.001": 0.5, "0.003": 0.6, "0.009": None}
+    run = tmp_path / "study" / "runs" / "anil" / "seed-0"
+    assert Settings.load(run / "settings.json").outer_lr == 3e-3
+    report = (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+    assert report.splitlines()[2] == found.first_line
+    assert "the outer rate, 3 values a factor of 3 apart around its own, on 6 validation tasks" in found.first_line
+    assert "| 0.001: 50.0 % | **0.003: 60.0 %** | 0.009: diverged |" in report
+    assert read(tmp_path / "study" / "comparison.json").entries[0].rates == found.entries[0].rates
+
+
+def test_the_search_over_outer_rates_takes_its_share_and_survives_divergence(monkeypatch):
+    asked = []
+
+    def here(function, settings, tried, steps):
+        asked.append(steps)
+        return function(settings, tried, steps)
+
+    monkeypatch.setattr(tuning, "in_fresh_process", here)
+    settings = Settings(**{**TINY, "outer_lr": 1e-3, "clip": None, "optimizer": "sgd"})
+    assert tuning.rates(1e-3, 2) == [1e-3, 3e-3]
+    found = tuning.search(settings, 3, 20)
+    assert asked == [2]  # of 20, 30 % for three rates
+    assert list(found) == ["0.000333", "0.001", "0.003"]
+    assert all(0 <= each <= 1 for each in found.values())
+    monkeypatch.setattr(tuning, "rates", lambda *_: [1e-3, 1e30])
+    lost = tuning.search(settings, 2, 20)
+    assert lost["1e+30"] is None
+    assert tuning.best(lost, 5.0) == 1e-3
+    assert tuning.best({"1.0": None}, 5.0) == 5.0
+
+
+def test_a_method_with_other_training_shots_is_measured_on_its_own_tasks(tmp_path, monkeypatch):
+    sizes = {}
+
+    def measured(settings, file, _):
+        sizes[settings.meta_gradient] = len(load_checkpoint(file)["task"]["support"][1][0])
+        return COST
+
+    monkeypatch.setattr(studies, "cost", measured)
+    monkeypatch.setattr(studies, "_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare(["maml", "reptile"], folder=tmp_path / "study", steps=2, tune=0, progress=False, **TINY)
+    assert sizes == {"unrolled": 3, "reptile": 30}
+
+
 def test_methods_that_diverge_or_cannot_be_measured_are_named_and_the_others_are_compared(tmp_path, monkeypatch):
     def measured(settings, *_):
         if settings.meta_gradient == "first-order":
@@ -264,7 +323,7 @@ def test_methods_that_diverge_or_cannot_be_measured_are_named_and_the_others_are
 
     monkeypatch.setattr(studies, "cost", measured)
     found = compare(
-        ["fomaml", "maml", "anil"], folder=tmp_path / "study", steps=3, progress=False, memory_steps=(2, 5),
+        ["fomaml", "maml", "anil"], folder=tmp_path / "study", steps=3, progress=False, memory_steps=(2, 5), tune=0,
         changes={"maml": {"inner_lr": 1e30}}, **TINY,
     )  # fmt: skip
     assert [entry.method for entry in found.entries] == ["anil"]

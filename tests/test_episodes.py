@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from innerloop.problem import Task
+from innerloop.tasks import quadratic
 from innerloop.tasks._baseline import nearest_neighbour
 from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, random_bits, uniform
 
@@ -279,3 +280,16 @@ def test_single_images_are_of_all_training_classes(rotations):
     assert set(labels.flatten().tolist()) == set(range(single.output_size))
     assert same(single.batch("train", 50, 2), Task(*((x[47:49], y[47:49]) for x, y in batch)))
     assert same(single.batch("test", 1, 2), episodes.batch("test", 1, 2))
+
+
+def test_training_tasks_alone_may_have_more_shots():
+    plain = Episodes(labelled(), ways=3, shots=1, queries=1)
+    more = plain.with_train_shots(4)
+    assert more.batch("train", 0, 2).support[0].shape[:2] == (2, 12)
+    assert more.batch("train", 0, 2).query[0].shape[:2] == (2, 3)
+    for split in ("validation", "test"):
+        assert same(more.batch(split, 0, 2), plain.batch(split, 0, 2))
+    with pytest.raises(ValueError, match="fewer than 1000 train-shots"):
+        plain.with_train_shots(1000)
+    with pytest.raises(ValueError, match="takes no train-shots"):
+        quadratic().with_train_shots(4)

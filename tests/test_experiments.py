@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "experiments"
-NAMES = sorted(file.parent.name for file in ROOT.glob("*/run.py"))
+NAMES = sorted(file.parent.name for file in ROOT.glob("*/run.py") if "PARTS" in file.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -42,3 +42,16 @@ def test_every_experiment_has_a_page_in_the_index() -> None:
     index = (ROOT / "README.md").read_text("utf-8")
     assert len(NAMES) == 5
     assert all(f"]({name}/README.md)" in index for name in NAMES)
+
+
+def test_the_index_holds_the_claims_of_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    spec = importlib.util.spec_from_file_location("experiment_claims", ROOT / "claims.py")
+    assert spec
+    assert spec.loader
+    claims = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(claims)
+    rows = [*claims.of_pages(), *claims.of_baselines()]
+    assert {row[-1] for row in rows} <= {"shown", "shown in small", "open", "contradicted"}
+    index = (ROOT / "README.md").read_text("utf-8")
+    assert all("| " + " | ".join(row) + " |" in index for row in rows), "python experiments/claims.py writes it anew"

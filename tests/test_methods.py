@@ -77,7 +77,12 @@ def test_a_methods_terms_are_those_of_its_paper():
     assert text(il.MemoryReduced()) == "memory-reduced"
     # the rest adds nothing to the inner problem
     added = {name for name in METHODS for key in ("proximal", "weight_decay") if key in method_settings(name, "glyphs")}
-    assert added == {"imaml", "imaml-hf", "memory-reduced"}
+    assert added == {"imaml", "imaml-head", "imaml-hf", "memory-reduced"}
+
+
+def test_reptile_trains_on_more_shots_in_minibatches_as_published():
+    settings = Settings(**method_settings("reptile", "omniglot"))
+    assert (settings.train_shots, settings.schedule, settings.method()[1].minibatch) == (10, "linear", 10)
 
 
 @pytest.mark.parametrize(

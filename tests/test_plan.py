@@ -43,6 +43,8 @@ def test_two_workers_that_know_nothing_of_each_other(tmp_path: Path, capsys: pyt
     assert "; trained on " in told
     found = json.loads((study / "comparison.json").read_text())
     assert [len(entry["seeds"]) for entry in found["entries"]] == [2]
+    assert len(found["entries"][0]["rates"]) == 3
+    assert "Tuned, for every method alike: the outer rate" in told
 
     main(last[1:])
     capsys.readouterr()

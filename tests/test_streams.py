@@ -565,9 +565,12 @@ def test_implicit_refuses_clipping_beside_the_terms():
         il.MetaLearner(model(), il.Head(), inner, il.Implicit())
 
 
-def test_minibatches_larger_than_the_support_set_and_of_streams_are_refused():
-    learner = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=3, minibatch=7))
-    with pytest.raises(ValueError, match=r"minibatch=7 is more than the 6 support examples"):
-        learner.meta_step(il.Task(examples(2, 6), examples(2, 6)))
+def test_a_support_set_smaller_than_a_minibatch_is_seen_whole():
+    drawn = minibatches(il.SGD(lr=0.1, steps=3, minibatch=7), examples(6), [1], 3)
+    assert drawn.sort(-1).values.tolist() == [[[*range(6)]] * 3]
+    assert minibatches(il.SGD(lr=0.1, steps=3, minibatch=4), examples(6), [1, 2], 0).shape == (2, 0, 4)
+
+
+def test_minibatches_of_streams_are_refused():
     with pytest.raises(ValueError, match=r"minibatch= draws from one support set"):
         il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=STEPS, minibatch=2)).meta_step(stream())

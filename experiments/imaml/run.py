@@ -30,7 +30,19 @@ from innerloop.tasks._regression import quadratic_form
 from innerloop.training.evaluation import assess, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Part, Results, Section, check_learning, holds, in_turns, learning, page_of, run, validations
+from common import (
+    Part,
+    Results,
+    Section,
+    as_accurate,
+    check_learning,
+    in_turns,
+    judged,
+    learning,
+    page_of,
+    run,
+    validations,
+)
 
 PROXIMAL = 2.0
 
@@ -104,7 +116,10 @@ def draw_error(results: Results) -> Figure:
         for name, curve in results["curves"].items()
     }
     labels = {"xlabel": "inner steps (iMAML-HF: Newton steps)", "ylabel": "relative error of the meta-gradient"}
-    return panels([Panel(lines, {"xscale": "log", "yscale": "log", **labels})], width=7)
+    axes = {"xscale": "log", "yscale": "log", "ylim": (1e-16, 3), **labels}
+    by_solver = {name: line for name, line in lines.items() if name.startswith("iMAML-GD")}
+    others = {name: line for name, line in lines.items() if name not in by_solver or name == "iMAML-GD, CG 20"}
+    return panels([Panel(by_solver, axes), Panel(others, axes)])
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -292,21 +307,23 @@ def trained(
         ),
         "nearest neighbour": found.nearest_neighbour.mean,
         **{scores.protocol: list(scores.accuracy) for scores in found.protocols},
+        "accuracies": [found.protocols[0].accuracies.tolist()],
     }
 
 
-def quick_omniglot(ways: int, methods: list[str], _: argparse.Namespace) -> Results:
+def quick_omniglot(_: argparse.Namespace) -> Results:
     def source(shots: int) -> il.tasks.Episodes:
-        return il.tasks.glyphs(ways, shots, QUERIES)
+        return il.tasks.glyphs(5, shots, QUERIES)
 
-    results = accuracies(source, ways, 16, methods, 24, 8, steps=20)
-    check_learning(results["rows"])
+    least = {"MAML": 0.2, "iMAML-GD": 0.1}
+    results = accuracies(source, 5, 16, list(least), 64, 8, steps=20)
+    check_learning(results["rows"], least)
     return results
 
 
 def draw_omniglot(results: Results) -> Figure:
-    label = f"validation accuracy, {results['ways']}-way 1-shot, %"
-    return panels([learning(results["rows"], name=label)], width=7)
+    words = f", {results['ways']}-way 1-shot"
+    return panels([learning(results["rows"], PROTOCOLS[0], ways=results["ways"], shots=words)], width=7)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -314,9 +331,11 @@ def draw_omniglot(results: Results) -> Figure:
 
 HEADER = f"""# iMAML: implicit meta-gradients (arXiv 1909.04630)
 
-**Not the paper's budget.** Each method has the seconds named below on one processor thread, {TASKS_PER_BATCH} tasks a
-step, {QUERIES} queries a class and {FILTERS} filters, one seed; the authors ask for 20,000 steps of 32 tasks with 64
-filters. Vinyals' split of an area-averaged Omniglot with quarter rotations as further training classes."""
+**Not the paper's budget.** Of its text only an abstract could be read: settings are those of its released code, and
+published numbers those that other works repeat. Each method has the seconds named below on one processor thread,
+{TASKS_PER_BATCH} tasks a step, {QUERIES} queries a class and {FILTERS} filters, one seed; the authors ask for 20,000
+steps of 32 tasks with 64 filters. Vinyals' split of an area-averaged Omniglot with quarter rotations as further
+training classes."""
 NEGATIVE = (
     "The last column is the share of the training tasks in which the solve met negative curvature and stopped: the "
     "inner steps do not end near a minimum, which the implicit gradient takes for granted."
@@ -327,17 +346,19 @@ def page(results: dict[str, Results]) -> str:
     sections = {"error": error_section, "memory": memory_section}
     sections |= {"omniglot5": omniglot_section, "omniglot20": omniglot_section}
     how = "`python experiments/imaml/run.py --threads 1`"
-    return page_of(HEADER, ["claim", "here", "verdict"], sections, results, how)
+    return page_of(HEADER, sections, results, how)
 
 
 def error_section(results: Results) -> Section:
     ends = {name: (curve[0], curve[-1]) for name, curve in results["curves"].items()}
     (_, first), (_, last) = ends["iMAML-GD, CG 20"]
     floor = ends["iMAML-GD, CG 2"][1][1]
+    scale, falls, stays = f"{results['tasks']} linear regressions", last < 1e-6 * first, floor > 1e3 * last
     claims = [
-        ["the error falls with the inner steps", f"{first:.1e} to {last:.1e} (CG 20)", holds(last < 1e-6 * first)],
-        ["few conjugate gradients leave a floor", f"{floor:.1e} (CG 2)", holds(floor > 1e3 * last)],
-    ]
+        ["the error falls with the inner steps", "falls", f"{first:.1e} to {last:.1e} (CG 20)", scale,
+         judged(falls, small=False)],
+        ["few conjugate gradients leave a floor", "a floor", f"{floor:.1e} (CG 2)", scale, judged(stays, small=False)],
+    ]  # fmt: skip
     rows = [[name, *(f"{error:.1e} ({steps})" for steps, error in pair)] for name, pair in ends.items()]
     return claims, (
         f"**Error of the meta-gradient** on {results['tasks']} linear regressions ({INPUTS} weights, curvatures "
@@ -356,8 +377,9 @@ def memory_section(results: Results) -> Section:
         [results["rows"][name][place]["mib"] for place in (0, -1)] for name in ("iMAML, CG 5", "MAML, recorded graph")
     ]
     implicit, recorded = (f"{first:.0f} to {last:.0f} MiB" for first, last in ends)
-    flat = holds(ends[0][1] < 1.2 * ends[0][0])
-    claims = [["memory is flat in the inner steps", f"{implicit}; a recorded graph: {recorded}", flat]]
+    scale = f"{results['ways']}-way {results['shots']}-shot, {results['filters']} filters, 1 task"
+    flat = judged(ends[0][1] < 1.2 * ends[0][0], small=False)
+    claims = [["memory is flat in the inner steps", "flat", f"{implicit}; a recorded graph: {recorded}", scale, flat]]
     return claims, (
         f"**Memory**, peak MiB of a meta-step above model and task, {results['ways']}-way {results['shots']}-shot at "
         f"28x28, Conv4 of {results['filters']} filters with strides, one task, each cell a fresh process. `Unrolled()` "
@@ -375,17 +397,16 @@ def omniglot_section(results: Results) -> Section:
     ]  # fmt: skip
     claims = []
     if {"MAML", "iMAML-GD", "iMAML-HF"} <= set(found):
-        maml, best = (
-            found["MAML"]["transductive"],
-            max(found[each]["transductive"] for each in ("iMAML-GD", "iMAML-HF")),
-        )
-        within = (maml[1] ** 2 + best[1] ** 2) ** 0.5
-        claims = [
-            [f"{ways}-way: iMAML matches or beats MAML", f"{percent(best)} against {percent(maml)} in the same time",
-             f"{holds(best[0] > maml[0] - within)} at this budget"],
-            [f"{ways}-way: the same, step for step", "validation accuracy at no more outer steps",
-             "does not hold either" if ahead(results) else "open"],
-        ]  # fmt: skip
+        known = recipes(ways)
+        scale = f"{results['seconds']:g} s, {results['filters']} filters, 1 seed"
+        for name in ("iMAML-GD", "iMAML-HF"):
+            mine, maml = found[name], found["MAML"]
+            claims.append(
+                [f"{ways}-way 1-shot: {name} matches or beats MAML",
+                 f"{known[name].published[ways]} % against {known['MAML'].published[ways]} %",
+                 f"{percent(mine['transductive'])} against {percent(maml['transductive'])}", scale,
+                 as_accurate(mine, maml)]
+            )  # fmt: skip
     neighbour = next(iter(found.values()))["nearest neighbour"]
     return claims, (
         f"**Omniglot {ways}-way 1-shot**, {results['seconds']:g} s a method, accuracy in % on {results['test tasks']} "
@@ -394,17 +415,11 @@ def omniglot_section(results: Results) -> Section:
     )
 
 
-def ahead(results: Results) -> bool:
-    """Whether MAML's validation accuracy is above iMAML-GD's last one already at no more outer steps."""
-    maml, implicit = (results["rows"][name]["curve"] for name in ("MAML", "iMAML-GD"))
-    return max(accuracy for step, accuracy, _ in maml if step <= implicit[-1][0]) > implicit[-1][1]
-
-
 PARTS = {
     "error": Part(error, draw_error, quick_error),
     "memory": Part(memory, draw_memory, quick_memory),
-    "omniglot5": Part(partial(omniglot, 5, 200.0), draw_omniglot, partial(quick_omniglot, 5, ["MAML", "iMAML-GD"])),
-    "omniglot20": Part(partial(omniglot, 20, 200.0), draw_omniglot, partial(quick_omniglot, 20, ["MAML"])),
+    "omniglot5": Part(partial(omniglot, 5, 80.0), draw_omniglot, quick_omniglot),
+    "omniglot20": Part(partial(omniglot, 20, 200.0), draw_omniglot, None),
 }
 
 if __name__ == "__main__":

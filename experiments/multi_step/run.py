@@ -28,12 +28,24 @@ from torch import Tensor
 
 import innerloop as il
 from innerloop.problem import Tree
-from innerloop.reporting import in_fresh_process, peak_memory, percent, table
-from innerloop.reporting.figures import MARKED, Line, Panel, panels
+from innerloop.reporting import in_fresh_process, peak_memory, percent, points, table
+from innerloop.reporting.figures import DOTS, MARKED, Line, Panel, panels
 from innerloop.training.evaluation import Estimate, Scores, evaluate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import Part, Results, Section, check_learning, holds, in_turns, learning, page_of, run, validations
+from common import (
+    Part,
+    Results,
+    Section,
+    check_learning,
+    higher_of,
+    in_turns,
+    judged,
+    learning,
+    page_of,
+    run,
+    validations,
+)
 
 Estimator = il.meta_gradient.MetaGradient
 FROZEN, TRUE, RECORDED, FIRST = "frozen", "true forward", "frozen, recorded graph", "FOMAML"
@@ -159,6 +171,7 @@ def accuracies(
     test_tasks: int,
     seconds: float = 0.0,
     steps: int = 0,
+    rate: float = RATE,
 ) -> Results:
     """Test accuracy of each method after the same outer steps, those of the slowest, and after the same seconds.
 
@@ -171,12 +184,13 @@ def accuracies(
         test_tasks: in each test.
         seconds: of outer steps that each method has.
         steps: outer steps in place of the seconds.
+        rate: of the inner loop.
     """
 
     def learner(name: str) -> il.MetaLearner:
         torch.manual_seed(0)
         model = il.models.Conv4(in_channels=channels, filters=filters, downsample="stride")
-        return il.MetaLearner(model, inner=il.SGD(lr=RATE, steps=STEPS), meta_gradient=METHODS[name])
+        return il.MetaLearner(model, inner=il.SGD(lr=rate, steps=STEPS), meta_gradient=METHODS[name])
 
     batch = tasks.batch("train", 0, TASKS_PER_BATCH)
     step_seconds = in_turns({name: partial(learner(name).meta_step, batch) for name in methods}, 15)
@@ -215,16 +229,28 @@ def trained(
 
 
 def quick_accuracy(_: argparse.Namespace) -> Results:
-    names = ["window 1 (exact)", "window 2, frozen"]
-    results = accuracies(il.tasks.glyphs(queries=QUERIES), 1, 16, names, 32, 8, steps=45)
-    check_learning(results["rows"])
+    least = {"window 1 (exact)": 0.15, "window 2, frozen": 0.14}
+    results = accuracies(il.tasks.glyphs(queries=QUERIES), 1, 16, list(least), 64, 8, steps=30, rate=0.02)
+    check_learning(results["rows"], least)
     exact, window = (row["seconds a step"] for row in results["rows"].values())
     assert window < exact, f"a meta-step with window 2 takes {window} s, the exact one {exact} s"
     return results
 
 
 def draw_accuracy(results: Results) -> Figure:
-    return panels([learning(results["rows"], by) for by in ("outer steps", "seconds of outer steps")])
+    ends = {"outer steps": "equal steps", "seconds of outer steps": "equal seconds"}
+    return panels([learning(cut(results, by), test, by) for by, test in ends.items()])
+
+
+def cut(results: Results, by: str) -> dict[str, Results]:
+    """The rows, over the outer steps that all methods have had."""
+    if by != "outer steps":
+        return results["rows"]
+    most = results["equal steps"]
+    return {
+        name: row | {"curve": [point for point in row["curve"] if point[0] <= most]}
+        for name, row in results["rows"].items()
+    }
 
 
 # --- a meta-network ---------------------------------------------------------------------------------------------------
@@ -361,15 +387,24 @@ def quick_meta_network(_: argparse.Namespace) -> Results:
     assert first["loss"][-1] == first["loss"][0], f"without a gradient the meta-network has moved: {first}"
     for name, row in results["rows"].items():
         if name != "first order":
-            assert row["cosine"] > 0.8, f"{name} points away from the exact meta-gradient: {row}"
-            assert row["loss"][-1] < row["loss"][0] - 0.02, f"{name} does not train the meta-network: {row}"
+            assert row["cosine"] > 0.95, f"{name} points away from the exact meta-gradient: {row}"
+            assert row["loss"][-1] < first["loss"][-1] - 0.025, f"{name} does not train the meta-network: {row}"
     return results
 
 
 def draw_meta_network(results: Results) -> Figure:
-    lines = {name: Line(results["steps"], row["loss"], dashes(name)) for name, row in results["rows"].items()}
-    label = f"held-out outer loss, mean of {results['seeds']} seeds"
-    return panels([Panel(lines, {"xlabel": "outer steps", "ylabel": label})], width=7)
+    label = f"held-out loss; bar: {results['seeds']} seeds"
+    shown = []
+    for reading in (FROZEN, TRUE):
+        lines = {}
+        for name, row in results["rows"].items():
+            if not name.startswith("window") or name.endswith(reading):
+                short = name.removesuffix(f", {reading}")
+                lines[short] = Line(results["steps"], row["loss"])
+                end = [row["loss"][-1]], DOTS, [min(row["final"])], [max(row["final"])]
+                lines[f"_{short}"] = Line(results["steps"][-1:], *end)
+        shown.append(Panel(lines, {"xlabel": "outer steps", "ylabel": label, "title": reading, "ylim": (0.33, 0.54)}))
+    return panels(shown)
 
 
 # --- error ------------------------------------------------------------------------------------------------------------
@@ -445,13 +480,16 @@ def quick_error(_: argparse.Namespace) -> Results:
 
 def draw_error(results: Results) -> Figure:
     shown = []
-    for which, title in enumerate(("the start", "what only the inner loss reads")):
-        lines = {
-            name: Line(results["rates"], [pair[which] for pair in values], MARKED | dashes(name))
-            for name, values in results["rows"].items()
-        }
-        axes = {"xscale": "log", "yscale": "log", "xlabel": "inner rate", "ylabel": "relative error"}
-        shown.append(Panel(lines, axes | {"title": f"gradient to {title}"}, ticks={"x": "{:g}".format}))
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "inner rate", "ylabel": "relative error, median"}
+    for reading in (FROZEN, TRUE):
+        for which, title in enumerate(("the start", "what only the inner loss reads")):
+            lines = {
+                name.removesuffix(f", {reading}"): Line(results["rates"], [pair[which] for pair in values], MARKED)
+                for name, values in results["rows"].items()
+                if not name.startswith("window") or name.endswith(reading)
+            }
+            named = axes | {"title": f"{reading}: gradient to {title}"}
+            shown.append(Panel(lines, named, ticks={"x": "{:g}".format}))
     return panels(shown)
 
 
@@ -460,7 +498,7 @@ def draw_error(results: Results) -> Figure:
 
 HEADER = """# Window gradient reuse (after arXiv 2006.04298)
 
-**What differs from the paper.** This is a reconstruction from the abstract, all of it that could be read: no setting is
+**What differs from the paper.** Only an abstract could be read, and this is a reconstruction from it: no setting is
 the paper's, and there is no published number to stand beside ours. Accuracy was measured on CIFAR-FS at 32x32 alone (a
 lossy copy: 5-bit luma, subsampled chroma), on one processor thread, one seed; at miniImageNet's 84x84 the cost alone
 was, on random images."""
@@ -470,20 +508,23 @@ def page(results: dict[str, Results]) -> str:
     sections = {"cost": cost_section, "accuracy": accuracy_section}
     sections |= {"meta_network": meta_network_section, "error": error_section}
     how = "`python experiments/multi_step/run.py --threads 1`"
-    return page_of(HEADER, ["claim", "here", "verdict"], sections, results, how)
+    return page_of(HEADER, sections, results, how)
 
 
 def cost_section(results: Results) -> Section:
     windows, sizes = results["windows"], results["rows"]
     claims = []
+    largest = list(sizes)[-1]
+    scale = f"{largest}x{largest}, {results['filters']} filters, 1 task"
     for what, unit, share in (("seconds", "s", 1), ("mib", "MiB", 0.8)):
-        for kind in (FROZEN, TRUE, RECORDED):
+        for kind in (FROZEN, TRUE, RECORDED) if what == "seconds" else (RECORDED,):
             ends = [(found[kind][0][what], found[kind][-1][what]) for found in sizes.values() if kind in found]
             if ends:
-                text = f"window {windows[0]} to {windows[-1]}: {ends[-1][0]:.3g} to {ends[-1][1]:.3g} {unit}"
+                text = f"window {windows[0]} to {windows[-1]}: {ends[-1][0]:.4g} to {ends[-1][1]:.3g} {unit}"
                 falls = all(last < share * first for first, last in ends)
                 name = f"{'time' if what == 'seconds' else 'memory'} falls with the window ({kind})"
-                claims.append([name, text, "holds" if falls else "flat from the start: no graph is recorded"])
+                text += "; flat at the last where no graph is recorded" if what == "mib" else ""
+                claims.append([name, "falls", text, scale, judged(falls, small=False)])
     rows = [
         [f"{size}x{size}", kind, *(f"{cell['mib']:.0f} / {cell['seconds']:.2f}" for cell in cells),
          *[""] * (len(windows) - len(cells))]
@@ -502,9 +543,11 @@ def accuracy_section(results: Results) -> Section:
     after = {"equal steps": f"{results['equal steps']:,} outer steps", "equal seconds": f"{results['seconds']:g} s"}
     for when, words in after.items():
         ends = [row[f"difference, {when}"] for name, row in found.items() if "window" in name and "exact" not in name]
-        below, above = (sum(sign * mean < -interval for mean, interval in ends) for sign in (1, -1))
-        here = f"{below} of {len(ends)} windows below the exact meta-gradient, {above} above, by more than ±"
-        claims.append([f"accuracy is competitive after {words}", here, "open: one seed"])
+        low, high = (f"{100 * end(mean for mean, _ in ends):+.1f}" for end in (min, max))
+        here = f"windows {low} to {high} points against exact"
+        here += f", first order {points(found[FIRST][f'difference, {when}'], '+')}" if FIRST in found else ""
+        scale = f"CIFAR-FS 5-way 1-shot, {results['filters']} filters, 1 seed"
+        claims.append([f"accuracy is competitive after {words}", "competitive", here, scale, "open"])
     rows = [
         [name, *(percent(row[prefix + when], sign, "") for when in after for prefix, sign in SHOWN),
          f"{row['steps']:,}", f"{1000 * row['seconds a step']:.0f}"]
@@ -527,12 +570,19 @@ def meta_network_section(results: Results) -> Section:
     text = f"held-out loss {windows[0]['loss'][0]:.3f} before, {min(ends):.3f} to {max(ends):.3f} after training"
     pairs = [(one, other) for one, other in combinations(windows, 2) if one["cosine"] != other["cosine"]]
     crossed = sum((one["cosine"] > other["cosine"]) == (one["loss"][-1] > other["loss"][-1]) for one, other in pairs)
+    # first order leaves the meta-network as it was, so its end is where every seed began
+    fell = [
+        [start - end for start, end in zip(found["first order"]["final"], row["final"], strict=True)] for row in windows
+    ]
+    every = {higher_of(each) for each in fell}
+    signal = every.pop() if len(every) == 1 and largest == 0 else "open"
+    scale = f"6 inputs, {results['steps'][-1]} steps, {results['seeds']} seeds"
     claims = [
-        ["a meta-network becomes trainable, which first order leaves without a signal",
+        ["a meta-network becomes trainable, which first order leaves without a signal", "trainable",
          f"{text}; largest entry of the first-order gradient: {largest:g}",
-         holds(max(ends) < windows[0]["loss"][0] and largest == 0)],
-        ["the cosine is a guide to the end (ours)",
-         f"in {crossed} of {len(pairs)} pairs of windows the higher cosine ends higher", holds(not crossed)],
+         scale, signal],
+        ["the cosine is a guide to the end (ours)", "–",
+         f"in {crossed} of {len(pairs)} pairs of windows the higher cosine ends higher", scale, judged(not crossed)],
     ]  # fmt: skip
     rows = [
         [name, f"{row['loss'][0]:.3f}", f"{min(row['loss']):.3f}", f"{row['loss'][-1]:.3f}{spread(row)}",
@@ -563,7 +613,8 @@ def error_section(results: Results) -> Section:
     rates = results["rates"]
     here = " at {:g}, ".join(ends).format(rates[0]) + f" at {rates[-1]:g}"
     rows = [[name, *(f"{start:.2g}" for start, _ in values)] for name, values in results["rows"].items()]
-    return [["the error falls with the inner rate (ours)", here, holds(falls)]], (
+    scale = f"{results['draws']} draws of a small network"
+    return [["the error falls with the inner rate (ours)", "–", here, scale, judged(falls)]], (
         f"**Error** against the exact meta-gradient for the start, {results['inner steps']} inner steps of a tanh "
         f"network, median of {results['draws']} draws. A window is out of its range where its steps together are too "
         "long: then it is worse than first order.\n\n" + table(["inner rate", *(f"{rate:g}" for rate in rates)], rows)

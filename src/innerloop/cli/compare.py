@@ -1,8 +1,9 @@
 """Train methods side by side on the same tasks, model and budget, and say which to use.
 
 Every method has its paper's settings (innerloop train --method), unless an option here sets one for all of them, or
---set for one of them. Writes report.html, report.md, comparison.json and all runs to a folder; an interrupted
-comparison goes on with --resume. --plan leaves the trainings to other machines, --collect reports on what they did.
+--set for one of them; its outer rate is tuned first (--tune). Writes report.html, report.md, comparison.json and all
+runs to a folder; an interrupted comparison goes on with --resume. --plan leaves the trainings to other machines,
+--collect reports on what they did.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from innerloop.studies.compare import (
 from innerloop.studies.comparison import Comparison, recommend
 from innerloop.studies.comparison_report import HTML
 from innerloop.studies.plan import COMMANDS, collect, write_plan
+from innerloop.studies.tuning import BUDGET, RATES
 from innerloop.training.choices import seconds
 from innerloop.training.methods import METHODS as KNOWN
 from innerloop.training.settings import Settings, flag
@@ -72,11 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--plan", action="store_true", default=None,
-        help="measure, and write a command a training to commands.txt in the folder, for other machines to run",
+        help="measure and tune, and write commands.txt to the folder, a training a line, for other machines",
     )  # fmt: skip
     parser.add_argument(
         "--collect", metavar="FOLDER", type=Path, help="report on what the commands of --plan have done so far"
     )
+    parser.add_argument(
+        "--tune", metavar="N", type=int,
+        help=f"outer rates tried for each method on validation tasks, in {100 * BUDGET:g} %% of a training's steps "
+        f"together; 0 takes each method's own [{RATES}]",
+    )  # fmt: skip
     add_settings(parser, {each.name for each in fields(Settings)} - {*OWN, "minutes"}, otherwise=OTHERWISE)
 
 
@@ -111,6 +118,7 @@ def _tell(comparison: Comparison, folder: Path) -> None:
         print(f"{name} could not be trained: {why}")
     for note in comparison.notes:
         print(note)
+    print(comparison.first_line)
     choice = recommend(comparison)
     print(choice.first, choice.rest)
     print(f"report: {folder / HTML}")
@@ -135,7 +143,9 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         given["memory_steps"] = whole_numbers("--memory-steps", arguments.memory_steps)
     if arguments.set is not None:
         given["changes"] = _changes(arguments.set)
-    given |= {name: getattr(arguments, name) for name in ("seeds", "share") if getattr(arguments, name) is not None}
+    given |= {
+        name: getattr(arguments, name) for name in ("seeds", "share", "tune") if getattr(arguments, name) is not None
+    }
     return plan(METHODS if arguments.methods is None else _names(arguments.methods), **given)
 
 

@@ -163,7 +163,7 @@ def bind(
 
     Raises:
         ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
-            minibatches are asked of a stream or larger than the support set.
+            minibatches are asked of a stream.
     """
     if problem.seed is None:
         problem = replace(problem, seed=fresh_seed())
@@ -184,6 +184,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
     """Which support examples each step of each task sees, ``[tasks, steps, minibatch]``, on the CPU.
 
     Examples come in random order, all of them before any comes again (Reptile's authors' sampling, arXiv 1803.02999).
+    A support set that is smaller than a minibatch is seen whole in each step, as theirs is in tests.
 
     Args:
         solver: the inner solver.
@@ -193,18 +194,16 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
         first: the first step's number, which changes the draw.
 
     Raises:
-        ValueError: the support set is a stream, or smaller than a minibatch.
+        ValueError: the support set is a stream.
     """
-    size = solver.minibatch or 0
     if isinstance(support, Steps):
         raise ValueError("minibatch= draws from one support set, and Steps is a batch for every step: leave one out")
     examples = len(tree_leaves(support)[0])
-    if size > examples:
-        raise ValueError(f"minibatch={size} is more than the {examples} support examples: give fewer")
+    size = min(solver.minibatch or 0, examples)
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + first)
-        rounds = [torch.randperm(examples, generator=generator) for _ in range(-(-steps * size // examples))]
+        rounds = [torch.randperm(examples, generator=generator) for _ in range(1 + steps * size // examples)]
         drawn.append(torch.cat(rounds)[: steps * size].view(steps, size))
     return torch.stack(drawn)
 

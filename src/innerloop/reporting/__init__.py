@@ -23,11 +23,11 @@ from innerloop.reporting._pages import (
     table,
 )
 from innerloop.reporting._provenance import made, provenance
-from innerloop.reporting._verdict import paired, student, verdict
+from innerloop.reporting._verdict import paired, student, verdict, verdict_of
 
 __all__ = [
     "Bars", "Box", "Cell", "Code", "Facts", "Gallery", "Heading", "Part", "Picture", "Table", "Timing", "digits",
     "duration", "how_made", "html", "in_fresh_process", "in_turns", "made", "markdown", "paired", "peak_memory",
-    "percent", "points", "provenance", "size", "student", "table", "time_of", "verdict", "write_bytes",
+    "percent", "points", "provenance", "size", "student", "table", "time_of", "verdict", "verdict_of", "write_bytes",
     "write_json", "write_text",
 ]  # fmt: skip

@@ -68,9 +68,17 @@ def verdict(
         >>> verdict([0.4, -0.2, 0.1, 0.3], margin=0.0)
         'open'
     """
+    return verdict_of(*paired(differences, per_seed), margin)
+
+
+def verdict_of(mean: float, half: float, margin: float = 1.0) -> Literal["shown", "open", "contradicted"]:
+    """As `verdict`, of a mean of paired differences and the half-width of its interval, as `paired` gives them.
+
+    Raises:
+        ValueError: a margin below 0.
+    """
     if not margin >= 0:
         raise ValueError(f"margin={margin}; give 0, or how much worse still counts as good")
-    mean, half = paired(differences, per_seed)
     if mean - half > -margin:
         return "shown"
     return "contradicted" if mean + half < -margin else "open"

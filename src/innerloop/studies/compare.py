@@ -1,10 +1,10 @@
 """Methods side by side: the same tasks, model and budget, and what each costs (arXiv 2412.12030, section 5, widened).
 
 First every method is measured alone, one process after another: seconds and peak memory of a meta-step, curvature
-products, adaptation. A budget of time becomes a number of outer steps by that measurement, so that whatever else
-runs on the machine later, other trainings of the study too, changes no timing; nor any result, for all is computed on
-one thread unless settings name more. Then every method is trained and tested with every seed, by `innerloop train`, in
-a run folder of its own.
+products, adaptation. Then a few outer rates are tried for each in short trainings. A budget of time becomes a number
+of outer steps by that measurement, so that whatever else runs on the machine later, other trainings of the study too,
+changes no timing; nor any result, for all is computed on one thread unless settings name more. Then every method is
+trained and tested with every seed, by `innerloop train`, in a run folder of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from innerloop.errors import Diverged, Failed
 from innerloop.reporting import provenance, student
+from innerloop.studies import tuning
 from innerloop.studies.comparison import Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
@@ -43,7 +44,7 @@ METHODS = (
     "maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
     "proto-maml", "ridge", "pretrained", "mamf",
 )  # fmt: skip
-STUDY, COSTS, RUNS, TASKS = "study.json", "costs", "runs", "tasks.safetensors"
+STUDY, COSTS, TUNING, RUNS, TASKS = "study.json", "costs", "tuning", "runs", "tasks.safetensors"
 SHARE = 0.9
 MINUTES = 5.0
 MEMORY_STEPS = (1, 5, 20)
@@ -54,7 +55,8 @@ SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for wh
 # What a method chooses; the comparison holds all else equal.
 CHOSEN = (
     "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
-    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "batch_norm", "context", "recurring",
+    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "schedule", "train_shots", "batch_norm",
+    "context", "recurring",
 )  # fmt: skip
 
 # What the comparison sets itself, from its own numbers.
@@ -72,6 +74,7 @@ class Plan:
         memory_steps: numbers of inner steps at which memory is measured, besides the method's own.
         share: of the best validation accuracy, whose time is asked for.
         notes: what a reader of the results must know of the settings.
+        tune: outer rates tried for each method; 0 takes its own.
     """
 
     methods: dict[str, Settings]
@@ -80,6 +83,7 @@ class Plan:
     memory_steps: tuple[int, ...]
     share: float
     notes: tuple[str, ...] = ()
+    tune: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """For the study's folder, from which it can be continued."""
@@ -101,6 +105,7 @@ def plan(
     seeds: int = 1,
     memory_steps: Sequence[int] = MEMORY_STEPS,
     share: float = SHARE,
+    tune: int = tuning.RATES,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> Plan:
@@ -113,6 +118,8 @@ def plan(
         seeds: trainings of each method.
         memory_steps: numbers of inner steps at which memory is measured, besides each method's own.
         share: of the best validation accuracy, whose time is asked for.
+        tune: outer rates tried for each method on validation tasks before it is trained, around its own, which the
+            settings may set; 0 takes its own.
         changes: settings of single methods, by the method's name, that win over all others; only what a method
             chooses, `CHOSEN`.
         **settings: for all methods, winning over what the methods set; see `innerloop.training.settings.Settings`.
@@ -139,6 +146,8 @@ def plan(
         raise ValueError(f"{seeds} seeds; give 1 or more")
     if not 0 < share < 1:
         raise ValueError(f"the share is {share}; it must lie between 0 and 1")
+    if tune < 0 or tune == 1:
+        raise ValueError(f"{tune} outer rates to tune by; give 2 or more, or 0 to take each method's own")
     if odd_numbers := [number for number in memory_steps if number < 1]:
         raise ValueError(f"memory at {odd_numbers[0]} inner steps; give 1 or more")
     if minutes is not None and not minutes > 0:
@@ -171,7 +180,7 @@ def plan(
         for each in CHOSEN
         if each in overridden
     )
-    return Plan(found, minutes, seeds, tuple(memory_steps), share, tuple(notes))
+    return Plan(found, minutes, seeds, tuple(memory_steps), share, tuple(notes), tune)
 
 
 def compare(
@@ -196,7 +205,7 @@ def compare(
         seeds: trainings of each method.
         jobs: trainings at once. Timings are taken before, alone, and do not depend on it.
         progress: show a progress bar; where there is no terminal, a line now and then.
-        **options: ``memory_steps``, ``share``, ``changes`` and settings, as `plan` takes them.
+        **options: ``memory_steps``, ``share``, ``tune``, ``changes`` and settings, as `plan` takes them.
 
     Returns:
         What was found; ``failed`` names the methods that could not be measured or trained, ``notes`` single seeds.
@@ -221,6 +230,7 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
         costs, failed = _costs(folder, plan, bar)
         if not costs:
             raise Failed(_none_left(failed))
+        _tune(folder, plan, costs, bar)
         trainings = trainings_of(plan, folder, costs)
         diverged = train_all(list(trainings.values()), jobs, bar)
         return conclude(plan, folder, trainings, costs, failed, diverged)
@@ -236,7 +246,7 @@ def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
     first = next(iter(plan.methods.values()))
     # before the folder is taken, so that it stays free where the data cannot be read
     if not (folder / TASKS).exists():
-        save_tasks(folder / TASKS, first, others=("validation", "test"))
+        save_tasks(folder / TASKS, replace(first, train_shots=None), others=("validation", "test"))
     with locked(folder):
         if not (folder / STUDY).exists():
             save_results(folder / STUDY, plan.as_json())
@@ -248,17 +258,20 @@ def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
 
 
 def prepare(plan: Plan, folder: Path, progress: bool, measure: bool = True) -> tuple[dict[str, Cost], dict[str, str]]:
-    """What each method costs, measured now or before, and why it is not known where that is so."""
+    """What each method costs, measured now or before, and why it is not known where that is so; rates are tuned."""
     if not measure:
         files = {name: _cost_file(folder, name) for name in plan.methods}
         there = {name: Cost.of(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
         return there, {name: "its costs are not measured" for name in files if name not in there}
     with _begun(plan, folder, progress) as bar:
-        return _costs(folder, plan, bar)
+        costs, failed = _costs(folder, plan, bar)
+        _tune(folder, plan, costs, bar)
+        return costs, failed
 
 
 def trainings_of(plan: Plan, folder: Path, costs: Mapping[str, Cost]) -> dict[tuple[str, int], Training]:
-    """The trainings of a study, by method and seed."""
+    """The trainings of a study, by method and seed, at the outer rates found."""
+    plan, _ = _tuned(folder, plan)
     return {
         (name, seed): _training(folder, plan, name, seed, costs[name].meta_step.median)
         for name in costs
@@ -289,6 +302,7 @@ def conclude(
     Raises:
         Diverged: none is finished.
     """
+    plan, tried = _tuned(folder, plan)
     kept: dict[str, dict[int, Path]] = {}
     notes = [*plan.notes, *more]
     for name in costs:
@@ -313,7 +327,7 @@ def conclude(
     threads = next(iter(plan.methods.values())).threads
     if threads is not None:
         made["machine"]["threads"] = threads
-    comparison = _collect(plan, kept, costs, failed, notes, made)
+    comparison = _collect(plan, kept, costs, tried, failed, notes, made)
     write_report(folder, comparison)
     return comparison
 
@@ -348,7 +362,8 @@ def _bar(plan: Plan, console: Console) -> Progress:
     """A bar over the planned seconds of the whole study, as far as they are known; shown on a terminal alone."""
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
-    known = plan.minutes is not None and len(plan.methods) * (MEASURING + 60 * plan.minutes * plan.seeds)
+    trained = plan.seeds + (tuning.BUDGET if plan.tune else 0)
+    known = plan.minutes is not None and len(plan.methods) * (MEASURING + 60 * plan.minutes * trained)
     bar.add_task("", total=known or None)
     return bar
 
@@ -371,8 +386,8 @@ def _costs(folder: Path, plan: Plan, bar: Progress) -> tuple[dict[str, Cost], di
             if not bar.console.is_terminal:
                 bar.console.print(f"measuring {name}")
             try:
-                found = cost(settings, folder / TASKS, plan.memory_steps)
-            except Failed as error:
+                found = cost(settings, _tasks(folder, settings), plan.memory_steps)
+            except (Failed, ValueError) as error:
                 failed[name] = f"its costs could not be measured: {error}"
                 bar.console.print(f"{name}: {failed[name]}", markup=False)
                 continue
@@ -383,10 +398,63 @@ def _costs(folder: Path, plan: Plan, bar: Progress) -> tuple[dict[str, Cost], di
     return costs, failed
 
 
+def _tasks(folder: Path, settings: Settings) -> Path:
+    """The file with the tasks by which a method is measured; one more where it trains on other shots."""
+    if settings.train_shots is None:
+        return folder / TASKS
+    path = folder / COSTS / f"tasks-{settings.train_shots}-shot.safetensors"
+    if not path.exists():
+        save_tasks(path, settings)
+    return path
+
+
+def _tune(folder: Path, plan: Plan, costs: Mapping[str, Cost], bar: Progress) -> None:
+    """Try the outer rates of each method, unless that is done."""
+    for name, mine in costs.items() if plan.tune else ():
+        file, steps = _tuning_file(folder, name), _steps(plan, name, mine.meta_step.median)
+        if not file.exists():
+            bar.update(bar.task_ids[0], description=f"tuning {name}")
+            if not bar.console.is_terminal:
+                bar.console.print(f"tuning {name}")
+            found = tuning.search(plan.methods[name], plan.tune, steps)
+            file.parent.mkdir(exist_ok=True)
+            save_results(file, {"rates": found})
+            bar.advance(bar.task_ids[0], tuning.BUDGET * steps * mine.meta_step.median)
+
+
+def _tuned(folder: Path, plan: Plan) -> tuple[Plan, dict[str, dict[str, float | None]]]:
+    """The plan with the best outer rate of each method that was tuned, and the validation accuracy at each rate."""
+    files = {name: _tuning_file(folder, name) for name in plan.methods}
+    tried = {
+        name: json.loads(file.read_text(encoding="utf-8"))["rates"] for name, file in files.items() if file.exists()
+    }
+    best = {
+        name: replace(plan.methods[name], outer_lr=tuning.best(tried[name], plan.methods[name].outer_lr))
+        for name in tried
+    }
+    return replace(plan, methods={**plan.methods, **best}), tried
+
+
+def _tuning_file(folder: Path, name: str) -> Path:
+    return folder / TUNING / f"{_folder_name(name)}.json"
+
+
+def _tuning_words(count: int, settings: Settings) -> str:
+    return (
+        f"Tuned, for every method alike: the outer rate, {count} values a factor of {tuning.FACTOR:g} apart around its "
+        f"own, on {settings.validation_tasks} validation tasks, in {tuning.BUDGET:.0%} of the outer steps of a "
+        "training, on top of the budget."
+    )
+
+
+def _steps(plan: Plan, name: str, seconds: float) -> int:
+    """Outer steps of a training, given the seconds of a meta-step."""
+    return plan.methods[name].steps if plan.minutes is None else max(1, int(60 * plan.minutes / seconds))
+
+
 def _training(folder: Path, plan: Plan, name: str, seed: int, seconds: float) -> Training:
     """The training of a method with a seed, given the seconds of a meta-step."""
-    settings = plan.methods[name]
-    steps = settings.steps if plan.minutes is None else max(1, int(60 * plan.minutes / seconds))
+    settings, steps = plan.methods[name], _steps(plan, name, seconds)
     own = replace(settings, steps=steps, validate_every=math.ceil(steps / VALIDATIONS), seed=seed)
     return Training(folder / RUNS / _folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}", own, seconds)
 
@@ -395,6 +463,7 @@ def _collect(
     plan: Plan,
     kept: Mapping[str, Mapping[int, Path]],
     costs: Mapping[str, Cost],
+    tried: Mapping[str, dict[str, float | None]],
     failed: dict[str, str],
     notes: list[str],
     made: dict[str, Any],
@@ -427,6 +496,7 @@ def _collect(
                 paper=known.paper,
                 differs={flag(each): str(getattr(settings, each)).lower() for each in differing},
                 steps=found[0]["training"]["step"],
+                rates=tried.get(name, {}),
                 transductive=_over_seeds(protocols["transductive"]) if protocols["transductive"] else None,
                 inductive=_over_seeds(protocols["inductive"]),
                 seeds=[accuracy.mean for accuracy in judged],
@@ -461,6 +531,7 @@ def _collect(
         failed=failed,
         notes=notes,
         made=made,
+        tuned=_tuning_words(plan.tune, first) if plan.tune else "",
     )
     chosen = recommend(comparison).chosen
     lost = verdict(chosen.baselines) if chosen else None

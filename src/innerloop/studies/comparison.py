@@ -45,6 +45,7 @@ class Entry(NamedTuple):
         products: curvature products of a task's meta-gradient.
         adaptation: seconds of adapting to one task.
         baselines: on the features of the method's own runs, and on pixels, over all seeds, by name.
+        rates: validation accuracy by outer rate, of those tried before training; None where that diverged.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Entry(NamedTuple):
     products: float
     adaptation: Timing
     baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
+    rates: dict[str, float | None] = {}  # noqa: RUF012
 
     @property
     def accuracy(self) -> Estimate:
@@ -85,6 +87,7 @@ class Comparison(NamedTuple):
         made: command, commit, versions and machine.
         failed: methods that could not be measured or trained, and why.
         notes: what else a reader must know, in sentences without a full stop.
+        tuned: what was tuned, in a sentence; empty where nothing was.
     """
 
     tasks: str
@@ -97,6 +100,12 @@ class Comparison(NamedTuple):
     made: dict[str, Any]
     failed: dict[str, str] = {}  # noqa: RUF012
     notes: list[str] = []  # noqa: RUF012
+    tuned: str = ""
+
+    @property
+    def first_line(self) -> str:
+        """What a reader must know before any number: what was tuned."""
+        return self.tuned or "Nothing was tuned: every method has its own outer rate."
 
 
 SAVING, MARGIN = 0.05, 0.01

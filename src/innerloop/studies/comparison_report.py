@@ -36,12 +36,13 @@ from innerloop.reporting import (
     write_json,
     write_text,
 )
-from innerloop.reporting.figures import DOTS, FRONTIER, OWN, Line, Panel, frontier, panels, png
+from innerloop.reporting.figures import DOTS, DOTTED, FRONTIER, OWN, Line, Panel, frontier, panels, png
 from innerloop.studies.comparison import RULE, Comparison, Entry, Point, recommend, useful
 from innerloop.training.evaluation import Baseline, Estimate
 
 RESULTS, PAGE, HTML = "comparison.json", "report.md", "report.html"
 SUMMARY, LEARNING, MEMORY = "summary.png", "learning.png", "memory.png"
+LINES = 6  # of a panel, at most
 ARXIV = r"\d{4}\.\d{4,5}"
 
 MEASURES = {
@@ -82,12 +83,12 @@ def write_report(folder: Path, comparison: Comparison) -> None:
         LEARNING,
         "Validation accuracy against outer steps and against seconds, a line a method",
         "Validation accuracy, the mean of the seeds, and the band from lowest to highest.",
-        png(panels([_curves(comparison, "step"), _curves(comparison, "seconds")])),
+        png(panels([_curves(comparison, few, by) for few in _fews(comparison) for by in ("step", "seconds")])),
     )
     pictures = [summary, learning]
     if any(entry.memory_at for entry in comparison.entries):
         alt = "Peak memory of a meta-step against the number of inner steps, a line a method"
-        pictures.append(Picture(MEMORY, alt, "", png(panels([_memory(comparison)], width=6))))
+        pictures.append(Picture(MEMORY, alt, "", png(panels([_memory(few) for few in _fews(comparison)]))))
     for each in pictures:
         write_bytes(folder / each.file, each.png)
     title, parts = f"Comparison: {comparison.tasks}", _parts(comparison, *pictures)
@@ -98,6 +99,7 @@ def write_report(folder: Path, comparison: Comparison) -> None:
 def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory: Picture) -> list[Part]:
     found, shown = recommend(comparison), table(comparison)
     return [
+        comparison.first_line,
         Box(found.first, found.rest),
         Gallery([summary]),
         f"The rule: {RULE}",
@@ -105,6 +107,7 @@ def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory:
         Heading("What was measured"),
         shown,
         *_baselines(comparison),
+        *_rates(comparison),
         Heading("Learning"),
         Gallery([learning]),
         *(part for part in (Heading("Memory"), Gallery(memory)) if memory),
@@ -218,37 +221,51 @@ def _costs(comparison: Comparison, costs: Sequence[float | None], label: str, fo
     look = FRONTIER | {"drawstyle": "steps-post", "marker": "o", "markersize": 13, "fillstyle": "none"}
     lines["frontier"] = Line([cost for cost, _ in best], [quality for _, quality in best], look)
     axes = {"xscale": "log", "xlabel": label, "ylabel": "test accuracy, %", "xlim": _limits(costs)}
-    return Panel(lines, axes, ticks={"x": form})
+    return Panel(lines, axes, _references(comparison), ticks={"x": form})
 
 
-def _curves(comparison: Comparison, by: str) -> Panel:
+def _fews(comparison: Comparison) -> list[list[Entry]]:
+    """At most six methods each, the most accurate first, so that their lines can be told apart."""
+    order = sorted(comparison.entries, key=lambda entry: -entry.accuracy.mean)
+    return [order[at : at + LINES] for at in range(0, len(order), LINES)]
+
+
+def _references(comparison: Comparison) -> dict[str, tuple[float, dict[str, str]]]:
+    """Accuracies that need no training: the nearest neighbour's, and chance."""
+    levels = {"nearest neighbour on pixels": (100 * comparison.nearest_neighbour.mean, {"linestyle": "-."})}
+    ways = re.search(r"(\d+)-way", comparison.tasks)
+    return levels | ({"chance": (100 / int(ways[1]), dict(DOTTED))} if ways else {})
+
+
+def _curves(comparison: Comparison, few: Sequence[Entry], by: str) -> Panel:
     lines = {}
-    for entry in comparison.entries:
+    for entry in few:
         x = [getattr(point, by) for point in entry.curve]
         mean, low, high = 100 * np.array([point[2:] for point in entry.curve]).reshape(-1, 3).T
         look = {"marker": OWN, "markersize": 5, "markevery": max(1, len(x) // 6)}
         lines[entry.title] = Line(x, mean, look, low, high)
     label = "outer step" if by == "step" else "seconds of meta-steps"
     axes = {"xlabel": label, "ylabel": "validation accuracy, %"}
-    return Panel(lines, axes, {f"target, {_target(comparison)}": (100 * comparison.target, {})})
+    levels = {f"target, {_target(comparison)}": (100 * comparison.target, {}), **_references(comparison)}
+    return Panel(lines, axes, levels)
 
 
-def _memory(comparison: Comparison) -> Panel:
+def _memory(few: Sequence[Entry]) -> Panel:
     lines = {}
-    for place, entry in enumerate(comparison.entries):
+    for place, entry in enumerate(few):
         steps = sorted(entry.memory_at)
         # where lines coincide the lower ones look out from under the upper ones
-        width = 4 - 2.6 * (place + 1) / len(comparison.entries)
+        width = 4 - 2.6 * (place + 1) / len(few)
         look = {"marker": OWN, "linewidth": width, "markersize": 4 + width}
         lines[entry.title] = Line(steps, [max(entry.memory_at[each], 1) for each in steps], look)
-    limits = _limits([max(memory, 1) for entry in comparison.entries for memory in entry.memory_at.values()])
+    limits = _limits([max(memory, 1) for entry in few for memory in entry.memory_at.values()])
     axes: dict[str, Any] = {
         "yscale": "log",
         "ylim": limits,
         "xlabel": "inner steps",
         "ylabel": "peak memory of a meta-step",
     }
-    axes["xticks"] = sorted({steps for entry in comparison.entries for steps in entry.memory_at})
+    axes["xticks"] = sorted({steps for entry in few for steps in entry.memory_at})
     return Panel(lines, axes, ticks={"y": size})
 
 
@@ -308,6 +325,20 @@ def _baselines(comparison: Comparison) -> list[Part]:
         for found in [entry.baselines]
     ]
     return [Heading("Without adaptation"), Table(["method", "adapted", *names], rows)] if names else []
+
+
+def _rates(comparison: Comparison) -> list[Part]:
+    """The outer rates that were tried for each method, lowest first, and how each did in validation."""
+    rows: list[list[Cell | str]] = []
+    for entry in (each for each in comparison.entries if each.rates):
+        best = max((found for found in entry.rates.values() if found is not None), default=math.nan)
+        cells = [
+            Cell(f"{rate}: {'diverged' if found is None else f'{100 * found:.1f} %'}", found == best)
+            for rate, found in entry.rates.items()
+        ]
+        rows.append([entry.title, *cells])
+    head = ["method", *(f"rate {place}" for place in range(1, max(map(len, rows), default=1)))]
+    return [Heading("Outer rates tried"), Table(head, rows, "Bold: the one trained with.")] if rows else []
 
 
 def _mean(name: str, entry: Entry) -> float | None:

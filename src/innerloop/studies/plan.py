@@ -22,7 +22,7 @@ COMMANDS = "commands.txt"
 
 
 def write_plan(plan: Plan, folder: Path, progress: bool = True) -> list[str]:
-    """Measure the methods, here and now, and write a command a training to ``commands.txt``.
+    """Measure the methods and tune their outer rates, here and now, and write a command a training to ``commands.txt``.
 
     Args:
         plan: what is compared.

@@ -8,6 +8,7 @@ the same on every machine, in every process and after every restart, and is draw
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -60,6 +61,14 @@ class TaskSource(ABC):
     def class_names(self, split: str, start: int, count: int) -> list[list[str]] | None:
         """What the classes of tasks are called, a list a task in the order of labels; None where they have no names."""
         return None
+
+    def with_train_shots(self, shots: int) -> TaskSource:
+        """The same source with so many support examples of a class in training tasks, as Reptile's authors train.
+
+        Raises:
+            ValueError: the source cannot do so, or a training class has too few examples.
+        """
+        raise ValueError(f"{self.name} takes no train-shots: leave it out, or give none")
 
     def train(self, tasks_per_batch: int, steps: int, start: int = 0) -> Batches:
         """``steps`` batches of training tasks; ``start`` is the step to resume at.
@@ -229,6 +238,7 @@ class Episodes(TaskSource):
         self.ways: int = ways
         self.output_size = ways
         self.shots, self.queries, self.seed = shots, queries, seed
+        self.train_shots = shots
         self._augments = augmentations(augment, self.input_shape)
         self._counts = np.array(image_set.counts)
         self._offsets = np.cumsum(self._counts) - self._counts
@@ -239,15 +249,31 @@ class Episodes(TaskSource):
     def batch(self, split: str, start: int, count: int) -> Task:
         """See `TaskSource.batch`."""
         turn, chosen, keys = self._drawn(split, start, count)
-        rows = self._apart(chosen, keys) if self.image_set.groups else _draw(keys, self.shots + self.queries)
+        shots = self.train_shots if split == "train" else self.shots
+        rows = self._apart(chosen, keys) if self.image_set.groups else _draw(keys, shots + self.queries)
         images = self.images(split, start, count, rows + self._offsets[chosen][..., None], turn)
 
         def part(some: slice) -> tuple[Any, Tensor]:
             mine = pytree.tree_map(lambda each: each.unflatten(0, (count, -1))[:, :, some].flatten(1, 2), images)
-            shown = len(range(self.shots + self.queries)[some])
+            shown = len(range(shots + self.queries)[some])
             return mine, torch.arange(self.ways).repeat_interleave(shown).repeat(count, 1)
 
-        return Task(part(slice(self.shots)), part(slice(self.shots, None)))
+        return Task(part(slice(shots)), part(slice(shots, None)))
+
+    def with_train_shots(self, shots: int) -> Episodes:
+        """See `TaskSource.with_train_shots`."""
+        if self.image_set.groups:
+            raise ValueError(f"{self.name} has groups, with which training takes no train-shots: leave one out")
+        least = min(self._counts[list(self.image_set.splits["train"])])
+        if least < shots + self.queries:
+            raise ValueError(
+                f"{self.name}: a training class has {least} images, fewer than {shots} train-shots + {self.queries} "
+                "queries; ask for fewer"
+            )
+        found = copy.copy(self)
+        found.train_shots = shots
+        found.made = self.made and {**self.made, "train_shots": shots}
+        return found
 
     def images(self, split: str, start: int, count: int, rows: NDArray[np.int64], turn: NDArray[np.int64]) -> Any:
         """The images of rows ``[tasks, groups, n]``, a tree of ``[tasks * groups, n, ...]``.

@@ -56,6 +56,8 @@ def build_tasks(settings: Settings, splits: Iterable[str] = ("train", "validatio
             f"dataset {short(settings.dataset)} gives {type(tasks).__name__}, no source of tasks: let it return "
             "il.tasks.arrays(...), il.tasks.dataset(...) or a subclass of il.tasks.TaskSource"
         )
+    if settings.train_shots is not None and "train" in splits:
+        tasks = tasks.with_train_shots(settings.train_shots)
     if settings.recurring is not None:
         tasks = Recurring(tasks, settings.recurring)
     for split in splits:

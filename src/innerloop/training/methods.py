@@ -22,6 +22,7 @@ from innerloop.meta_gradient import (
     MemoryReduced,
     MetaGradient,
     MetaRKHS,
+    ReleasedIMAML,
     Reptile,
     Supervised,
     Truncated,
@@ -77,7 +78,7 @@ PICTURES = SGD(lr=0.01, steps=5)
 MAML = SGD(lr=0.4, steps=1), PICTURES
 SEVERAL = SGD(lr=0.1, steps=5), PICTURES  # of MAML for 20-way Omniglot, where a method is about several inner steps
 ANIL = SGD(lr=0.1, steps=5)
-INNER_ADAM = Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999))
+INNER_ADAM = Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999), minibatch=10)
 OUTER = {"outer_lr": 1e-3}
 MAML_SOURCE = "authors' code: Omniglot 5-way inner rate 0.4, one step; miniImageNet 0.01, five steps; Adam 1e-3 outside"
 LEARN2LEARN = "learn2learn's FC100 example: inner rate 0.1, five steps, Adam 1e-3 outside"
@@ -94,12 +95,13 @@ METHODS: dict[str, Method] = {
     "fomaml": Method("first-order MAML", "1703.03400", MAML_SOURCE, Everything(), MAML, FirstOrder(), OUTER),
     "reptile": Method(
         "Reptile", "1803.02999",
-        "authors' README: inner Adam without first moment, 1e-3, five steps (Omniglot 5-way) or eight (miniImageNet), "
-        "50 at test, outer step from 1 falling to 0; here on the support set alone, whole in each step",
+        "authors' README: inner Adam without first moment, 1e-3, minibatches of 10, five steps (Omniglot 5-way) or "
+        "eight (miniImageNet), 50 at test, outer step from 1 falling linearly to 0, 10 training shots (15 for "
+        "miniImageNet, here 10 as well); their batch of 5 tasks is not set",
         Everything(),
         (INNER_ADAM, replace(INNER_ADAM, steps=8)),
         Reptile(),
-        {"optimizer": "sgd", "outer_lr": 1.0},
+        {"optimizer": "sgd", "outer_lr": 1.0, "schedule": "linear", "train_shots": 10},
     ),
     "anil": Method("ANIL", "1909.09157", LEARN2LEARN, Head(), ANIL, Unrolled(), OUTER),
     "fo-anil": Method(
@@ -119,9 +121,22 @@ METHODS: dict[str, Method] = {
     "imaml": Method(
         "iMAML", "1909.04630",
         "Omniglot as published: lambda 2, five CG steps, 16 inner steps (at 0.1, and Adam with eps 1e-3, in the "
-        "authors' README); miniImageNet by two re-implementations: lambda 0.5, ten inner steps, 0.1",
+        "authors' README); miniImageNet by two re-implementations: lambda 0.5, ten inner steps, 0.1. Beware: where all "
+        "of a network adapts to few images, its solves meet negative curvature and it trains poorly; use imaml-head",
         Everything(), (SGD(lr=0.1, steps=16, proximal=2.0), SGD(lr=0.1, steps=10, proximal=0.5)), Implicit(CG(5)),
         IMAML_OUTER,
+    ),
+    "imaml-head": Method(
+        "iMAML on the head", "1909.04630",
+        "ours: the head alone, whose inner loss is convex; lambda 0.5 and 0.1 as in re-implementations for "
+        "miniImageNet, 16 inner and five CG steps as published for Omniglot",
+        Head(), SGD(lr=0.1, steps=16, proximal=0.5), Implicit(CG(5)), OUTER,
+    ),
+    "imaml-damped": Method(
+        "iMAML, damped", "1909.04630",
+        "authors' released code, which solves another, damped system than the paper's: lambda 2, damping 1, five CG "
+        "steps, 16 inner steps at 0.1, Adam with eps 1e-3. The same for pictures is ours",
+        Everything(), SGD(lr=0.1, steps=16), ReleasedIMAML(), IMAML_OUTER,
     ),
     "imaml-hf": Method(
         "iMAML, Hessian-free", "1909.04630",

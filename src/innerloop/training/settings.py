@@ -176,6 +176,9 @@ class Settings:
     shots: int | None = option(
         None, "support examples: of a class, or in all for regression", at_least=1, otherwise="1 for images"
     )
+    train_shots: int | None = option(
+        None, "support examples of a class in training alone", at_least=1, otherwise="as in evaluation"
+    )
     queries: int | None = option(None, "query examples, likewise", at_least=1, otherwise="5 for images")
     recurring: int | None = option(
         None, "training tasks: the first so many of the stream, over and over", at_least=1, otherwise="ever new ones"
