@@ -343,7 +343,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
     for given, cure in (
-        ("--carry=task", "carry 'task' is unknown: choose one of none, slot"),
+        ("--carry=task", "carry='task' resumes tasks that come again"),
         ("--meta-gradient=memory-reduced:l2=0.05", "the L2 term is the inner loop's: --weight-decay 0.05, or"),
         ("--meta-gradient=implicit:proximal=2.0", "the proximal weight is the inner loop's: --proximal 2.0, or"),
     ):

@@ -150,9 +150,10 @@ def test_auto_is_recorded_as_a_number(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_default_rate_is_a_number_where_it_was_tuned() -> None:
-    assert Settings().inner_lr == Settings(dataset="omniglot").inner_lr == 0.5
+    assert Settings().inner_lr == Settings(dataset="omniglot").inner_lr == 0.1
     assert Settings(inner_lr="auto").inner_lr == "auto"
-    assert Settings(dataset="folder").inner_lr == Settings(dataset="cifar_fs").inner_lr == "auto"
+    assert Settings(dataset="cifar_fs").inner_lr == 0.1
+    assert Settings(dataset="folder").inner_lr == "auto"
 
 
 def test_a_solver_without_a_rate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +209,7 @@ def test_the_schedule_runs_over_the_time_that_there_is(
 
     fitted, rates = session(5.0)
     assert fitted.stopped == "minutes"
-    assert fitted.step < 100
+    assert fitted.step <= 100
     assert rates == sorted(rates, reverse=True)
     assert rates[len(rates) // 2] == pytest.approx(5e-4, rel=0.1)
     assert rates[-1] < 1e-5

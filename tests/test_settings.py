@@ -113,7 +113,10 @@ def test_ways_shots_and_queries_are_those_of_the_data_set() -> None:
         ({"rotations": "maybe"}, "rotations is 'maybe'; it must be true or false or none"),
         ({"batch_norm": "batches"}, "batch-norm 'batches' is unknown: did you mean 'batch'? choose one of batch, "),
         ({"meta_gradient": "exact:2"}, "meta-gradient 'exact' is unknown: choose one of unrolled, "),
-        ({"start": "prototype"}, "start 'prototype' is unknown: did you mean 'prototypes'? choose one of prototypes"),
+        (
+            {"start": "prototype"},
+            "start 'prototype' is unknown: did you mean 'prototypes'? choose one of auto, prototypes",
+        ),
         ({"inner_lr": "automatic"}, "inner-lr is 'automatic'; it must be a number, auto or none"),
         ({"products": "block"}, "products 'block' is unknown: did you mean 'blocks'? choose one of auto, autograd, "),
         ({"carry": "slots"}, "carry 'slots' is unknown: did you mean 'slot'? choose one of none, slot"),
@@ -249,7 +252,7 @@ def test_settings_build_a_learner() -> None:
     assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), again.parameters(), strict=True))
     terms: dict[str, Any] = {"weight_decay": 0.05, "meta_gradient": "memory-reduced", "carry": "slot"}
     reduced = build_learner(Settings(filters=4, inner="sgd", **terms), (1, 28, 28), 5)
-    assert (reduced.inner, reduced.carry) == (il.SGD(lr=0.5, steps=3, weight_decay=0.05), "slot")
+    assert (reduced.inner, reduced.carry) == (il.SGD(lr=0.1, steps=5, weight_decay=0.05), "slot")
     assert build_learner(Settings(filters=4, products="differences"), (1, 28, 28), 5).products == "differences"
     assert build_learner(Settings(filters=4, start="prototypes", inner="sgd"), (1, 28, 28), 5).few_shot.start
     optimizer, scheduler = build_optimizer(Settings(outer_lr=0.2, schedule="cosine", steps=4), learner)
@@ -270,7 +273,10 @@ def test_settings_build_a_learner() -> None:
             {"meta_gradient": "memory-reduced", "adapts": "everything", "inner": "sgd"},
             "learns only what is not adapted",
         ),
-        ({"meta_gradient": "implicit", "proximal": 2.0}, "Implicit gives no gradient to the rates of LearnedRates"),
+        (
+            {"meta_gradient": "implicit", "inner": "learned-rates", "proximal": 2.0},
+            "Implicit gives no gradient to the rates of LearnedRates",
+        ),
         ({"meta_gradient": "released-imaml", "inner": "sgd", "proximal": 2.0}, "takes plain gradient steps"),
         ({"products": "blocks", "chunk_size": 2}, "products='blocks' takes tasks one by one"),
     ],

@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             movable_blocks(learner, batch_norm, parts)
         except ValueError as error:
-            if not learner.rates:
+            if not learner.rates and learner.few_shot.start is None:
                 raise
-            again = f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --out NEW"
+            again = f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none --out NEW"
             raise UsageError(f"{error}; write {again}") from error
         with arithmetic(settings):
             sections = study(

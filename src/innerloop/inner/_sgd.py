@@ -26,7 +26,7 @@ class SGD(InnerSolver):
 
     def largest_rate(self, learned: Tree) -> float | None:
         """The largest of ``lr``."""
-        return max(self.rates())
+        return max(self.rates(), default=0.0)
 
     def update(
         self, step: int, params: Tree, grad: Tree, state: State, learned: Tree, start: Tree

@@ -64,6 +64,7 @@ class Method:
         if self.adapts is not None and self.inner is not None and self.meta_gradient is not None:
             inner = self.inner if isinstance(self.inner, InnerSolver) else self.inner[dataset not in INK]
             found = {"adapts": text(self.adapts), "inner": text(inner), "meta_gradient": text(self.meta_gradient)}
+            found["start"] = None
             found |= {"inner_lr": inner.lr, "inner_steps": inner.steps}
             rest = {name: getattr(inner, name) for name in ("test_steps", "weight_decay", "proximal")}
             found |= {name: value for name, value in rest.items() if value}
@@ -241,7 +242,7 @@ METHODS: dict[str, Method] = {
         f"class means by the cosine are the paper's; optimiser and augmentation are not: {OWN_RATE}",
         Head(), STILL, Supervised(), OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
     ),
-    "default": Method("ANIL, learned rates", "1909.09157", "the default recipe of innerloop train"),
+    "default": Method("Proto-ANIL", "1903.03096", "the default recipe of innerloop train: experiments/recipe"),
 }  # fmt: skip
 
 

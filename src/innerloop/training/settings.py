@@ -33,7 +33,7 @@ NEEDED = (
     "outer_lr", "steps", "tasks_per_batch", "seed",
 )  # fmt: skip
 """Without which a run's settings are no longer those of the run; others came later, and have defaults."""
-TUNED = dict.fromkeys(("glyphs", "omniglot"), 0.5)  # inner rates by data set; on all others it is measured
+TUNED = dict.fromkeys(("glyphs", "omniglot", "cifar_fs", "fc100"), 0.1)  # inner rates; on all others it is measured
 ARGUMENTS = ":.*"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -231,16 +231,14 @@ class Settings:
     adapts: str = option(
         "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, also=ARGUMENTS
     )
-    inner: str = option(
-        "learned-rates:layer-step", "how it moves: momentum:momentum=0.9, newton-cg", names=INNER, also=ARGUMENTS
-    )
+    inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, also=ARGUMENTS)
     inner_lr: float | str | None = option(
         None,
         "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
         above=0,
-        otherwise=f"0.5 for {' and '.join(TUNED)}, auto for others",
+        otherwise=f"0.1 for {', '.join(TUNED)}, auto for others",
     )
-    inner_steps: int = option(3, "inner steps in training; 0 with a start alone", at_least=0)
+    inner_steps: int = option(5, "inner steps in training; 0 with a start alone", at_least=0)
     test_steps: int | None = option(None, "inner steps in evaluation", at_least=0, otherwise="as in training")
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
@@ -248,7 +246,12 @@ class Settings:
         "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, also=ARGUMENTS
     )
     start: str | None = option(
-        None, "where the inner loop begins: ridge", names=START, also=ARGUMENTS, otherwise="at the model"
+        AUTO,
+        "where the inner loop begins: at class means (prototypes), ridge, or none, at the model; auto: at class means "
+        "where the head adapts by plain steps",
+        names=(AUTO, *START),
+        also=ARGUMENTS,
+        otherwise="at the model",
     )
     start_from: str | None = option(
         None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
@@ -326,6 +329,10 @@ class Settings:
         make("schedule", SCHEDULE, self.schedule)
         most_skips(self.on_nonfinite)
         interval(self.checkpoint_every)
+        if self.start == AUTO:
+            plain = (self.adapts, self.inner, self.meta_gradient, self.carry) == ("head", "sgd", "unrolled", "none")
+            images = self.dataset in SOURCES and "ways" in inspect.signature(SOURCES[self.dataset]).parameters
+            object.__setattr__(self, "start", "prototypes" if plain and images else None)
         if self.start is not None:
             make("start", START, self.start)
         if self.dataset not in SOURCES:
