@@ -343,7 +343,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
     for given, cure in (
-        ("--carry=task", "carry='task' resumes tasks that come again"),
+        ("--carry=task", "carry 'task' takes up tasks that come again"),
         ("--meta-gradient=memory-reduced:l2=0.05", "the L2 term is the inner loop's: --weight-decay 0.05, or"),
         ("--meta-gradient=implicit:proximal=2.0", "the proximal weight is the inner loop's: --proximal 2.0, or"),
     ):
@@ -504,7 +504,7 @@ def test_pretraining_and_then_another_method_is_two_lines(
     for given, cure in (
         ([f"--start-from={second}", "--filters=4"], "it has model.block1.conv.weight (4 x 1 x 3 x 3), and the file "),
         ([f"--start-from={first}"], "does not exist: start from a folder that innerloop train or il.fit has filled"),
-        (["--inner=sgd", "--inner-steps=0"], "give 1 inner step or more, or a start that makes the head"),
+        (["--start=none", "--inner-steps=0"], "give 1 inner step or more, or a start that makes the head"),
         (["--start=ridge:regularisation=0"], "above 0"),
     ):
         said = refused(capsys, "train", f"--out={tmp_path / 'other'}", *data, *size, *given)
