@@ -72,7 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             if not learner.rates and learner.few_shot.start is None:
                 raise
-            again = f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none --out NEW"
+            still = " --inner-steps 5 --meta-gradient unrolled --batch-norm batch" if not learner.inner.steps else ""
+            again = (
+                f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none{still} --out NEW"
+            )
             raise UsageError(f"{error}; write {again}") from error
         with arithmetic(settings):
             sections = study(

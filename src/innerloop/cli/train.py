@@ -39,7 +39,7 @@ from innerloop.training.code import is_code, remember, short
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import fit, replay
 from innerloop.training.health import ailment, inner_losses, opening
-from innerloop.training.methods import METHODS, method_settings
+from innerloop.training.methods import METHODS, method_settings, unasked
 from innerloop.training.report import describe, ending, slug, task_words, write_report
 from innerloop.training.runs import RESULTS, is_run_of, new_folder, read_run
 from innerloop.training.session import multi_step_weights
@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method", metavar="NAME",
-        help=f"a method with its paper's settings; configuration and options win over it ({', '.join(METHODS)})",
+        help="a method with its paper's settings; configuration and options win over it; without it or an option of a "
+        f"method, pretrained for colour pictures ({', '.join(METHODS)})",
     )  # fmt: skip
     add_settings(parser)
 
@@ -258,7 +259,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     given = given_settings(arguments)
     if arguments.resume is None:
         given = (read_config(arguments.config) if arguments.config else {}) | given
-        preset = method_settings(arguments.method, given.get("dataset", Settings.dataset)) if arguments.method else {}
+        dataset = given.get("dataset", Settings.dataset)
+        preset = method_settings(arguments.method, dataset) if arguments.method else unasked(dataset, given)
         return Settings(**preset | given)
     if arguments.out or arguments.config or arguments.method:
         raise UsageError("--resume takes its settings from the run folder; leave --out, --config and --method out")

@@ -330,7 +330,9 @@ class Settings:
         most_skips(self.on_nonfinite)
         interval(self.checkpoint_every)
         if self.carry == "task" and self.recurring is None and self.dataset in SOURCES:
-            raise ValueError("carry 'task' takes up tasks that come again: give --recurring 100, or choose --carry slot")
+            raise ValueError(
+                "carry 'task' takes up tasks that come again: give --recurring 100, or choose --carry slot"
+            )
         if self.start == AUTO:
             plain = (self.adapts, self.inner, self.meta_gradient, self.carry) == ("head", "sgd", "unrolled", "none")
             images = self.dataset in SOURCES and "ways" in inspect.signature(SOURCES[self.dataset]).parameters
