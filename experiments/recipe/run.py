@@ -54,6 +54,14 @@ CANDIDATES: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
+CONCLUSION = """\
+So `innerloop train` begins at class means and adapts the head from there in five plain steps. Of the recipes that adapt
+it was the best on pictures, and no classifier on its own features beats it by more than the interval. ProtoNet, which
+adapts nothing, is about a point better on characters. Where nothing of a method is typed, colour pictures are learned
+by `pretrained`: it is ahead of all others there by four to six points. One seed and short runs: a gap of a point is
+open. "default" in the table is the first edition's recipe."""
+
+
 def measured(data: str, candidate: str, seed: int, seconds: float, count: int) -> dict[str, Any]:
     """One run: steps, and validation of adaptation and of the baselines on its features."""
     given = {**SETS[data], **CANDIDATES[candidate](SETS[data]["dataset"]), "seed": seed, "steps": 10**6, "threads": 1}
@@ -124,6 +132,7 @@ def page(record: dict[str, Any]) -> str:
     lines += ["the same features.", ""]
     lines += ["| recipe | " + " | ".join(SETS) + " |", "| --- " * (1 + len(SETS)) + "|"]
     lines += [f"| {name} | " + " | ".join(cells(name)) + " |" for name in names]
+    lines += ["", CONCLUSION]
     lines += ["", "Glyphs and Omniglot 5-way 1-shot, CIFAR-FS and FC100 5-way 5-shot; Conv4 with 32 filters;"]
     lines += [f"{record['count']} validation tasks.", ""]
     made = f"Made by `{record['command']}` at commit {record['commit']}, torch {record['versions']['torch']}, "
