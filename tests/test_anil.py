@@ -237,7 +237,7 @@ MODES: dict[str, tuple[dict[str, str], Callable[[str], bool], Callable[[str], bo
 @pytest.mark.parametrize("mode", MODES)
 def test_what_adapts_and_what_is_learned(mode):
     given, adapts, learns = MODES[mode]
-    settings = Settings(inner="sgd", filters=3, precision="float64", device="cpu", **given)
+    settings = Settings(inner="sgd", start="none", filters=3, precision="float64", device="cpu", **given)
     learner = build_learner(settings, (1, 28, 28), 3)
     batch = model_and_batch("conv4")[1]
     # a convolution's bias cancels in batch norm: rounding alone decides whether it moves

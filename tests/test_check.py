@@ -345,7 +345,7 @@ def test_memory_that_cannot_be_measured_costs_its_column_alone(
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run, file = tmp_path / "run", tmp_path / "settings.yaml"
     options = ["--tasks-per-batch=2", "--steps=4", "--validate-every=2", "--validation-tasks=4", "--test-tasks=4"]
-    main(["train", f"--out={run}", *TINY, *options])
+    main(["train", f"--out={run}", *TINY, "--inner=learned-rates:layer-step", *options])
     capsys.readouterr()
     main(["check", str(run), "--estimators=unrolled,window:2,memory-reduced", "--tasks=3", "--precision=float64"])
     shown = capsys.readouterr().out
@@ -366,7 +366,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 
     monkeypatch.setattr("innerloop.cli.check.peak", lambda *_: 2**20)  # it takes seconds a row, and was seen above
     file.write_text(
-        "dataset: sinusoid\nmodel: mlp\nfilters: 8\ninner_lr: 0.01\ndevice: cpu\nmeta_gradient: binomial:2\n"
+        "dataset: sinusoid\nmodel: mlp\nfilters: 8\ninner: learned-rates:layer-step\ninner_lr: 0.01\ndevice: cpu\n"
+        "meta_gradient: binomial:2\n"
     )
     main(["check", str(file), "--tasks=1", f"--out={tmp_path}"])
     results = json.loads((tmp_path / "check.json").read_text())

@@ -445,7 +445,7 @@ def test_damaged_best_weights_and_all_checkpoints(whole: Path, tmp_path: Path) -
 @pytest.mark.parametrize("content", ["", "{}", '{"steps": 5}', "\0" * 40])
 def test_settings_that_are_not_whole_are_refused(whole: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(ValueError, match=r"lacks dataset, model, .* it is damaged|cannot be read"):
+    with pytest.raises(ValueError, match=r"lacks dataset, model, .* it is damaged|cannot be read|is empty"):
         Settings.load(tmp_path / "settings.json")
 
 
