@@ -17,8 +17,8 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parents[1] / "src" / "innerloop" / "weights"
 RECIPES = {
     "glyphs": "--shots 5 --start prototypes --inner sgd --inner-lr 0.1 --inner-steps 10 --steps 4000",
-    "photos": "--dataset cifar_fs --shots 5 --queries 5 --filters 64 --start prototypes --inner sgd --inner-lr 0.1 "
-    "--inner-steps 10 --steps 1800 --validate-every 300 --validation-tasks 100 --test-tasks 500 --chunk-size 1",
+    "photos": "--dataset cifar_fs --shots 5 --queries 5 --method pretrained --outer-lr 3e-3 --steps 3200 "
+    "--validate-every 400 --validation-tasks 100 --test-tasks 300",
 }
 
 
