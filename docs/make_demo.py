@@ -33,18 +33,19 @@ def main() -> None:
         figure = Figure(figsize=(9, 3), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
         rows = len(photographs.classes)
-        grid = left.subplots(rows, len(held) // rows + 4)
+        columns = len(photographs.files) // rows
+        grid = left.subplots(rows, columns)
         for label, row in enumerate(grid):
             mine = [place for place, each in enumerate(photographs.labels.tolist()) if each == label]
             known, asked = ([place for place in mine if (place in held) is side] for side in (False, True))
-            for axes, place in zip(row, [*known[:4], *asked], strict=True):
+            for axes, place in zip(row, [*known, *asked], strict=True):
                 axes.imshow(pictures[place], cmap="gray")
                 axes.set(xticks=[], yticks=[])
                 if place in held:
                     right_one = int(trial.guesses[held.index(place)]) == label
                     for side in axes.spines.values():
                         side.set(visible=True, color=GREEN if right_one else RED, linewidth=2.5)
-        left.suptitle("learned from the left four columns; green: recognised", fontsize=9)
+        left.suptitle(f"learned from the left {columns - len(held) // rows} columns; green: recognised", fontsize=9)
         axes = right.subplots()
         names, shares = list(trial.accuracies), [100 * share for share in trial.accuracies.values()]
         drawn = axes.barh(names, shares, color=[BLUE, *[GREY] * (len(names) - 1)], height=0.6)
