@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop.bilevel import Carried
+from innerloop.carried import Carried
 from innerloop.inner import InnerSolver, NewtonCG
 from innerloop.linear import CG, Nystrom
 from innerloop.meta_gradient import MemoryReduced, MetaGradient

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from innerloop.batches import OverTasks, in_order, one_of, weighted
+from innerloop.carried import Carried
 from innerloop.choices import choice
 from innerloop.compiled import Compiler
 from innerloop.curvature import dense, fresh_seed, in_transform, outer, second_order_kernels, started
 from innerloop.engine import Products, Way, choose, engine_of
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
-from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault, finite
+from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault
 from innerloop.problem import Batch, End, Engine, Problem, Steps, Task, Tree
 from innerloop.trees import tensors, tree_map
 
@@ -247,7 +249,7 @@ class Bilevel(nn.Module):
         self._ways_of: dict[Any, Way] = {}
         self.carried = Carried()
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self.modules())
-        self._vectorise, self._looked_for_zeros = True, False
+        self._over_tasks, self._looked_for_zeros = OverTasks(self._what()), False
 
     def meta_step(
         self,
@@ -301,17 +303,30 @@ class Bilevel(nn.Module):
             end = (result.end.params, result.end.state, result.end.solution) if keep else ()
             return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
 
+        def run(computed: Callable[..., Any], arguments: tuple[Any, ...], about: tuple[int, bool, int]) -> Any:
+            place, alone, step = about
+            if isinstance(tasks, list):  # each of its own size
+                self._way([tasks[place]], 1, starts[place])
+            if self.compiler is None:
+                return computed(*arguments)
+            # Bound methods are equal where the objects are one.
+            chosen = self.inner.update, self.meta_gradient.estimate, self.way and self.way.keep_graphs
+            key = (keep, ways, *chosen, alone, 0 if self.timeless else step)
+            return self.compiler(computed, arguments, key, self)
+
         total: Any = None
         found: list[tuple[list[int], Any, Any]] = []
         with second_order_kernels(self.recurrent, self.engine):
             given = meta, learned, None if step_weights is None else [float(weight) for weight in step_weights]
+            base, chunk = fresh_seed(), self._chunk(tasks, count, starts)
+            rows = self._rows(tasks, base, count, self.inner.steps)
             for places, (mean, numbers, left) in self._over_tasks(
-                task_gradient, given, tasks, starts, self.inner.steps, weights, (keep, ways)
+                task_gradient, given, tasks, starts, chunk=chunk, seed=base, rows=rows, weights=weights, run=run
             ):
                 total = mean if total is None else tree_map(torch.add, total, mean)
                 found.append((places, numbers, left))
         _refuse_moved(self, buffers)
-        losses, accuracies, diagnostics = _in_order(found, count)
+        losses, accuracies, diagnostics = in_order(found, count)
         reached = self._ends(found, starts, count) if keep else None
         if self.carry != "none" and reached is not None:
             self.carried.store(keys, reached)
@@ -321,7 +336,7 @@ class Bilevel(nn.Module):
         self._accumulate(*total)
         alone = isinstance(batch, Task) and not self.stacked
         return Metrics(
-            _weighted(weights, losses),
+            weighted(weights, losses),
             accuracies[0].mean(0) if accuracies else None,
             {name: value.mean(0) for name, value in diagnostics.items()},
             losses,
@@ -396,7 +411,7 @@ class Bilevel(nn.Module):
         found: dict[int, str] = {}
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             for place in range(count):
-                one = _task(tasks, place)
+                one = one_of(tasks, place)
 
                 def estimate(task: Task = one, start: End | None = starts[place]) -> Result:
                     # in place of the learner's own way, which may keep graphs and take no product
@@ -459,11 +474,16 @@ class Bilevel(nn.Module):
 
         alone = isinstance(tasks, list)
         with second_order_kernels(self.recurrent, self.engine):
+            begin: list[End | None] = [None] * count
+            base, chunk = fresh_seed(), self._chunk(tasks, count, begin)
+            rows = self._rows(tasks, base, count, steps)
             found = [
                 (places, out[:2] if alone else out, out[2])
-                for places, out in self._over_tasks(one, (meta, learned), tasks, [None] * count, steps)
+                for places, out in self._over_tasks(
+                    one, (meta, learned), tasks, begin, chunk=chunk, seed=base, rows=rows
+                )
             ]
-        losses, accuracies, *stacked = _in_order([(places, numbers, ()) for places, numbers, _ in found], count)
+        losses, accuracies, *stacked = in_order([(places, numbers, ()) for places, numbers, _ in found], count)
         outputs: Any = [tree_map(lambda value: value[0], each) for _, _, each in found] if alone else stacked[0]
         accuracy = accuracies[0] if accuracies else None
         return Evaluation(
@@ -587,64 +607,9 @@ class Bilevel(nn.Module):
         grad = result.grad if carry is None else carry(result.grad)
         return result._replace(grad=dense(grad), learned_grad=dense(result.learned_grad))
 
-    def _over_tasks(
-        self,
-        function: Callable[..., Out],
-        given: Any,
-        tasks: Task | list[Task],
-        starts: Sequence[End | None],
-        steps: int,
-        weights: Tensor | None = None,
-        key: Any = None,
-    ) -> Iterator[tuple[list[int], Out]]:
-        """Map ``function(given, task, start, seed, rows)`` over tasks; yields places in the batch, and results stacked.
-
-        With ``weights`` the first of three results is not stacked but summed by them, and the function is compiled
-        where the learner is to; ``key`` then is what it depends on beside its arguments.
-
-        A batch is computed by chunks of tasks that are taken up at the same step. A model that vmap cannot take is
-        computed task by task from then on, with one warning.
-        """
-        listed, count = isinstance(tasks, list), len(starts)
-        size = 1 if listed else self._way(tasks, count, starts[0]).chunk
-        groups: dict[int | None, list[int]] = {}
-        for place, start in enumerate(starts):
-            groups.setdefault(None if start is None else start.step, []).append(place)
-        base = fresh_seed()
-        rows = self._rows(tasks, base, count, steps)
-        todo = [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
-        refusal: Exception | None = None
-        with torch.inference_mode(False), torch.no_grad():
-            while todo:
-                places = todo.pop(0)
-                if len(places) > 1 and (listed or not self._vectorise or refusal is not None):
-                    todo[:0] = [[place] for place in places]
-                    continue
-                if listed and weights is not None:  # each of its own size
-                    self._way([_task(tasks, places[0])], 1, starts[places[0]])
-                seed, mine = base + 1000 * places[0], [starts[place] for place in places]
-                shares = None if weights is None else weights[places]
-                try:
-                    out = self._together(function, given, shares, tasks, places, count, mine, seed, rows, key)
-                except torch.OutOfMemoryError as error:
-                    error.add_note(f"{len(places)} tasks were computed at once: give a smaller chunk_size")
-                    raise
-                except RuntimeError as error:
-                    if len(places) == 1:
-                        raise
-                    # If the loop fails as well, the fault is not vmap's, and the loop's error is the clearer one.
-                    refusal = error
-                    todo.insert(0, places)
-                    continue
-                if refusal is not None:
-                    self._vectorise = False
-                    warnings.warn(
-                        f"{self._what()} is computed task by task, same result, slower, because vmap cannot take it: "
-                        f"{str(refusal).splitlines()[0]}",
-                        stacklevel=3,
-                    )
-                    refusal = None
-                yield places, out
+    def _chunk(self, tasks: Task | list[Task], count: int, starts: Sequence[End | None]) -> int:
+        """How many tasks are computed at once."""
+        return 1 if isinstance(tasks, list) else self._way(tasks, count, starts[0]).chunk
 
     def _way(self, tasks: Task | list[Task], count: int, begin: End | None) -> Way:
         """How tasks of this shape are computed, measured when they are first seen."""
@@ -653,7 +618,7 @@ class Bilevel(nn.Module):
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in tensors(first))
         key = (shapes, count, self.training, torch.is_autocast_enabled(), compiled)
         if key not in self._ways_of:
-            one = _task(tasks, 0)
+            one = one_of(tasks, 0)
             meta, ways = self.meta_tree(), self._ways([one])
             with torch.no_grad():
                 whole, reduced = (self._measured(one, meta, ways, reuse, begin) for reuse in (False, True))
@@ -668,59 +633,12 @@ class Bilevel(nn.Module):
         problem = replace(stated.problem, seed=0)
         return bind(problem, stated.meta, stated.task.support, self.inner, self.learned(), begin)
 
-    def _together(
-        self,
-        function: Callable[..., Out],
-        given: Any,
-        shares: Tensor | None,
-        tasks: Any,
-        places: list[int],
-        count: int,
-        starts: list[End | None],
-        seed: int,
-        rows: Tensor | None,
-        key: Any,
-    ) -> Out:
-        """One chunk: by vmap, and a lone task as it is."""
-        alone = len(places) == 1
-        whole = places == list(range(places[0], places[-1] + 1))
-        part: Any = places[0] if alone else slice(places[0], places[-1] + 1) if whole else places
-        chunk = tasks if whole and not alone and len(places) == count else _task(tasks, part)
-        known = [start for start in starts if start is not None]
-        step = known[0].step if known else 0
-        left = [(start.params, start.state, start.solution) for start in known]
-        begin = None if not left else left[0] if alone else _stack(left)
-        mine = None if rows is None else rows[part]
-
-        def computed(given: Any, shares: Tensor | None, chunk: Any, begin: Any, rows: Any) -> Any:
-            def one(task: Task, begin: Any, row: Any) -> Any:
-                start = None if begin is None else End(begin[0], begin[1], step, begin[2])
-                return function(given, task, start, seed, row)
-
-            if alone:
-                first, *others = one(chunk, begin, rows)
-                stacked = tree_map(lambda value: value.unsqueeze(0), others if shares is not None else [first, *others])
-                return tuple(stacked) if shares is None else (_scaled(shares[0], first), *stacked)
-            dims = (0, None if begin is None else 0, None if rows is None else 0)
-            out = torch.func.vmap(one, in_dims=dims, randomness="different")(chunk, begin, rows)
-            return out if shares is None else (_weighted(shares, out[0]), *out[1:])
-
-        arguments = given, shares, chunk, begin, mine
-        if shares is None or self.compiler is None:
-            return computed(*arguments)
-        choices = (
-            self.inner.update,
-            self.meta_gradient.estimate,
-        )  # bound methods, which are equal where the objects are one
-        facts = (*key, *choices, alone, 0 if self.timeless else step, self.way and self.way.keep_graphs)
-        return self.compiler(computed, arguments, facts, self)
-
     def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:
         """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""
         if self.inner.minibatch is None or isinstance(tasks, list):
             return None
         seeds = [seed + 1000 * place for place in range(count)]
-        return minibatches(self.inner, _task(tasks, 0).support, seeds, steps).to(self._place())
+        return minibatches(self.inner, one_of(tasks, 0).support, seeds, steps).to(self._place())
 
     def _starts(
         self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End | None] | None
@@ -792,52 +710,6 @@ class Bilevel(nn.Module):
         return self.inner.adaptation_steps if steps is None else steps
 
 
-class Carried:
-    """Where tasks were left, by key: the place in the batch, or whatever names a task that recurs.
-
-    Holds the adapted parameters, solver state and solution of every key seen. It is no part of a learner's
-    ``state_dict()`` and has its own; `innerloop.fit` keeps both.
-    """
-
-    def __init__(self) -> None:
-        self._left: dict[Hashable, End] = {}
-
-    def gather(self, keys: Sequence[Hashable], like: Tensor) -> list[End | None]:
-        """Where the tasks were left, in the place and precision of a tensor; None for a key not seen."""
-        found = [self._left.get(key) for key in keys]
-
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-        return tree_map(moved, found)
-
-    def forget(self, *keys: Hashable) -> None:
-        """Let the tasks of these keys begin at the start again; without keys all of them."""
-        for key in keys or list(self._left):
-            self._left.pop(key, None)
-
-    def store(self, keys: Sequence[Hashable], ends: Sequence[End]) -> None:
-        """Keep where tasks were left; one in which something is not finite stays where it was."""
-        for key, end in zip(keys, ends, strict=True):
-            if finite((end.params, end.state, end.solution)):
-                self._left[key] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, end)
-
-    def change(self, function: Callable[[Tree], Tree], besides: Collection[Hashable]) -> None:
-        """Replace the parameters of all tasks but those of some keys."""
-        for key in self._left.keys() - set(besides):
-            self._left[key] = self._left[key]._replace(params=function(self._left[key].params))
-
-    def state_dict(self) -> dict[Hashable, dict[str, Any]]:
-        """Where every task was left, in dicts and tensors alone."""
-        return {key: left._asdict() for key, left in self._left.items()}
-
-    def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Any]]) -> None:
-        """Take over what ``state_dict`` gave, in place of what is held."""
-        self._left = {key: End(**left) for key, left in state.items()}
-
-
 def _refuse_moved(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Put buffers back that the losses have changed, and say so: a step recomputed must be the same step.
 
@@ -876,35 +748,6 @@ def _warn_of_zeros(problem: Problem, estimator: MetaGradient, grad: Tree, stackl
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         text = f"the meta-gradient of {shown} is exactly zero. {type(estimator).__name__} {why}"
         warnings.warn(text, stacklevel=stacklevel)
-
-
-def _weighted(weights: Tensor, tree: Any) -> Any:
-    """The weighted sum over the first dimension, in the tree's own precision, whatever autocast would make of it."""
-    with torch.autocast(weights.device.type, enabled=False):
-        return tree_map(lambda value: torch.tensordot(weights.to(value), value, 1), tree)
-
-
-def _scaled(weight: Tensor, tree: Any) -> Any:
-    """A tree times a number, in the tree's own precision."""
-    return tree_map(lambda value: value * weight.to(value), tree)
-
-
-def _in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
-    """Numbers of all tasks, stacked in the batch's order."""
-    if len(found) == 1:
-        return found[0][1]
-    order = torch.tensor([place for places, _, _ in found for place in places]).argsort()
-    return tree_map(lambda *parts: torch.cat(parts)[order.to(parts[0].device)], *(each for _, each, _ in found))
-
-
-def _task(tasks: Any, place: int) -> Task:
-    """One task of a batch."""
-    found: Task = tasks[place] if isinstance(tasks, list) else tree_map(lambda value: value[place], tasks)
-    return found
-
-
-def _stack(trees: list[Any]) -> Any:
-    return tree_map(lambda *parts: torch.stack(parts), *trees)
 
 
 def _key(name: str) -> str:

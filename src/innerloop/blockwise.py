@@ -36,6 +36,7 @@ from innerloop.curvature import (
     replayed,
 )
 from innerloop.problem import Batch, Chain, Engine, Problem, Stage, Tree
+from innerloop.trees import map_tensors, tree_leaves
 
 Cotangents = list[Tensor | None]
 
@@ -110,7 +111,7 @@ class _Opened:
         _draw_from(mark.states)
         with torch.enable_grad():
             self.value = stage.run(self.params, self.meta, pytree.tree_unflatten(flat, shape))
-        self.leaving = [value for value in pytree.tree_leaves(self.value) if _continuous(value)]
+        self.leaving = [value for value in tree_leaves(self.value) if _continuous(value)]
 
 
 class _Run:
@@ -149,13 +150,13 @@ class _Run:
                 continue
             own, given = _named(stage, self.params), _named(stage, self.meta)
             with torch.no_grad():
-                value = pytree.tree_map_only(Tensor, torch.detach, stage.run(own, given, value))
-            tangents = [None] * len([leaf for leaf in pytree.tree_leaves(value) if _continuous(leaf)])
+                value = map_tensors(Tensor.detach, stage.run(own, given, value))
+            tangents = [None] * len([leaf for leaf in tree_leaves(value) if _continuous(leaf)])
 
     def _moved(self, stage: Stage, mark: _Mark, direction: Tree) -> tuple[Any, Cotangents]:
         """What a stage gives, and how the direction moves that: the derivative of the pull-back in its cotangent."""
         opened = _Opened(stage, self.params, self.meta, mark, False, [move is not None for move in mark.tangents])
-        value = pytree.tree_map_only(Tensor, torch.detach, opened.value)
+        value = map_tensors(Tensor.detach, opened.value)
         with torch.enable_grad():
             dummies = [torch.zeros_like(out).requires_grad_() if out.requires_grad else None for out in opened.leaving]
             inputs = [*opened.params.values(), *opened.entering]
@@ -178,7 +179,7 @@ class _Run:
             live = [self.live[place]] * len(mark.tangents)
             opened = _Opened(self.stages[place], self.params, self.meta, mark, self.mixed, live)
             if place + 1 == len(self.stages):
-                last = pytree.tree_map_only(Tensor, torch.detach, opened.value)
+                last = map_tensors(Tensor.detach, opened.value)
                 first = [torch.ones_like(opened.leaving[0]), *[None] * (len(opened.leaving) - 1)]
                 second = [None] * len(first)
                 after = random_states(self.params)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from innerloop.problem import Batch, Engine, Problem, Tree
-from innerloop.trees import detached, tensors, tree_leaves, tree_map, unflatten
+from innerloop.trees import map_tensors, tensors, tree_leaves, tree_map, unflatten
 
 Products = tuple[Tree, Tree]
 
@@ -233,7 +233,7 @@ def pullback(function: Callable[..., Any], *trees: Any, aux: bool = False, keep:
         return unflatten(wanted, found)
 
     found = tree_map(torch.detach, value), pull
-    return (*found, tree_map(detached, more)) if aux else found
+    return (*found, map_tensors(Tensor.detach, more)) if aux else found
 
 
 @contextlib.contextmanager

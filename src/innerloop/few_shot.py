@@ -29,7 +29,7 @@ from innerloop.curvature import pullback, random_states, replayed
 from innerloop.data_checks import passed as taken
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 from innerloop.start import Start
-from innerloop.trees import detached, tensors, tree_leaves, tree_map
+from innerloop.trees import map_tensors, tensors, tree_leaves, tree_map
 
 # Under these, and a space and a number, features enter a task's meta-parameters, and the loss's own under LOSS.
 SUPPORT, QUERY, LOSS = "support features", "query features", "loss"
@@ -317,7 +317,7 @@ class FewShot:
                 return value[rows:] if whole else value
 
             outputs = tree_map(queries, outputs)
-        return self._judged(meta, outputs, targets), tree_map(detached, outputs)
+        return self._judged(meta, outputs, targets), map_tensors(Tensor.detach, outputs)
 
     # A task's problem.
 

@@ -46,6 +46,6 @@ def unflatten(tree: Any, leaves: list[Any]) -> Any:
     return tree_map(lambda _: next(left), tree)
 
 
-def detached(leaf: Any) -> Any:
-    """A leaf without its graph."""
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``function`` of every leaf that is a tensor; the others stay."""
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)

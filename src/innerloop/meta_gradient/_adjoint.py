@@ -23,7 +23,7 @@ from innerloop.curvature import is_expanded, judged, nothing, pullback, started
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Batch, End, Problem, Steps, Tree
-from innerloop.trees import tree_map
+from innerloop.trees import map_tensors, tree_map
 
 
 class Snapshot(NamedTuple):
@@ -209,7 +209,7 @@ class Trail:
         return self._moved(snapshot, next(iter(self.loop.begin.params.values())).device)
 
     def _moved(self, snapshot: Snapshot, device: torch.device) -> Snapshot:
-        return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, snapshot)
+        return map_tensors(lambda value: value.to(device), snapshot)
 
 
 def _split(length: int, copies: int) -> int:

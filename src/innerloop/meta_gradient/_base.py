@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop.inner import InnerLoop, InnerSolver
@@ -36,6 +37,13 @@ class Result(NamedTuple):
     def params(self) -> Tree:
         """The adapted parameters."""
         return self.end.params
+
+
+def without_products(grads: tuple[Tree, Tree], loss: Tensor, support_loss: Tensor, extra: Any, end: End) -> Result:
+    """What an estimator returns that takes no curvature product; ``grads`` are those in meta and in learned."""
+    diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
+    extra = None if isinstance(extra, tuple) and not extra else extra
+    return Result(*grads, loss, extra, diagnostics, end)
 
 
 class Seen(NamedTuple):

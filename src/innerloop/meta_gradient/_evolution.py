@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from innerloop.curvature import dense
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import add, scale
-from innerloop.meta_gradient._base import MetaGradient, Result, Seen
-from innerloop.meta_gradient._forward import draw, forward_result, refuse_many
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen, without_products
+from innerloop.meta_gradient._forward import draw, refuse_many
 from innerloop.meta_gradient._unrolled import unroll
 from innerloop.problem import Batch, End
+from innerloop.trees import tree_map
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class EvolutionStrategies(MetaGradient):
                 values.append(value)
                 ends.append(tuple(end))
             slope = (values[0] - values[1]) / (2 * self.sigma * self.pairs)
-            part = pytree.tree_map(lambda value, slope=slope: slope * value, weight)
+            part = tree_map(lambda value, slope=slope: slope * value, weight)
             total = part if total is None else add(total, part)
             left.append((weight, *ends))
         end = End(reached[0], reached[1], loop.steps.stop, {"particles": left} if self.persistent else {})
-        return forward_result(total, loss, support_loss, extra, end)
+        return without_products(total, loss, support_loss, extra, end)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.curvature import dense, replayed
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import add
-from innerloop.meta_gradient._base import MetaGradient, Result, Seen
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen, without_products
 from innerloop.meta_gradient._unrolled import unroll
 from innerloop.problem import Batch, End
+from innerloop.trees import tree_leaves, tree_map
 
 DRAWN = 2**42  # which numbers an estimator draws, beside those of the losses
 
@@ -72,9 +72,9 @@ class ForwardGradient(MetaGradient):
             )
             found: Any = torch.func.jvp(function, given, signs, has_aux=True)
             loss, slope, (support_loss, params, state, extra) = found
-            part = pytree.tree_map(lambda value, slope=slope: slope / self.directions * value, signs)
+            part = tree_map(lambda value, slope=slope: slope / self.directions * value, signs)
             total = part if total is None else add(total, part)
-        return forward_result(total, loss, support_loss, extra, End(params, state, loop.steps.stop))
+        return without_products(total, loss, support_loss, extra, End(params, state, loop.steps.stop))
 
 
 def refuse_many(estimator: MetaGradient, given: Any, most: int, why: str) -> None:
@@ -83,7 +83,7 @@ def refuse_many(estimator: MetaGradient, given: Any, most: int, why: str) -> Non
     Raises:
         ValueError: so.
     """
-    count = sum(value.numel() for value in pytree.tree_leaves(given))
+    count = sum(value.numel() for value in tree_leaves(given))
     if count > most:
         raise ValueError(
             f"{type(estimator).__name__} is for few meta-parameters and there are d = {count:,}: {why}. Use Unrolled() "
@@ -94,12 +94,4 @@ def refuse_many(estimator: MetaGradient, given: Any, most: int, why: str) -> Non
 def draw(loop: InnerLoop, number: int, given: Any, one: Callable[[Tensor], Tensor]) -> Any:
     """Random numbers like a tree, the ``number``-th of a task; under vmap every task has its own."""
     with replayed(loop.problem.seed, DRAWN + loop.begin.step * 2**20 + number, given):
-        return pytree.tree_map(lambda value: one(value).to(value.dtype), given)
-
-
-def forward_result(grads: Any, loss: Tensor, support_loss: Tensor, extra: Any, end: End) -> Result:
-    """What an estimator returns that takes no curvature product; ``grads`` are those in meta and in learned."""
-    diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
-    extra = None if isinstance(extra, tuple) and not extra else extra
-    grad, learned_grad = grads
-    return Result(grad, learned_grad, loss, extra, diagnostics, end)
+        return tree_map(lambda value: one(value).to(value.dtype), given)

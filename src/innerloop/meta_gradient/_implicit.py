@@ -77,13 +77,7 @@ class Implicit(MetaGradient):
                 adapted without a proximal term, or Nystrom's approximation has no inverse.
         """
         super().check(solver, learns=learns, whole=whole)
-        refuse_no_solution("Implicit", solver, learns)
-        if whole and not solver.proximal:
-            raise ValueError(
-                "Implicit() finds that the solution of the inner problem does not depend on where it starts, and all "
-                f"that could be learned here is that: give {type(solver).__name__}(proximal=2.0), which is iMAML, or "
-                "adapt less, as in adapts=Head()"
-            )
+        refuse_no_solution("Implicit", solver, learns, whole)
         shift = solver.weight_decay + solver.proximal
         if isinstance(self.linear_solver, Nystrom) and not shift + self.linear_solver.damping:
             raise ValueError(
@@ -197,13 +191,20 @@ def diagnose_solve(solution: Tree, info: Info) -> dict[str, Tensor]:
     }
 
 
-def refuse_no_solution(estimator: str, solver: InnerSolver, learns: bool) -> None:
-    """Refuse solvers whose own settings the solution does not follow.
+def refuse_no_solution(estimator: str, solver: InnerSolver, learns: bool, whole: bool | None = None) -> None:
+    """Refuse solvers whose own settings the solution does not follow, and a start that it does not depend on.
 
     Raises:
-        ValueError: learned rates, decoupled weight decay, or clipping beside the two terms.
+        ValueError: learned rates, decoupled weight decay, clipping beside the two terms, or everything adapted without
+            a proximal term.
     """
     rule = type(solver).__name__
+    if whole and not solver.proximal:
+        raise ValueError(
+            f"{estimator}() finds that the solution of the inner problem does not depend on where it starts, and all "
+            f"that could be learned here is that: give {rule}(proximal=2.0), which is iMAML, or adapt less, as in "
+            "adapts=Head()"
+        )
     if solver.clip is not None and solver.weight_decay + solver.proximal:
         raise ValueError(
             f"{estimator} differentiates the solution of the inner problem, which {rule}(clip=...) misses: it shortens "

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from innerloop.curvature import outer, parted
 from innerloop.inner import InnerLoop, InnerSolver
 from innerloop.meta_gradient._adjoint import Trail, add, outer_gradient, through_start
-from innerloop.meta_gradient._base import MetaGradient, Result, Seen
+from innerloop.meta_gradient._base import MetaGradient, Result, Seen, without_products
 from innerloop.meta_gradient._implicit import refuse_no_solution, refuse_path
 from innerloop.meta_gradient._sama import gradient_in_meta
 from innerloop.problem import Batch, End, Tree
@@ -63,12 +62,7 @@ class Penalty(MetaGradient):
             ValueError: as `Implicit`.
         """
         super().check(solver, learns=learns, whole=whole)
-        refuse_no_solution("Penalty", solver, learns)
-        if whole and not solver.proximal:
-            raise ValueError(
-                "Penalty() finds that the solution does not depend on where it starts, and all that could be learned "
-                f"here is that: give {type(solver).__name__}(proximal=2.0), or adapt less, as in adapts=Head()"
-            )
+        refuse_no_solution("Penalty", solver, learns, whole)
 
     def advice(self, seen: Seen) -> str:
         """That both problems have to be solved."""
@@ -90,8 +84,7 @@ class Penalty(MetaGradient):
         grad = {name: direct[name] + (after[name] - before[name]) / self.weight for name in direct}
         if share := loop.solver.proximal / self.weight:
             grad = add(grad, through_start(loop, {n: share * (p - pushed[n]) for n, p in end.params.items()}))
-        diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
-        return Result(grad, {}, loss, extra, diagnostics, end)
+        return without_products((grad, {}), loss, support_loss, extra, end)
 
     def _pushed(self, loop: InnerLoop, end: End, query: Batch) -> Tree:
         """The solution once the outer loss counts ``weight``."""

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch.utils import _pytree as pytree
-
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import walk
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen
 from innerloop.problem import Batch, Steps
+from innerloop.trees import tree_map
 
 
 @dataclass(frozen=True)
@@ -95,4 +94,4 @@ def _first(batch: Batch, steps: int) -> Batch:
     """Of a batch for every step, those of the first steps."""
     if not isinstance(batch, Steps) or callable(batch.rows):
         return batch
-    return Steps(pytree.tree_map(lambda leaf: leaf[:steps], batch.rows))
+    return Steps(tree_map(lambda leaf: leaf[:steps], batch.rows))

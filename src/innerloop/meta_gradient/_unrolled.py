@@ -20,7 +20,7 @@ from torch import Tensor
 from innerloop.curvature import outer, pullback, started
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import outer_weights, walk
-from innerloop.meta_gradient._base import MetaGradient, Result
+from innerloop.meta_gradient._base import MetaGradient, Result, without_products
 from innerloop.problem import Batch, End, Tree
 
 
@@ -91,10 +91,7 @@ def _recorded(loop: InnerLoop, query: Batch, step_weights: Sequence[float] | Non
     """Back-propagation through the recorded loop, as one would write it on a blackboard."""
     unrolled = unroll(replace(loop, record=True), query, step_weights, learn_start)
     loss, pull, (support_loss, params, state, extra) = pullback(unrolled, loop.meta, loop.learned, aux=True)
-    grad, learned_grad = pull(torch.ones_like(loss))
-    diagnostics = {"support_loss": support_loss, "curvature_products": torch.zeros((), device=loss.device)}
-    extra = None if isinstance(extra, tuple) and not extra else extra
-    return Result(grad, learned_grad, loss, extra, diagnostics, End(params, state, loop.steps.stop))
+    return without_products(pull(torch.ones_like(loss)), loss, support_loss, extra, End(params, state, loop.steps.stop))
 
 
 def unroll(
