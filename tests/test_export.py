@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import innerloop as il
 from innerloop.errors import Failed, UsageError
-from innerloop.tasks._images import upright
+from innerloop.tasks._pictures import upright
 from innerloop.training import export as module
 from innerloop.training.adaptation import read_images
 from innerloop.training.export import Portable, check_format, export, usage

@@ -12,7 +12,7 @@ from PIL import Image
 
 import innerloop as il
 from innerloop.tasks import Episodes
-from innerloop.tasks._images import decode
+from innerloop.tasks._pictures import decode
 
 BIRDS = ("crane", "dodo", "egret", "finch", "grebe", "heron", "ibis", "jay", "kite", "lark")
 

@@ -23,7 +23,8 @@ import innerloop as il
 from innerloop.choices import ADAPTS, INNER, META_GRADIENT, choice, make
 from innerloop.cli import main
 from innerloop.errors import UsageError
-from innerloop.tasks._images import Files, decode, is_image, read_npz, read_table
+from innerloop.tasks._files import Files, read_npz, read_table
+from innerloop.tasks._pictures import decode, is_image
 from innerloop.training.build import choose_device
 from innerloop.training.choices import MODEL, OPTIMIZER, SCHEDULE
 from innerloop.training.settings import Settings, flag, read_config

@@ -16,8 +16,9 @@ from innerloop.cli import main
 from innerloop.cli.adapt import _write_csv
 from innerloop.files import shown, write
 from innerloop.reporting.figures import Line, Panel, panels, save
-from innerloop.tasks import _images, folder
-from innerloop.tasks._images import Files, decode, is_image, read_bytes, read_npz
+from innerloop.tasks import _files, folder
+from innerloop.tasks._files import Files, read_bytes, read_npz
+from innerloop.tasks._pictures import decode, is_image
 from innerloop.training.adaptation import class_folders, images_in
 from innerloop.training.runs import save_results
 
@@ -58,7 +59,7 @@ def test_what_is_no_readable_file_is_left_out_and_counted(place: Path) -> None:
 def test_declared_sizes_are_checked_before_anything_is_read(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_images, "MOST_BYTES", 1000)
+    monkeypatch.setattr(_files, "MOST_BYTES", 1000)
     (place / "a" / "0.png").write_bytes(b"0" * 1001)
     with zipfile.ZipFile(tmp_path / "some.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/0.png", b"0" * 1001)
@@ -70,13 +71,13 @@ def test_declared_sizes_are_checked_before_anything_is_read(
     for root, name in ((place, "a/0.png"), (tmp_path / "some.zip", "0.png"), (tmp_path / "some.tar", "0.png")):
         with pytest.raises(ValueError, match=r"more than (the )?0 MiB"):
             list(Files(root).read([name]))
-    monkeypatch.setattr(_images, "MOST_UNPACKED", 1000)
+    monkeypatch.setattr(_files, "MOST_UNPACKED", 1000)
     os.utime(tmp_path / "some.tar", (1, 1))  # whose list is kept otherwise
     for root in (place, tmp_path / "some.zip", tmp_path / "some.tar"):
         with pytest.raises(ValueError, match="declares more than 0 TiB"):
             Files(root)
     np.savez(tmp_path / "some.npz", zeros=np.zeros(1000))
-    monkeypatch.setattr(_images, "MOST_ARRAYS", 1000)
+    monkeypatch.setattr(_files, "MOST_ARRAYS", 1000)
     with pytest.raises(ValueError, match="declares 0 GiB of arrays"):
         read_npz(tmp_path / "some.npz", ["zeros"])
 

@@ -19,7 +19,7 @@ from innerloop.errors import UsageError
 from innerloop.files import write
 from innerloop.reporting import provenance, write_json
 from innerloop.studies.patterns import read_choice, with_pattern
-from innerloop.tasks._images import regular
+from innerloop.tasks._files import regular
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
 from innerloop.training.export import FORMATS, check_format, export

@@ -15,7 +15,7 @@ from innerloop.problem import Task
 from innerloop.reporting import Bars, Box, Code, Facts, Gallery, Heading, Part, Picture, html
 from innerloop.tasks import nearest_neighbour
 from innerloop.tasks._glyphs import specimens
-from innerloop.tasks._images import upright
+from innerloop.tasks._pictures import upright
 from innerloop.training.adaptation import class_folders, predict, read_images
 from innerloop.training.baselines import PIXELS, RECIPES, features
 

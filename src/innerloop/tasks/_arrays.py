@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.tasks._episodes import Episodes, ImageSet
 from innerloop.tasks._folder import split_classes
-from innerloop.tasks._images import pixels_of, usual_size
+from innerloop.tasks._pictures import pixels_of, usual_size
 
 LABELS = ("label", "labels", "target", "targets", "class", "y")  # what a column of labels is called
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from innerloop.tasks._cache import cached_arrays
 from innerloop.tasks._downloads import download
 from innerloop.tasks._episodes import Episodes, ImageSet, recorded
-from innerloop.tasks._images import Files, read_npz
+from innerloop.tasks._files import Files, read_npz
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 SHA256 = "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"

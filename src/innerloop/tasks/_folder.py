@@ -10,7 +10,9 @@ from os import PathLike
 from pathlib import Path
 
 from innerloop.tasks._episodes import Episodes, recorded
-from innerloop.tasks._images import SPLITS, Files, image_set, is_image, read_table, size_of, split_folders
+from innerloop.tasks._files import Files, read_table
+from innerloop.tasks._images import SPLITS, image_set, split_folders
+from innerloop.tasks._pictures import is_image, size_of
 
 FRACTIONS = (0.6, 0.2, 0.2)
 LAYOUT = (

@@ -11,7 +11,9 @@ from os import PathLike
 from pathlib import Path
 
 from innerloop.tasks._episodes import Episodes, recorded
-from innerloop.tasks._images import Files, Layout, image_set, is_image, read_table, split_folders
+from innerloop.tasks._files import Files, read_table
+from innerloop.tasks._images import Layout, image_set, split_folders
+from innerloop.tasks._pictures import is_image
 
 SIZE = 84
 LISTS = {"train.csv": "train", "val.csv": "validation", "test.csv": "test"}

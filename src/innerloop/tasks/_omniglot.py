@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from innerloop.tasks._cache import Arrays, cached_arrays
 from innerloop.tasks._downloads import download
 from innerloop.tasks._episodes import Episodes, ImageSet, random_bits, recorded
-from innerloop.tasks._images import Files, is_image, open_image, read_npz
+from innerloop.tasks._files import Files, read_npz
+from innerloop.tasks._pictures import is_image, open_image
 
 URL = "https://github.com/brendenlake/omniglot/raw/master/python"
 ARCHIVES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from innerloop.tasks._episodes import Bits, recorded
-from innerloop.tasks._images import read_npz
+from innerloop.tasks._files import read_npz
 from innerloop.tasks._regression import SPLITS, Floats, Regression
 
 FILE = "temperature_normals.npz"

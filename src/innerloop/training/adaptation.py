@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.reporting import write_json
-from innerloop.tasks._images import decode, is_image, read_bytes, regular, warn_of_skipped
+from innerloop.tasks._files import read_bytes, regular, warn_of_skipped
+from innerloop.tasks._pictures import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
 from innerloop.training.code import check_known, is_code

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from innerloop.choices import check_name
 from innerloop.errors import Failed, UsageError
-from innerloop.tasks._images import upright
+from innerloop.tasks._pictures import upright
 from innerloop.training.adaptation import read_images
 
 FORMATS = "pt2", "onnx"
