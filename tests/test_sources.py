@@ -369,6 +369,11 @@ def test_cifar_from_the_authors_archive(small_cifar: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path / "unpacked", filter="data")
     for place in (tmp_path, tmp_path / "unpacked", tmp_path / "unpacked/cifar-100-binary"):
         assert torch.equal(il.tasks.fc100(data=place, queries=5).image_set.images, images)
+    for source in (il.tasks.cifar_fs, il.tasks.fc100):
+        plain, changed = (source(data=small_cifar, queries=5, augment=kinds) for kinds in ("none", "flip,crop"))
+        for split, same in (("train", False), ("test", True)):
+            pair = [tasks.batch(split, 0, 2).query[0] for tasks in (plain, changed)]
+            assert torch.equal(*pair) is same
 
 
 def test_damaged_cifar(small_cifar: Path, cache: Path) -> None:

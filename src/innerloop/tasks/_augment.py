@@ -13,12 +13,12 @@ MARGIN = 8  # a shift is of up to an eighth of the side
 
 
 def augmentations(text: str | None, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The kinds of a text such as ``flip,crop``.
+    """The kinds of a text such as ``flip,crop``; none in ``none``.
 
     Raises:
         ValueError: an unknown kind, or examples that are no images.
     """
-    kinds = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    kinds = tuple(part.strip() for part in (text or "").split(",") if part.strip() not in ("", "none"))
     if odd := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"augment {odd[0]!r} is unknown: choose {', '.join(KINDS)}, or both with a comma")
     if kinds and len(shape) != 3:

@@ -67,7 +67,12 @@ FC100 = {
 
 @recorded
 def cifar_fs(
-    ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    seed: int = 0,
+    data: str | PathLike[str] | None = None,
+    augment: str | None = None,
 ) -> Episodes:
     """Few-shot tasks of CIFAR-100 images, ``[3, 32, 32]``: 64, 16 and 20 random classes to train, validate and test on.
 
@@ -79,6 +84,8 @@ def cifar_fs(
         data: where the images are: the authors' binary archive or its folder, or an npz with the classes of CIFAR-FS
             (or the folder that holds one of them); by default the archive is downloaded (161 MiB) and kept in the cache
             folder. The npz is lossy, as if by JPEG: say so where a number is compared with published ones.
+        augment: changes of training images, ``"flip"`` (left to right), ``"crop"`` (shifts by up to an eighth) or
+            ``"flip,crop"``.
 
     Raises:
         ValueError: data that is damaged or incomplete, or tasks too large for the images.
@@ -86,19 +93,24 @@ def cifar_fs(
         ConnectionError: the download failed.
     """
     splits = {split: names.split() for split, names in CIFAR_FS.items()}
-    return _episodes("cifar_fs", splits, ways, shots, queries, seed, data)
+    return _episodes("cifar_fs", splits, ways, shots, queries, seed, data, augment)
 
 
 @recorded
 def fc100(
-    ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    seed: int = 0,
+    data: str | PathLike[str] | None = None,
+    augment: str | None = None,
 ) -> Episodes:
     """Few-shot tasks of CIFAR-100 images, ``[3, 32, 32]``: 60, 20 and 20 classes, split by superclass.
 
     Arguments and errors are those of `cifar_fs`.
     """
     splits = {split: [c for s in names.split() for c in CLASSES[s].split()] for split, names in FC100.items()}
-    return _episodes("fc100", splits, ways, shots, queries, seed, data)
+    return _episodes("fc100", splits, ways, shots, queries, seed, data, augment)
 
 
 def _episodes(
@@ -109,12 +121,13 @@ def _episodes(
     queries: int,
     seed: int,
     data: str | PathLike[str] | None,
+    augment: str | None,
 ) -> Episodes:
     images = torch.from_numpy(_load(data))
     held_out = {"train": sorted(set(NAMES).difference(*held_out.values())), **held_out}
     splits = {split: tuple(sorted(map(NAMES.index, names))) for split, names in held_out.items()}
     counts = (sum(PARTS.values()),) * len(NAMES)
-    return Episodes(ImageSet(name, images, counts, NAMES, splits), ways, shots, queries, seed)
+    return Episodes(ImageSet(name, images, counts, NAMES, splits), ways, shots, queries, seed, augment)
 
 
 def _load(data: str | PathLike[str] | None) -> NDArray[np.uint8]:

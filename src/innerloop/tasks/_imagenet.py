@@ -25,7 +25,12 @@ LAYOUT = (
 
 @recorded
 def mini_imagenet(
-    ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    seed: int = 0,
+    data: str | PathLike[str] | None = None,
+    augment: str | None = None,
 ) -> Episodes:
     """Few-shot tasks of miniImageNet, ``[3, 84, 84]``: 64, 16 and 20 classes of 600 images.
 
@@ -40,18 +45,25 @@ def mini_imagenet(
         data: a folder, zip or tar. Either with Ravi and Larochelle's lists ``train.csv``, ``val.csv`` and ``test.csv``
             (columns ``filename,label``) beside the images in ``images/`` or in class folders, or with
             ``train/CLASS/IMAGE``, ``val/...`` and ``test/...``.
+        augment: changes of training images, ``"flip"`` (left to right), ``"crop"`` (shifts by up to an eighth) or
+            ``"flip,crop"``.
 
     Raises:
         FileNotFoundError: no ``data``, or nothing at that place. It is never downloaded.
         ValueError: another layout, a damaged archive, an unreadable image, or tasks too large for the images.
     """
     source = "the split lists are in github.com/twitter-research/meta-learning-lstm under data/miniImagenet"
-    return _episodes("mini_imagenet", source, ways, shots, queries, seed, data)
+    return _episodes("mini_imagenet", source, ways, shots, queries, seed, data, augment)
 
 
 @recorded
 def tiered_imagenet(
-    ways: int = 5, shots: int = 1, queries: int = 15, seed: int = 0, data: str | PathLike[str] | None = None
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    seed: int = 0,
+    data: str | PathLike[str] | None = None,
+    augment: str | None = None,
 ) -> Episodes:
     """Few-shot tasks of tieredImageNet, ``[3, 84, 84]``: 351, 97 and 160 classes, split by 34 categories above them.
 
@@ -59,11 +71,18 @@ def tiered_imagenet(
     are mapped into memory rather than loaded. Reading them the first time takes about half an hour on two cores.
     """
     source = "its classes are listed in github.com/renmengye/few-shot-ssl-public"
-    return _episodes("tiered_imagenet", source, ways, shots, queries, seed, data)
+    return _episodes("tiered_imagenet", source, ways, shots, queries, seed, data, augment)
 
 
 def _episodes(
-    name: str, source: str, ways: int, shots: int, queries: int, seed: int, data: str | PathLike[str] | None
+    name: str,
+    source: str,
+    ways: int,
+    shots: int,
+    queries: int,
+    seed: int,
+    data: str | PathLike[str] | None,
+    augment: str | None,
 ) -> Episodes:
     if data is None:
         raise FileNotFoundError(
@@ -75,7 +94,7 @@ def _episodes(
     layout = _listed(files) if LISTS.keys() <= files.stamps.keys() else split_folders(images)
     if layout is None or layout.keys() != set(LISTS.values()):
         raise ValueError(f"{files.root} is not laid out as {name}; {LAYOUT}")
-    return Episodes(image_set(name, files, layout, SIZE, 3, crop=False), ways, shots, queries, seed)
+    return Episodes(image_set(name, files, layout, SIZE, 3, crop=False), ways, shots, queries, seed, augment)
 
 
 def _listed(files: Files) -> Layout:

@@ -202,7 +202,7 @@ class Settings:
         otherwise="every image alone",
     )
     augment: str | None = option(
-        None, "folder: changes of training images: flip, crop or flip,crop", otherwise="no change"
+        None, "pictures: changes of training images: flip, crop or flip,crop; none", otherwise="no change"
     )
 
     model: str = option(
