@@ -344,8 +344,6 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
     for given, cure in (
         ("--carry=task", "carry 'task' takes up tasks that come again"),
-        ("--meta-gradient=memory-reduced:l2=0.05", "the L2 term is the inner loop's: --weight-decay 0.05, or"),
-        ("--meta-gradient=implicit:proximal=2.0", "the proximal weight is the inner loop's: --proximal 2.0, or"),
     ):
         assert cure in refused(capsys, "train", f"--out={tmp_path / 'other'}", "--dataset=sinusoid", *options, given)
     assert not (tmp_path / "other").exists()

@@ -383,21 +383,11 @@ class Settings:
         """The settings that ``save`` wrote.
 
         Raises:
-            ValueError: as `read_config`; some are missing; or they are of the first edition, whose estimators brought
-                terms of their own.
+            ValueError: as `read_config`, or some are missing.
         """
         found = read_config(path)
         if missing := [flag(name) for name in NEEDED if name not in found]:
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}: it is damaged; restore it from a copy, or train in another folder"
             )
-        settings = cls(**found)
-        name = settings.meta_gradient.partition(":")[0]
-        brought = {"implicit": ("proximal weight 2", "proximal 2"), "memory-reduced": ("L2 term", "weight-decay 0.05")}
-        if "carry" not in found and name in brought:
-            what, option = brought[name]
-            raise ValueError(
-                f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the "
-                f"inner loop's now: train again with --{option}"
-            )
-        return settings
+        return cls(**found)
