@@ -342,9 +342,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     main(["train", f"--out={run}", "--dataset=sinusoid", *options])
     left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
-    for given, cure in (
-        ("--carry=task", "carry 'task' takes up tasks that come again"),
-    ):
+    for given, cure in (("--carry=task", "carry 'task' takes up tasks that come again"),):
         assert cure in refused(capsys, "train", f"--out={tmp_path / 'other'}", "--dataset=sinusoid", *options, given)
     assert not (tmp_path / "other").exists()
 

@@ -103,7 +103,9 @@ def saved_step(run: Path) -> int:
 
 def saved_after(run: Path, step: int) -> int:
     """The step of the checkpoint, if it is a later one."""
-    return max(saved_step(run) - step, 0) and saved_step(run)
+    with suppress(FileNotFoundError):  # while it takes its place
+        return found if (found := saved_step(run)) > step else 0
+    return 0
 
 
 def recorded_after(run: Path, step: int) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.batch_norm import TaskBatchNorm
 from innerloop.bilevel import Bilevel
@@ -22,7 +21,7 @@ from innerloop.tasks import TaskSource
 from innerloop.training import baselines, processes
 from innerloop.training.logs import tracked
 from innerloop.training.store import resumable
-from innerloop.trees import tensors
+from innerloop.trees import tensors, tree_leaves
 
 
 class Source(Protocol):
@@ -47,7 +46,7 @@ def draw(tasks: Source, learner: Bilevel, split: str, start: int, count: int) ->
     if not isinstance(batch, Task):
         found = len(batch)
     elif learner.stacked:
-        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+        leaves = [leaf for leaf in tensors(batch) if leaf.ndim]
         found = len(leaves[0]) if leaves else count
     if found != count:
         raise ValueError(
@@ -69,7 +68,7 @@ def shape_of(tasks: Source) -> dict[str, Any]:
     stacked = isinstance(found, Task)
     support = found.support if isinstance(found, Task) else found[0].support
     try:
-        inputs, targets = (pytree.tree_leaves(part)[0] for part in support)
+        inputs, targets = (tree_leaves(part)[0] for part in support)
         example, target = (part[0, 0] if stacked else part[0] for part in (inputs, targets))
     except (IndexError, TypeError, ValueError):  # no few-shot task
         return dict.fromkeys(names)

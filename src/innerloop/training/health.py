@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.bilevel import Bilevel
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Scores, Source, draw, evaluation_mode
+from innerloop.trees import tree_map
 
 TASKS = 4  # looked at; more change little
 LANCZOS = 20  # iterations, a curvature product each
@@ -26,7 +26,7 @@ def single(learner: Bilevel, batch: Task | Sequence[Task]) -> Task:
     """The only task of a batch, without a task dimension."""
     if not isinstance(batch, Task):
         return batch[0]
-    task: Task = pytree.tree_map(lambda value: value[0], batch) if learner.stacked else batch
+    task: Task = tree_map(lambda value: value[0], batch) if learner.stacked else batch
     return task
 
 

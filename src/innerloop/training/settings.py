@@ -41,6 +41,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def option(
     default: Any,
     help: str,
+    otherwise: str = "",
     *,
     names: Iterable[str] = (),
     code: bool = False,
@@ -48,20 +49,19 @@ def option(
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = sys.float_info.max,
-    otherwise: str = "",
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
 
     Args:
         default: its value where none is given.
         help: one line for ``--help``.
+        otherwise: in words, what holds where the default is None.
         names: allowed names.
         code: a function of the user's own will do as well, ``file.py:name``.
         also: what else is allowed, as a regular expression; ``ARGUMENTS``: any of the names with a colon behind it.
         at_least: smallest allowed number.
         above: number that it must exceed.
         at_most: largest allowed number.
-        otherwise: in words, what holds where the default is None.
     """
     limits = {"names": tuple(names), "code": code, "also": also}
     limits |= {"at_least": at_least, "above": above, "at_most": at_most}
@@ -171,61 +171,45 @@ class Settings:
     """The first field of each group, for ``--help``."""
 
     dataset: str = option("glyphs", "where tasks come from, or your own: file.py:name", names=SOURCES, code=True)
-    data: str | None = option(None, "folder or file of a data set", otherwise="what is rendered, downloaded or cached")
-    ways: int | None = option(None, "classes of a task", at_least=2, otherwise="5 for images")
+    data: str | None = option(None, "folder or file of a data set", "what is rendered, downloaded or cached")
+    ways: int | None = option(None, "classes of a task", "5 for images", at_least=2)
     shots: int | None = option(
-        None, "support examples: of a class, or in all for regression", at_least=1, otherwise="1 for images"
+        None, "support examples: of a class, or in all for regression", "1 for images", at_least=1
     )
     train_shots: int | None = option(
-        None, "support examples of a class in training alone", at_least=1, otherwise="as in evaluation"
+        None, "support examples of a class in training alone", "as in evaluation", at_least=1
     )
-    queries: int | None = option(None, "query examples, likewise", at_least=1, otherwise="5 for images")
+    queries: int | None = option(None, "query examples, likewise", "5 for images", at_least=1)
     recurring: int | None = option(
-        None, "training tasks: the first so many of the stream, over and over", at_least=1, otherwise="ever new ones"
+        None, "training tasks: the first so many of the stream, over and over", "ever new ones", at_least=1
     )
-    rotations: bool | None = option(
-        None, "omniglot: quarter turns of the training classes as further classes", otherwise="false"
-    )
+    rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes", "false")
     class_split: str | None = option(
-        None,
-        "omniglot: background, 1200 or vinyals; folder: how classes are split",
-        otherwise="background; 0.6,0.2,0.2",
+        None, "omniglot: background, 1200 or vinyals; folder: how classes are split", "background; 0.6,0.2,0.2"
     )
-    size: int | None = option(
-        None, "folder: side of the images", at_least=1, at_most=4096, otherwise="as they are, at most 84"
-    )
-    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1, otherwise="3")
+    size: int | None = option(None, "folder: side of the images", "as they are, at most 84", at_least=1, at_most=4096)
+    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", "3", at_least=1)
 
     group: str | None = option(
-        None,
-        "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN",
-        otherwise="every image alone",
+        None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN", "every image alone"
     )
-    augment: str | None = option(
-        None, "folder: changes of training images: flip, crop or flip,crop", otherwise="no change"
-    )
+    augment: str | None = option(None, "folder: changes of training images: flip, crop or flip,crop", "no change")
 
     model: str = option(
         "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, also=ARGUMENTS, code=True
     )
     weights: str | None = option(
-        None, "safetensors file with pretrained weights of the model", otherwise="first weights by the seed"
+        None, "safetensors file with pretrained weights of the model", "first weights by the seed"
     )
     filters: int | None = option(
-        None,
-        "channels of the model's blocks (mlp: hidden units)",
-        at_least=1,
-        otherwise="conv4 32, resnet12 64, mlp 40",
+        None, "channels of the model's blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40", at_least=1
     )
     downsample: str | None = option(
-        None,
-        "conv4: how a block halves the image",
-        names=("pool", "stride"),
-        otherwise="stride for grey images, pool for colour",
+        None, "conv4: how a block halves the image", "stride for grey images, pool for colour", names=("pool", "stride")
     )
-    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", otherwise="false")
+    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", "false")
     context: int | None = option(
-        None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1, otherwise="no such vector"
+        None, "conv4, mlp: size of the context vector that CAVIA adapts", "no such vector", at_least=1
     )
 
     adapts: str = option(
@@ -235,11 +219,11 @@ class Settings:
     inner_lr: float | str | None = option(
         None,
         "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
+        f"0.1 for {', '.join(TUNED)}, auto for others",
         above=0,
-        otherwise=f"0.1 for {', '.join(TUNED)}, auto for others",
     )
     inner_steps: int = option(5, "inner steps in training; 0 with a start alone", at_least=0)
-    test_steps: int | None = option(None, "inner steps in evaluation", at_least=0, otherwise="as in training")
+    test_steps: int | None = option(None, "inner steps in evaluation", "as in training", at_least=0)
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option(
@@ -249,12 +233,12 @@ class Settings:
         AUTO,
         "where the inner loop begins: at class means (prototypes), ridge, or none, at the model; auto: at class means "
         "where the head adapts by plain steps",
+        "at the model",
         names=(AUTO, *START),
         also=ARGUMENTS,
-        otherwise="at the model",
     )
     start_from: str | None = option(
-        None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
+        None, "folder of another run, whose weights training begins with where they fit", "fresh weights"
     )
     carry: str = option(
         "none",
@@ -264,14 +248,14 @@ class Settings:
     multi_step_loss: float | None = option(
         None,
         "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all",
+        "not used",
         above=0,
-        otherwise="not used",
     )
     first_order: float | None = option(
         None,
         "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all",
+        "not used",
         above=0,
-        otherwise="not used",
     )
     batch_norm: str = option(
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
@@ -287,11 +271,9 @@ class Settings:
     clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
     validate_every: int = option(500, "outer steps between validations", at_least=1)
     validation_tasks: int = option(200, "tasks of a validation", at_least=1)
-    patience: int | None = option(
-        None, "stop after so many validations without a better one", at_least=1, otherwise="never"
-    )
+    patience: int | None = option(None, "stop after so many validations without a better one", "never", at_least=1)
     minutes: float | None = option(
-        None, "stop after so many minutes, over which the schedule runs", above=0, otherwise="when all steps are done"
+        None, "stop after so many minutes, over which the schedule runs", "when all steps are done", above=0
     )
     test_tasks: int = option(1000, "tasks of the final test", at_least=1)
     on_nonfinite: str = option("stop", "at a loss that is not finite; skip:N leaves out at most N batches in a row")
@@ -303,19 +285,19 @@ class Settings:
         "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), also=r"cuda:\d+"
     )
     threads: int | None = option(
-        None, "CPU threads", at_least=1, at_most=1024, otherwise="1, or as many as are free where that is much faster"
+        None, "CPU threads", "1, or as many as are free where that is much faster", at_least=1, at_most=1024
     )
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
     chunk_size: int | None = option(
-        None, "tasks computed at once; fewer take less memory", at_least=1, otherwise="by the bytes of a task"
+        None, "tasks computed at once; fewer take less memory", "by the bytes of a task", at_least=1
     )
     products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)
     compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
     memory: int | None = option(
         None,
         "MiB for a meta-step; within it graphs are kept, which is faster",
+        "1024 on a CPU, half of what is free on a GPU",
         at_least=0,
-        otherwise="1024 on a CPU, half of what is free on a GPU",
     )
 
     def __post_init__(self) -> None:

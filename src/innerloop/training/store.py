@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from innerloop.files import PARTIAL, clean
+from innerloop.files import clean
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
@@ -113,27 +113,13 @@ def save_newest(folder: Path, states: Mapping[str, Mapping[Any, Any]], keep: int
     """
 
     def make_room() -> None:
-        there = generations(folder)
-        for place in range(min(keep - 1, len(there)), 0, -1):
-            _give_name(there[place - 1], folder / f"last-{place + 1}.safetensors")
-        for path in generations(folder)[keep:]:
-            if path.name != LAST:
+        for place, path in reversed([*enumerate(generations(folder), 2)]):
+            if place <= keep:
+                path.replace(folder / f"last-{place}.safetensors")
+            elif path.name != LAST:
                 path.unlink()
 
     save_checkpoint(folder / LAST, states, make_room)
-
-
-def _give_name(path: Path, name: Path) -> None:
-    """Another name for a file, so that it is never without one; on file systems without links it is moved."""
-    aside = name.with_name(f"{name.name}{PARTIAL}")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-        aside.replace(name)
-    except OSError:
-        path.replace(name)
-    finally:
-        aside.unlink(missing_ok=True)  # where both were names of one file already, too
 
 
 def load_newest(folder: Path, before: int | None = None) -> dict[str, dict[Any, Any]] | None:
