@@ -440,7 +440,7 @@ def test_damaged_best_weights_and_all_checkpoints(whole: Path, tmp_path: Path) -
         load_newest(run)
     for file in store.generations(run):
         file.unlink()
-    with pytest.raises(ValueError, match=f"has best.safetensors and records up to step {STEPS} but no checkpoint"):
+    with pytest.raises(ValueError, match="was trained but has no checkpoint"):
         load_newest(run)
 
 

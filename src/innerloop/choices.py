@@ -172,7 +172,7 @@ def choice(value: Any, what: str) -> Any:
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
-        if what == "inner" and not {"lr=", "steps="} <= {text for text in ("lr=", "steps=") if text in value}:
+        if what == "inner" and not ("lr=" in value and "steps=" in value):
             raise ValueError(
                 f"inner={value!r} has no rate and no steps: write il.{example}, or '{value}:lr=0.1,steps=5'"
             )

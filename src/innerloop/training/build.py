@@ -198,7 +198,7 @@ def choose_device(settings: Settings) -> torch.device:
         )
     if not number:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
-    if int(number) >= there:
+    if number not in map(str, range(there)):
         raise ValueError(f"device is {settings.device!r} but there are {there} GPUs here, counted from 0")
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise ValueError(

@@ -14,11 +14,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from innerloop.bilevel import Bilevel
-from innerloop.compiled import proposal
 from innerloop.errors import Diverged, Stopped
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
-from innerloop.meta_gradient._failures import cure
 from innerloop.training import health, processes
 from innerloop.training.checkpoints import take_weights
 from innerloop.training.choices import interval, most_skips
@@ -31,7 +29,6 @@ from innerloop.training.signals import heeded
 from innerloop.training.store import BEST, METRICS, TENSORBOARD, JsonLines, Record, locked
 from innerloop.training.weighting import Weights
 
-TRIED = 20  # outer steps after which compiling is thought of
 ALARMS = {
     "negative_curvature": (
         0.0,
@@ -203,7 +200,6 @@ def fit(
     )  # fmt: skip
     limit = math.inf if minutes is None else 60 * minutes
     warned = False
-    taken: list[float] = []
     with ExitStack() as stack, heeded(at_once=False) as signals:
         stack.callback(setattr, learner, "meta_gradient", run.own)
         writes = processes.rank() == 0
@@ -276,9 +272,6 @@ def fit(
             at.records.clear()
             kind, record, (stop_seen, used, *save_seen) = run.step([float(each) for each in asked])
             run.anneal(max(int(min(used, 1.0) * steps) - at.step, 0))
-            taken.append(time.monotonic() - now)
-            if len(taken) == TRIED and writes:
-                _propose(learner, min(taken), steps - at.step)
             for name, (most, words) in ALARMS.items():
                 if not warned and record.get(name, 0.0) > most:
                     warned = True
@@ -331,27 +324,15 @@ def replay(
     began = run.progress.step
     if step <= began:
         raise ValueError(f"{folder} keeps no checkpoint from before step {step}: the oldest is of step {began}")
-    while run.progress.step < step - 1:
-        run.step([])
+    while run.progress.step < step:
+        _, record, _ = run.step([])
         run.anneal(run.progress.ahead)
-    batch, settings = run.draw()
-    run.optimizer.zero_grad()
-    metrics = run.meta_step(batch, settings)
-    norm = run.norm()
-    run.optimizer.zero_grad()
-    reason = learner.diagnose(batch, **settings)
-    if reason is None and math.isfinite(norm):
-        reason = "every number is finite"
-    elif reason is None:
-        reason = "no task by itself; " + cure(None)
-    else:
-        reason += "; " + cure(reason)
     first = (step - 1) * tasks_per_batch
-    losses = ", ".join(f"{loss:.4g}" for loss in metrics.losses.tolist())
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
     return (
         f"outer step {step}: tasks {first} to {first + tasks_per_batch - 1} of the training stream, seed ({seed}, "
         f"{step - 1}), weights from the checkpoint of step {began} and {step - 1 - began} steps taken again\n"
-        f"loss of each task: {losses}\nnorm of the meta-gradient: {norm:.4g}\ndiagnosis: {reason}"
+        f"diagnosis: {record.get('why') or f'every number is finite: {numbers}'}"
     )
 
 
@@ -366,15 +347,6 @@ def _tell(logs: list[Log], records: list[Record]) -> None:
                 name = getattr(log, "__name__", type(log).__name__)
                 warnings.warn(f"the log {name} failed and gets no more records: {error}", stacklevel=3)
     records.clear()
-
-
-def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
-    """Log that compiling would pay, where kernels are small and many steps are left."""
-    if learner.compiler is not None or learner.engine is not None or learner.way is None or not learner.way.small:
-        return
-    moving = len(learner.adapted) or len(list(learner.parameters()))
-    if text := proposal(seconds, learner.inner.steps * moving, remaining):
-        _log.info("%s", text)
 
 
 def _record(run: Session, **outer: int) -> None:

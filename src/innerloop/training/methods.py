@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
-from innerloop.choices import check_name, text
+from innerloop.choices import check_name
 from innerloop.inner import ALFA, SGD, Adam, InnerSolver, LearnedRates, NewtonCG
 from innerloop.linear import CG
 from innerloop.meta_gradient import (
@@ -30,6 +30,7 @@ from innerloop.meta_gradient import (
     Window,
 )
 from innerloop.training.build import INK
+from innerloop.training.settings import TERMS, typed
 
 
 @dataclass(frozen=True)
@@ -273,10 +274,8 @@ def method_settings(chosen: str, dataset: str) -> dict[str, Any]:
     known, found = method(chosen), dict[str, Any]()
     if known.adapts is not None and known.inner is not None and known.meta_gradient is not None:
         inner = known.inner if isinstance(known.inner, InnerSolver) else known.inner[dataset not in INK]
-        found = {"adapts": text(known.adapts), "inner": text(inner), "meta_gradient": text(known.meta_gradient)}
-        found |= {"start": None, "inner_lr": inner.lr, "inner_steps": inner.steps}
-        rest = {name: getattr(inner, name) for name in ("test_steps", "weight_decay", "proximal")}
-        found |= {name: value for name, value in rest.items() if value}
+        found = {"start": None} | typed(known.adapts, inner, known.meta_gradient)
+        found = {name: value for name, value in found.items() if value or name not in TERMS}
     found |= known.outer
     if known.argument and ":" in chosen:
         name, template = known.argument

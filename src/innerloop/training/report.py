@@ -269,13 +269,12 @@ def plot_tasks(
             figure = Figure(figsize=(11, 3.6), layout="constrained")
         shape = (EXAMPLES, 1) if images else (1, EXAMPLES)
         for index, axes in enumerate(figure.subplots(*shape)):
-            title = f"task {index} of the {split} split"
+            title = f"{split} task {index}"
             shown, asked = (support[index], labels[index]), (query[index], targets[index])
             before, after = (each[index] for each in guesses) if guesses else (None, None)
             if not images:
                 _draw_numbers(axes, shown, asked, before, after)
             elif after is None:
-                title = f"{split} task {index}"
                 _draw_images(axes, shown, asked, None, ink, called[index])
             else:
                 right = int((after.argmax(-1) == asked[1]).sum())

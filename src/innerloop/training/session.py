@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from innerloop.bilevel import Bilevel, Metrics
+from innerloop.bilevel import Bilevel
 from innerloop.errors import Diverged
 from innerloop.meta_gradient import FirstOrder
 from innerloop.meta_gradient._failures import cure
@@ -137,28 +137,23 @@ class Session:
         weights = multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
         return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
 
-    def meta_step(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> Metrics:
-        """That of the learner, with the weights of the tasks."""
-        if self.task_weights is None:
-            return self.learner.meta_step(batch, **settings)
-        losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
-        counts = self.task_weights(losses, self._ids(), self.progress.step)
-        return self.learner.meta_step(batch, **settings, task_weights=counts)
-
     def step(self, flags: list[float]) -> tuple[str, Record, list[float]]:
         """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
         batch, settings = self.draw()
         buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
         like = next(self.learner.parameters())
         self.optimizer.zero_grad()
-        metrics = self.meta_step(batch, settings)
+        if self.task_weights is not None:
+            losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
+            settings["task_weights"] = self.task_weights(losses, self._ids(), self.progress.step)
+        metrics = self.learner.meta_step(batch, **settings)
         numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
         values = {
             name: value.detach().to(like).mean()
             for name, value in numbers.items()
             if value is not None and value.numel()
         }
-        gradients = self._gradients()
+        gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
         shared = torch.stack([*values.values(), *like.new_tensor(flags)])
         processes.average([*gradients, shared], len(self.mine) / self.tasks_per_batch)
 
@@ -191,32 +186,21 @@ class Session:
                 self.scheduler.step()
         self.progress.ahead = ahead
 
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
-
-    def norm(self) -> float:
-        """Of the meta-gradient at hand."""
-        return torch.nn.utils.get_total_norm(self._gradients()).item()
-
     def _skip(self, batch: Task | Sequence[Task], settings: dict[str, Any], loss: float, norm: float) -> Record:
         """Leave a batch out, or raise `Diverged` where that is not asked for."""
         at = self.progress
         self.optimizer.zero_grad()
+        settings.pop("task_weights", None)  # whose tasks are finite or not by themselves
         reason, where = self._cause(batch, settings)
+        why = f"{reason}{where}; {cure(reason)}" if reason else cure(None)
         at.in_a_row += 1
         at.skipped += 1
-        if at.in_a_row > self.skips or (reason or "").startswith("the learner's own"):
+        if at.in_a_row > self.skips or reason.startswith("the learner's own"):
             row = f", number {at.in_a_row} in a row that is not finite" if at.in_a_row > 1 else ""
-            raise Diverged(
-                f"outer step {at.step + 1}{row}: loss {loss:.4g}, norm of its gradient {norm:.4g}"
-                f"{reason and f'; {reason}{where}'}; {cure(reason)}{self.saved}"
-            )
+            numbers = f"loss {loss:.4g}, norm of its gradient {norm:.4g}"
+            raise Diverged(f"outer step {at.step + 1}{row}: {numbers}; {why}{self.saved}")
         first = at.step * self.tasks_per_batch
-        return {
-            "why": f"{reason}{where}" if reason else cure(None),
-            "tasks": [first, first + self.tasks_per_batch - 1],
-            "seed": [self.seed, at.step],
-        }
+        return {"why": why, "tasks": [first, first + self.tasks_per_batch - 1], "seed": [self.seed, at.step]}
 
     def _cause(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> tuple[str, str]:
         """What `Bilevel.diagnose` finds, on the first process that finds something, and which tasks were looked at."""
@@ -340,12 +324,9 @@ class Session:
 
     def _refuse_another(self, was: dict[str, Any]) -> None:
         for name, value in self.identity.items():
+            same = value == was[name]
             if name == "data" and len(value) == len(was[name]):
-                same = all(
-                    math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-6) for pair in zip(value, was[name], strict=True)
-                )
-            else:
-                same = value == was[name]
+                same = np.allclose(value, was[name], rtol=1e-4, atol=1e-6)
             if not same:
                 values = "" if name in ("data", "model") else f", {was[name]}, not {value}"
                 raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import sys
 import tomllib
 import types
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import yaml
 
 from innerloop.adapts import Adapts
-from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
+from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make, text
 from innerloop.engine import ENGINES
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
@@ -28,13 +27,14 @@ from innerloop.training.code import PYTHON, absolute, is_code
 SETTINGS = "settings.json"
 OF_PYTHON = "dataset", "model", "adapts"  # what a run made in Python may have no text for; the last, any other choice
 AUTO = "auto"
+TERMS = "test_steps", "weight_decay", "proximal"  # of the inner solver
+STARTS = (AUTO, *START)
 NEEDED = (
     "dataset", "model", "adapts", "inner", "inner_lr", "inner_steps", "meta_gradient", "batch_norm", "optimizer",
     "outer_lr", "steps", "tasks_per_batch", "seed",
 )  # fmt: skip
 """Without which a run's settings are no longer those of the run; others came later, and have defaults."""
 TUNED = dict.fromkeys(("glyphs", "omniglot", "cifar_fs", "fc100"), 0.1)  # inner rates; on all others it is measured
-ARGUMENTS = ":.*"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -45,7 +45,7 @@ def option(
     *,
     names: Iterable[str] = (),
     code: bool = False,
-    also: str = "",
+    arguments: bool = False,
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = sys.float_info.max,
@@ -58,12 +58,12 @@ def option(
         otherwise: in words, what holds where the default is None.
         names: allowed names.
         code: a function of the user's own will do as well, ``file.py:name``.
-        also: what else is allowed, as a regular expression; ``ARGUMENTS``: any of the names with a colon behind it.
+        arguments: a name may have a colon behind it, and more.
         at_least: smallest allowed number.
         above: number that it must exceed.
         at_most: largest allowed number.
     """
-    limits = {"names": tuple(names), "code": code, "also": also}
+    limits = {"names": tuple(names), "code": code, "arguments": arguments}
     limits |= {"at_least": at_least, "above": above, "at_most": at_most}
     return field(default=default, metadata={"help": help, "otherwise": otherwise, **limits})
 
@@ -84,10 +84,8 @@ def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
         return value
     if limits["code"] and value.partition(":")[0] not in limits["names"] and is_code(value):
         return absolute(value)
-    if limits["also"] == ARGUMENTS:
-        check_name(what, value.partition(":")[0], limits["names"])
-    elif limits["names"] and not (limits["also"] and re.fullmatch(limits["also"], value)):
-        check_name(what, value, limits["names"])
+    if limits["names"]:
+        check_name(what, value.partition(":")[0] if limits["arguments"] else value, limits["names"])
     elif kind in (int, float) and not (value >= limits["at_least"] and value > limits["above"]):
         least = f"above {limits['above']}" if math.isfinite(limits["above"]) else f"{limits['at_least']} or more"
         raise ValueError(f"{what} is {value}; it must be {least}")
@@ -149,6 +147,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         return dict(super().construct_mapping(node, deep))
 
 
+def typed(adapts: Adapts, inner: InnerSolver, meta_gradient: MetaGradient) -> dict[str, Any]:
+    """The settings of which `Settings.method` makes these three.
+
+    Raises:
+        ValueError: one of them has no text.
+    """
+    terms = {name: getattr(inner, name) for name in TERMS}
+    chosen = {"adapts": text(adapts), "inner": text(inner), "meta_gradient": text(meta_gradient)}
+    return {**chosen, "inner_lr": inner.lr, "inner_steps": inner.steps, **terms}
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that ``innerloop train`` can be told. The defaults are the recipe of ``make train``.
@@ -196,7 +205,7 @@ class Settings:
     augment: str | None = option(None, "folder: changes of training images: flip, crop or flip,crop", "no change")
 
     model: str = option(
-        "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, also=ARGUMENTS, code=True
+        "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, arguments=True, code=True
     )
     weights: str | None = option(
         None, "safetensors file with pretrained weights of the model", "first weights by the seed"
@@ -213,58 +222,46 @@ class Settings:
     )
 
     adapts: str = option(
-        "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, also=ARGUMENTS
+        "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, arguments=True
     )
-    inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, also=ARGUMENTS)
+    inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, arguments=True)
     inner_lr: float | str | None = option(
-        None,
-        "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
-        f"0.1 for {', '.join(TUNED)}, auto for others",
-        above=0,
+        None, "inner rate; auto: one over the measured curvature", f"0.1 for {', '.join(TUNED)}, else auto", above=0
     )
     inner_steps: int = option(5, "inner steps in training; 0 with a start alone", at_least=0)
     test_steps: int | None = option(None, "inner steps in evaluation", "as in training", at_least=0)
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option(
-        "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, also=ARGUMENTS
+        "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, arguments=True
     )
     start: str | None = option(
         AUTO,
-        "where the inner loop begins: at class means (prototypes), ridge, or none, at the model; auto: at class means "
-        "where the head adapts by plain steps",
+        "where the inner loop begins; auto: at prototypes for a head",
         "at the model",
-        names=(AUTO, *START),
-        also=ARGUMENTS,
+        names=STARTS,
+        arguments=True,
     )
     start_from: str | None = option(
         None, "folder of another run, whose weights training begins with where they fit", "fresh weights"
     )
     carry: str = option(
-        "none",
-        "where a task begins: where its place in the last batch (slot), or itself (task), ended",
-        names=("none", "slot", "task"),
+        "none", "begin where the task in this place (slot), or the task, was left", names=("none", "slot", "task")
     )
     multi_step_loss: float | None = option(
-        None,
-        "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all",
-        "not used",
-        above=0,
+        None, "outer steps, or below 1 a share, over which MAML++'s multi-step loss is annealed", "not used", above=0
     )
     first_order: float | None = option(
-        None,
-        "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all",
-        "not used",
-        above=0,
+        None, "outer steps, or below 1 a share, that begin with the first-order meta-gradient", "not used", above=0
     )
     batch_norm: str = option(
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
     )
 
-    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, also=ARGUMENTS)
+    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, arguments=True)
     outer_lr: float = option(3e-3, "outer rate", above=0)
     schedule: str = option(
-        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, also=ARGUMENTS
+        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, arguments=True
     )
     steps: int = option(9000, "outer steps", at_least=1)
     tasks_per_batch: int = option(4, "tasks of an outer step", at_least=1)
@@ -282,7 +279,7 @@ class Settings:
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
     device: str = option(
-        "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), also=r"cuda:\d+"
+        "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), arguments=True
     )
     threads: int | None = option(
         None, "CPU threads", "1, or as many as are free where that is much faster", at_least=1, at_most=1024
@@ -294,10 +291,7 @@ class Settings:
     products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)
     compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
     memory: int | None = option(
-        None,
-        "MiB for a meta-step; within it graphs are kept, which is faster",
-        "1024 on a CPU, half of what is free on a GPU",
-        at_least=0,
+        None, "MiB for a meta-step, by graphs kept, which is faster", "1024; of a GPU half of what is free", at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -336,7 +330,7 @@ class Settings:
             ValueError: arguments that the choices do not take, or out of range.
         """
         rate = 1.0 if self.inner_lr == AUTO else self.inner_lr  # of a learner by which it is measured
-        inner = {"test_steps": self.test_steps, "weight_decay": self.weight_decay, "proximal": self.proximal}
+        inner = {name: getattr(self, name) for name in TERMS}
         return (
             make("adapts", ADAPTS, self.adapts),
             make("inner", INNER, self.inner, lr=rate, steps=self.inner_steps, **inner),

@@ -145,13 +145,8 @@ def load_newest(folder: Path, before: int | None = None) -> dict[str, dict[Any, 
         return states
     if found:
         raise ValueError("; ".join(wrong))
-    there = [BEST] if (folder / BEST).exists() else []
-    if step := last_step(folder / METRICS):
-        there.append(f"records up to step {step}")
-    if there:
-        raise ValueError(
-            f"{folder} has {' and '.join(there)} but no checkpoint ({LAST}): restore it, or train in another folder"
-        )
+    if (folder / BEST).exists() or last_step(folder / METRICS):
+        raise ValueError(f"{folder} was trained but has no checkpoint ({LAST}): restore it, or train in another folder")
     return None
 
 
