@@ -76,10 +76,8 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
     model = build_model(settings, shape, outputs)
     if isinstance(model, MetaLearner):
         if settings.adapts != PYTHON:
-            raise ValueError(
-                f"model {short(settings.model)} gives a whole learner where a model is asked for: let it return the "
-                "nn.Module; to train a learner, call il.fit in Python"
-            )
+            what = f"{short(settings.model)} gives a whole learner where a model is asked for"
+            raise ValueError(f"{what}: let it return the nn.Module; to train a learner, call il.fit in Python")
         return model.to(choose_device(settings), dtype)
     if settings.adapts == PYTHON:
         raise ValueError(
@@ -193,17 +191,13 @@ def choose_device(settings: Settings) -> torch.device:
         return torch.device("cpu")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not there:
-        raise ValueError(
-            f"device is {settings.device!r} but torch finds no GPU here; choose --device cpu, or install torch for CUDA"
-        )
+        raise ValueError(f"device is {settings.device!r} but torch finds no GPU here: choose cpu, or torch for CUDA")
     if not number:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
     if number not in map(str, range(there)):
         raise ValueError(f"device is {settings.device!r} but there are {there} GPUs here, counted from 0")
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"device is {settings.device!r} for several processes; leave the number out: each takes its own"
-        )
+        raise ValueError(f"device is {settings.device!r} for several processes: give cuda, so that each takes its own")
     return torch.device("cuda", int(number))
 
 

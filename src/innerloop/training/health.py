@@ -101,10 +101,10 @@ def opening(learner: Bilevel, tasks: Source) -> tuple[str, str]:
     # Cross-entropy flattens as it falls: far above 2 a step may still lower it, and then all is well.
     if rate * steepest <= 2 or losses[1] <= losses[0]:
         return words, ""
-    return words, (
-        f"the inner rate {rate:.2g} overshoots: its product with the curvature, {rate * steepest:.2g}, is above 2, and "
-        f"the first step takes the inner loss from {losses[0]:.3g} to {losses[1]:.3g}. Give --inner-lr "
-        f"{1 / steepest:.2g}, which is what --inner-lr auto measures"
+    cure = f"Give --inner-lr {1 / steepest:.2g}, which is what --inner-lr auto measures"
+    return (
+        words,
+        f"the inner rate {rate:.2g} overshoots: {product}, above 2, and the first step raises the loss. {cure}",
     )
 
 
