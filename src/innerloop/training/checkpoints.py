@@ -61,9 +61,7 @@ def take_weights(learner: nn.Module, path: Path) -> str:
     if not fits.keys() & set(matrices[:-1] or matrices):
         raise ValueError(f"no weights of {path} fit {_shape(own, matrices[0])}: start from a run of the same model")
     learner.load_state_dict(fits, strict=False)
-    fresh, parameters = own.keys() - fits.keys(), dict(learner.named_parameters())
-    named = [_shape(own, name) for name in own if name in fresh & parameters.keys()]
-    return ", ".join([*named, *(["running statistics"] if fresh - parameters.keys() else [])])
+    return ", ".join(_shape(own, name) for name, _ in learner.named_parameters() if name in own.keys() - fits.keys())
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

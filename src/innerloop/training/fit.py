@@ -42,6 +42,7 @@ ALARMS = {
     ),
 }
 """Diagnostics of a step: what one of them means, in words, where it is above a number."""
+
 _log = logging.getLogger("innerloop")
 
 
@@ -194,9 +195,10 @@ def fit(
             )
     tasks = learner.meta_gradient.trains_on(tasks)
     run = Session(
-        learner=learner, tasks=tasks, optimizer=optimizer, scheduler=scheduler, folder=Path(folder) if folder else None,
-        steps=steps, tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss,
-        first_order=first_order, seed=seed, keep=keep, skips=skips, task_weights=task_weights,
+        learner=learner, tasks=tasks, optimizer=optimizer, scheduler=scheduler, steps=steps,
+        folder=None if folder is None else Path(folder), tasks_per_batch=tasks_per_batch, clip=clip,
+        multi_step_loss=multi_step_loss, first_order=first_order, seed=seed, keep=keep, skips=skips,
+        task_weights=task_weights,
     )  # fmt: skip
     limit = math.inf if minutes is None else 60 * minutes
     warned = False
@@ -237,8 +239,9 @@ def fit(
 
         for what in changes:
             note("changed", {"what": what})
-        if run.folder and writes and not (run.folder / SETTINGS).exists():
-            _record(run, steps=steps, tasks_per_batch=tasks_per_batch)
+        if run.folder and writes and isinstance(learner, MetaLearner) and not (run.folder / SETTINGS).exists():
+            made = settings_of(learner, tasks, shape_of(tasks), steps=steps, tasks_per_batch=tasks_per_batch)
+            made.save(run.folder / SETTINGS)  # for the commands to make it again
         stop, save = 0, not run.saved  # a run begins with a checkpoint: one that has none has lost it
         while True:
             ends = at.step > 0 and (at.step % validate_every == 0 or at.step >= steps or late)
@@ -347,13 +350,6 @@ def _tell(logs: list[Log], records: list[Record]) -> None:
                 name = getattr(log, "__name__", type(log).__name__)
                 warnings.warn(f"the log {name} failed and gets no more records: {error}", stacklevel=3)
     records.clear()
-
-
-def _record(run: Session, **outer: int) -> None:
-    """Write the settings of a learner that was made in Python, for the commands to make it again."""
-    assert run.folder
-    if isinstance(run.learner, MetaLearner):
-        settings_of(run.learner, run.tasks, shape_of(run.tasks), **outer).save(run.folder / SETTINGS)
 
 
 def _check_positive(**settings: float | None) -> None:

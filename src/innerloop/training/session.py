@@ -143,10 +143,11 @@ class Session:
         buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
         like = next(self.learner.parameters())
         self.optimizer.zero_grad()
+        counts = None
         if self.task_weights is not None:
             losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
-            settings["task_weights"] = self.task_weights(losses, self._ids(), self.progress.step)
-        metrics = self.learner.meta_step(batch, **settings)
+            counts = self.task_weights(losses, self._ids(), self.progress.step)
+        metrics = self.learner.meta_step(batch, **settings, task_weights=counts)
         numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
         values = {
             name: value.detach().to(like).mean()
@@ -190,7 +191,6 @@ class Session:
         """Leave a batch out, or raise `Diverged` where that is not asked for."""
         at = self.progress
         self.optimizer.zero_grad()
-        settings.pop("task_weights", None)  # whose tasks are finite or not by themselves
         reason, where = self._cause(batch, settings)
         why = f"{reason}{where}; {cure(reason)}" if reason else cure(None)
         at.in_a_row += 1

@@ -114,7 +114,7 @@ def save_newest(folder: Path, states: Mapping[str, Mapping[Any, Any]], keep: int
         for place, path in reversed([*enumerate(generations(folder), 2)]):
             if place <= keep:
                 path.replace(folder / f"last-{place}.safetensors")
-            elif path.name != LAST:
+            elif place > keep + 1:  # else the one before takes its name
                 path.unlink()
 
     save_checkpoint(folder / LAST, states, make_room)
