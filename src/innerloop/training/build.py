@@ -185,7 +185,7 @@ def choose_device(settings: Settings) -> torch.device:
         return torch.device("cpu")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not there:
-        raise ValueError(f"device is {settings.device!r} but torch finds no GPU here: choose cpu, or torch for CUDA")
+        raise ValueError(f"device is {settings.device!r} but torch finds no GPU here: choose --device cpu")
     if not number:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
     if number not in map(str, range(there)):

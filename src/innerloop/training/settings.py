@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
 import tomllib
 import types
@@ -276,9 +277,7 @@ class Settings:
     keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
-    device: str = option(
-        "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), arguments=True
-    )
+    device: str = option("auto", "cpu, cuda, or one of several GPUs, cuda:1; auto takes a GPU where there is one")
     threads: int | None = option(
         None, "CPU threads", "1, or as many as are free where that is much faster", at_least=1, at_most=1024
     )
@@ -301,6 +300,8 @@ class Settings:
         if self.adapts != PYTHON:
             self.method()
         make("schedule", SCHEDULE, self.schedule)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device {self.device!r} is unknown: choose auto, cpu, cuda, or one GPU, such as cuda:1")
         most_skips(self.on_nonfinite)
         interval(self.checkpoint_every)
         if self.carry == "task" and self.recurring is None and self.dataset in SOURCES:
