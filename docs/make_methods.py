@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from innerloop.training.build import INK
-from innerloop.training.methods import METHODS, Method
+from innerloop.training.methods import METHODS, Method, method_settings
 from innerloop.training.settings import Settings, flag
 
 PAGE = Path(__file__).with_name("methods.md")
@@ -77,8 +77,8 @@ def _settings() -> list[str]:
 
 
 def _row(name: str, each: Method) -> str:
-    variants = [Settings(**{"dataset": each_set, **each.settings_for(each_set)}) for each_set in (CHARACTERS, PICTURES)]
-    rest = sorted(each.settings_for(CHARACTERS).keys() - SHOWN)
+    variants = [Settings(**{"dataset": data, **method_settings(name, data)}) for data in (CHARACTERS, PICTURES)]
+    rest = sorted(method_settings(name, CHARACTERS).keys() - SHOWN)
     cells = [
         [f"`{settings.adapts}`" + (f" from `{settings.start}`" if settings.start else "") for settings in variants],
         [_inner(settings) for settings in variants],

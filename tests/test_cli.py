@@ -247,14 +247,13 @@ def test_a_pattern_without_the_head_wants_as_many_classes_as_in_training(
     assert "adapted to 3 classes, 9 images, in 5 steps of Blocks('11110')" in capsys.readouterr().out
 
 
-def test_a_head_that_is_not_adapted_cannot_grow(place: Path, tmp_path: Path) -> None:
+def test_a_head_that_is_not_adapted_is_for_the_classes_of_training(place: Path, tmp_path: Path) -> None:
     data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
     main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *data, *TINY, *SHORT])
     settings = read_run(tmp_path / "run")
-    with pytest.raises(ValueError, match="does not adapt its head, which is for 3 classes, not 4"):
-        load_learner(tmp_path / "run", settings, 4)
-    full, fewer = (load_learner(tmp_path / "run", settings, classes)[0].model for classes in (3, 2))
-    assert torch.equal(fewer.get_parameter("head.weight"), full.get_parameter("head.weight")[:2])
+    for classes in (2, 4):
+        with pytest.raises(ValueError, match=f"does not adapt its head, which is for 3 classes, not {classes}"):
+            load_learner(tmp_path / "run", settings, classes)
 
 
 def test_dark_ink_on_light_paper_is_turned_round(tmp_path: Path) -> None:
@@ -342,11 +341,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     main(["train", f"--out={run}", "--dataset=sinusoid", *options])
     left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
-    for given, cure in (
-        ("--carry=task", "carry 'task' takes up tasks that come again"),
-        ("--meta-gradient=memory-reduced:l2=0.05", "the L2 term is the inner loop's: --weight-decay 0.05, or"),
-        ("--meta-gradient=implicit:proximal=2.0", "the proximal weight is the inner loop's: --proximal 2.0, or"),
-    ):
+    for given, cure in (("--carry=task", "carry 'task' takes up tasks that come again"),):
         assert cure in refused(capsys, "train", f"--out={tmp_path / 'other'}", "--dataset=sinusoid", *options, given)
     assert not (tmp_path / "other").exists()
 
@@ -502,7 +497,10 @@ def test_pretraining_and_then_another_method_is_two_lines(
     main(["train", "--resume", str(second), "--steps=13"])  # goes on from its own
 
     for given, cure in (
-        ([f"--start-from={second}", "--filters=4"], "it has model.block1.conv.weight (4 x 1 x 3 x 3), and the file "),
+        (
+            [f"--start-from={second}", "--filters=4"],
+            "fit model.block1.conv.weight (4 x 1 x 3 x 3): start from a run of the same model",
+        ),
         ([f"--start-from={first}"], "does not exist: start from a folder that innerloop train or il.fit has filled"),
         (["--start=none", "--inner-steps=0"], "give 1 inner step or more, or a start that makes the head"),
         (["--start=ridge:regularisation=0"], "above 0"),

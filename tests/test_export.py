@@ -81,10 +81,7 @@ def test_the_file_runs_by_itself_and_says_what_it_needs(
     assert names["notes"]["classes"] == ["a", "b", "c"]
     assert {"input", "decoding", "output"} <= names["notes"].keys()
     batch = torch.cat([decoded(files[2], 16)] * 3)
-    if kind == "pt2":
-        found = names["model"](batch)
-    else:
-        found = torch.from_numpy(names["model"].run(None, {"images": batch.numpy()})[0])
+    found = torch.from_numpy(names["run"](batch.numpy()))
     with torch.no_grad():
         wanted = model(read_images([files[2]] * 3, (channels, 16, 16), None))
     assert (found - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max().item())

@@ -168,7 +168,6 @@ def test_an_overshooting_rate_is_told_and_reported(tmp_path: Path, capsys: pytes
     main(["train", f"--out={tmp_path / 'run'}", *SINUSOID, *SHORT, *options])
     told = capsys.readouterr().out
     assert "warning: the inner rate 2 overshoots" in told
-    assert "is above 2, and the first step takes the inner loss from" in told
     assert "warning: adaptation raises its own loss" in told
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["warnings"]) == 2
@@ -190,7 +189,7 @@ class Clock:
 def test_the_schedule_runs_over_the_time_that_there_is(
     tasks: Episodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """A hundredth of the steps fits: by steps alone 99.98 % of the rate would be left."""
+    """A small share of the steps fits: by steps alone 99.9 % of the rate would be left."""
 
     def session(minutes: float | None, resume: bool = False) -> tuple[Any, list[float]]:
         monkeypatch.setattr(fit_module, "time", Clock())
@@ -209,7 +208,7 @@ def test_the_schedule_runs_over_the_time_that_there_is(
 
     fitted, rates = session(5.0)
     assert fitted.stopped == "minutes"
-    assert fitted.step <= 100
+    assert fitted.step <= 150  # of 10,000: two looks at the clock a step
     assert rates == sorted(rates, reverse=True)
     assert rates[len(rates) // 2] == pytest.approx(5e-4, rel=0.1)
     assert rates[-1] < 1e-5

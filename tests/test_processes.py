@@ -109,7 +109,7 @@ def test_the_device_that_is_named_is_taken_or_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device(Settings()) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="leave the number out: each takes its own"):
+    with pytest.raises(ValueError, match="give cuda, so that each takes its own"):
         choose_device(Settings(device="cuda:1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device is 'cuda:1' but torch finds no GPU here"):

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -146,16 +146,6 @@ META_GRADIENT: Table = {
     "pes": pes,
 }
 
-# What the first edition took, and where that is said now.
-_MOVED: dict[tuple[str, str], str] = {
-    ("implicit", "proximal"): "the proximal weight is the inner loop's: --proximal {0}, or SGD(..., proximal={0})",
-    ("implicit", "released_variant"): "the released variant is a method of its own: released-imaml",
-    ("memory-reduced", "l2"): "the L2 term is the inner loop's: --weight-decay {0}, or SGD(..., weight_decay={0})",
-    ("memory-reduced", "warm_start"): "where a task begins is the learner's: --carry {0}, or MetaLearner(carry={0!r})",
-    ("unrolled", "keep_every"): "snapshots are counted, not spaced: unrolled:copies=N keeps at most N of them",
-}
-_FIRST = {"implicit": "proximal", "memory-reduced": "l2", "unrolled": "keep_every"}  # what stood in the first place
-
 _OPTIONS = {"lr", "steps", "test_steps", "weight_decay", "proximal", "moves"}  # of the command, beside the strings
 
 START: Table = {"prototypes": Prototypes, "ridge": Ridge}
@@ -182,7 +172,7 @@ def choice(value: Any, what: str) -> Any:
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
-        if what == "inner" and not {"lr=", "steps="} <= {text for text in ("lr=", "steps=") if text in value}:
+        if what == "inner" and not ("lr=" in value and "steps=" in value):
             raise ValueError(
                 f"inner={value!r} has no rate and no steps: write il.{example}, or '{value}:lr=0.1,steps=5'"
             )
@@ -214,30 +204,28 @@ def text(value: Any) -> str:
     reduced = isinstance(value, Implicit) and not value.learn_start
     names = {name.replace("-", ""): name for _, table, _ in _KINDS.values() for name in table}
     name = "memory-reduced" if reduced else names.get(type(value).__name__.lower(), "")
-    if not name:
+    solver = getattr(value, "linear_solver", CG())
+    if not name or not isinstance(solver, CG):
         raise ValueError(f"{value!r} has no name that can be typed: the command takes {', '.join(names.values())}")
+    kind = next(table[name] for _, table, _ in _KINDS.values() if name in table)
+    held = vars(solver) | {each.name: getattr(value, each.name) for each in fields(value)}
+    held |= {f"beta{number}": beta for number, beta in enumerate(held.get("betas", ()), 1)}
+    defaults = {each.name: each.default for each in fields(value)}
+    defaults |= {each.name: each.default for each in inspect.signature(kind).parameters.values()}
     typed: list[str] = []
-    for field in fields(value):
-        held = getattr(value, field.name)
-        optional = field.name in _OPTIONS and isinstance(value, InnerSolver)
-        if optional or (field.name == "learn_start" and reduced):
-            continue
-        if isinstance(held, CG):
-            defaults = inspect.signature(META_GRADIENT[name]).parameters
-            each = {"iterations": held.iterations, "damping": held.damping}
-            typed += [f"{key}={it}" for key, it in each.items() if key in defaults and defaults[key].default != it]
-        elif field.name == "betas":
-            pairs = enumerate(zip(held, Adam.betas, strict=True), 1)
-            typed += [f"beta{n}={beta}" for n, (beta, default) in pairs if beta != default]
-        elif field.name == "pattern":
-            typed.append(held if isinstance(held, str) else "/".join(held))
-        elif field.name == "parts":
-            typed += [f"parts={'/'.join(held)}"] if held else []
-        elif field.default is MISSING or field.name == "per":
-            typed.append(str(held))
-        elif held != field.default:
-            typed.append(f"{field.name}={json.dumps(held) if isinstance(held, bool) else held}")
+    for key in _taken(kind, (), _OPTIONS if isinstance(value, InnerSolver) else ()):
+        shown, default = _typed(held[key]), defaults[key]
+        if default in (MISSING, inspect.Parameter.empty):
+            typed.append(shown)
+        elif shown != _typed(default):
+            typed.append(f"{key}={shown}")
     return ":".join([name, *([",".join(typed)] if typed else [])])
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
@@ -261,12 +249,6 @@ def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
     places = [part for part in typed if "=" not in part]
     options = {key: value for key, value in options.items() if value is not None}
     signature = inspect.signature(table[name])
-    first = {_FIRST[name]: places[0]} if table is META_GRADIENT and name in _FIRST and places else {}
-    moved = [_MOVED[name, key].format(value) for key, value in {**first, **named}.items() if (name, key) in _MOVED]
-    if moved:
-        raise ValueError(
-            f"{what} {text!r}: {name} takes {', '.join(signature.parameters)}, by name; {'; '.join(moved)}"
-        )
     takes = f"{name} takes {', '.join(_taken(table[name], args, options)) or 'no arguments'}"
     if len(named) < len(pairs):
         raise ValueError(f"{what} {text!r}: an argument is given twice; give each once")
@@ -293,7 +275,7 @@ def make(what: str, table: Table, text: str, *args: Any, **options: Any) -> Any:
         raise ValueError(f"{what} {text!r} cannot be made; {takes}") from error
 
 
-def _taken(kind: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> list[str]:
+def _taken(kind: Callable[..., Any], args: tuple[Any, ...], options: Collection[str]) -> list[str]:
     """The arguments that may be typed, for messages."""
     parameters = [*inspect.signature(kind).parameters.values()][len(args) :]
     names = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]

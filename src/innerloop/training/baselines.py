@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from innerloop.adapts import head_of
 from innerloop.batch_norm import statistics_from_first
@@ -24,6 +23,7 @@ from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource, nearest_neighbour
 from innerloop.training import processes
+from innerloop.trees import tree_leaves, tree_map
 
 MEAN, PROBE, PIXELS = "nearest class mean", "linear probe", "pixels"
 BATCH = 32  # tasks at once
@@ -141,12 +141,12 @@ def features(learner: MetaLearner, batch: Task) -> tuple[Pair, Pair]:
     head = head_of(model)[0]
     like = next(model.parameters())
     together, alone = [], []
-    for place in range(len(pytree.tree_leaves(batch)[0])):
-        task = pytree.tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)
+    for place in range(len(tree_leaves(batch)[0])):
+        task = tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)
         support, query = task.support[0], task.query[0]
-        rows = len(pytree.tree_leaves(support)[0])
+        rows = len(tree_leaves(support)[0])
         with statistics_from_first(model, rows):
-            both = _entering(model, head, pytree.tree_map(lambda *pair: torch.cat(pair), support, query))
+            both = _entering(model, head, tree_map(lambda *pair: torch.cat(pair), support, query))
         alone.append((both[:rows], both[rows:]))
         together.append((both[:rows], _entering(model, head, query)))
     stacked = [tuple(torch.stack(part) for part in zip(*pairs, strict=True)) for pairs in (together, alone)]
@@ -162,7 +162,7 @@ def _entering(model: nn.Module, head: nn.Module, inputs: object) -> Tensor:
             call(model, buffers, inputs)
     finally:
         hook.remove()
-    examples = len(pytree.tree_leaves(inputs)[0])
+    examples = len(tree_leaves(inputs)[0])
     if not caught or not isinstance(caught[-1], Tensor) or caught[-1].ndim < 2 or len(caught[-1]) != examples:
         raise ValueError(f"no tensor with a row an example enters the head of {type(model).__name__}")
     return caught[-1].flatten(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -76,10 +75,8 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
     model = build_model(settings, shape, outputs)
     if isinstance(model, MetaLearner):
         if settings.adapts != PYTHON:
-            raise ValueError(
-                f"model {short(settings.model)} gives a whole learner where a model is asked for: let it return the "
-                "nn.Module; to train a learner, call il.fit in Python"
-            )
+            what = f"{short(settings.model)} gives a whole learner where a model is asked for"
+            raise ValueError(f"{what}: let it return the nn.Module; to train a learner, call il.fit in Python")
         return model.to(choose_device(settings), dtype)
     if settings.adapts == PYTHON:
         raise ValueError(
@@ -155,17 +152,12 @@ def load_pretrained(model: nn.Module, file: Path) -> None:
         raise ValueError(f"{file} is no safetensors file, or damaged: {' '.join(str(error).split())}") from error
     own = model.state_dict()
     fits = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
-    lacking = set(own) - set(fits)
-    if lacking:
-        odd = sorted(lacking - set(parameter_names(model, head_of(model))))
-        if odd or not fits:
-            raise ValueError(
-                f"{file} has no weights of name and shape for {some(odd or sorted(lacking))} of "
-                f"{type(model).__name__}; it has {some(sorted(set(found) - set(fits)))}: rename them in the file"
-            )
+    lacking = sorted(set(own) - set(fits))
+    odd = lacking and sorted(set(lacking) - set(parameter_names(model, head_of(model))))
+    if odd or not fits:
+        what = f"{some(odd or lacking)} of {type(model).__name__}"
+        raise ValueError(f"{file} has no weights of name and shape for {what}: rename those in the file")
     model.load_state_dict(fits, strict=False)
-    new = f"; {some(sorted(lacking))} begin anew" if lacking else ""
-    logging.getLogger("innerloop").info("%d of %d weights are those of %s%s", len(fits), len(own), file, new)
 
 
 def some(names: list[str]) -> str:
@@ -193,17 +185,13 @@ def choose_device(settings: Settings) -> torch.device:
         return torch.device("cpu")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not there:
-        raise ValueError(
-            f"device is {settings.device!r} but torch finds no GPU here; choose --device cpu, or install torch for CUDA"
-        )
+        raise ValueError(f"device is {settings.device!r} but torch finds no GPU here: choose --device cpu")
     if not number:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
-    if int(number) >= there:
+    if number not in map(str, range(there)):
         raise ValueError(f"device is {settings.device!r} but there are {there} GPUs here, counted from 0")
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"device is {settings.device!r} for several processes; leave the number out: each takes its own"
-        )
+        raise ValueError(f"device is {settings.device!r} for several processes: give cuda, so that each takes its own")
     return torch.device("cuda", int(number))
 
 

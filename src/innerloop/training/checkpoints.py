@@ -59,15 +59,9 @@ def take_weights(learner: nn.Module, path: Path) -> str:
     fits = {name: given[name] for name, tensor in own.items() if name in given and given[name].shape == tensor.shape}
     matrices = [name for name, tensor in own.items() if tensor.ndim > 1] or list(own)
     if not fits.keys() & set(matrices[:-1] or matrices):
-        theirs = matrices[0] if matrices[0] in given else next(iter(given))
-        raise ValueError(
-            f"no weights of {path} fit the model: it has {_shape(own, matrices[0])}, and the file "
-            f"{_shape(given, theirs)}; start from a run of the same model, with the same options"
-        )
+        raise ValueError(f"no weights of {path} fit {_shape(own, matrices[0])}: start from a run of the same model")
     learner.load_state_dict(fits, strict=False)
-    fresh, parameters = own.keys() - fits.keys(), dict(learner.named_parameters())
-    named = [_shape(own, name) for name in own if name in fresh & parameters.keys()]
-    return ", ".join([*named, *(["running statistics"] if fresh - parameters.keys() else [])])
+    return ", ".join(_shape(own, name) for name, _ in learner.named_parameters() if name in own.keys() - fits.keys())
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

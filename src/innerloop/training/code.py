@@ -23,7 +23,8 @@ from types import ModuleType
 from typing import Any
 
 from innerloop.choices import make
-from innerloop.tasks._cache import atomic_write, cache_folder
+from innerloop.reporting import write_json
+from innerloop.tasks._cache import cache_folder
 
 PYTHON = "python"
 """In the settings of a run made in Python: what has no text."""
@@ -53,8 +54,7 @@ def remember(*texts: str) -> None:
     """Keep that the user has typed these; where the cache folder cannot be written, they are forgotten."""
     with contextlib.suppress(OSError):
         known = _known() | {text: _checksum(text) for text in texts}
-        with atomic_write(cache_folder() / KNOWN) as partial:
-            partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        write_json(cache_folder() / KNOWN, known)
 
 
 def check_known(folder: Path, named: Mapping[str, str]) -> None:

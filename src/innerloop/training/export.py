@@ -38,26 +38,40 @@ CONTRACT = {
     "output": "scores: float [images, classes], as the adapted model gives them; their softmax are probabilities",
 }
 
-# Runs where innerloop is refused, as on a machine without it.
+# How an exported file gives scores, [images, classes], without innerloop.
+RUN = {
+    ".pt2": f"""
+import torch
+files = {{"{METADATA}": ""}}
+model = torch.export.load("FILE", extra_files=files).module()
+notes = json.loads(files["{METADATA}"])
+run = lambda images: model(torch.from_numpy(images)).numpy()
+""",
+    ".onnx": f"""
+import onnxruntime
+model = onnxruntime.InferenceSession("FILE", providers=["CPUExecutionProvider"])
+notes = json.loads(model.get_modelmeta().custom_metadata_map["{METADATA}"])
+run = lambda images: model.run(None, {{"images": images}})[0]
+""",
+}
+# On one image; and on arrays where innerloop is refused, as on a machine without it.
+USE = """import json
+import numpy as np
+from PIL import Image
+RUN
+image = np.array(Image.open("new.jpg").convert("RGB"))
+print(notes["classes"][run(image[None])[0].argmax()])"""
 CHECK = """
-import sys
+import json, sys
 class Refuse:
     def find_spec(self, name, *rest):
         if name.partition(".")[0] == "innerloop":
             raise ImportError("innerloop is not there")
 sys.meta_path.insert(0, Refuse())
 import numpy as np
-program, asked, given = sys.argv[1:]
-if program.endswith(".onnx"):
-    import onnxruntime
-    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
-    run = lambda images: session.run(None, {"images": images})[0]
-else:
-    import torch
-    module = torch.export.load(program).module()
-    run = lambda images: module(torch.from_numpy(images)).numpy()
-with np.load(asked) as images:
-    np.savez(given, **{name: run(images[name]) for name in images})
+RUN
+with np.load("asked.npz") as images:
+    np.savez("given.npz", **{name: run(images[name]) for name in images})
 """
 
 
@@ -183,32 +197,19 @@ def _write(path: Path, program: Portable, metadata: str) -> None:
 
 def _fresh(program: Path, images: Sequence[Any]) -> list[Any]:
     """What the program gives for arrays of images, in a process where innerloop cannot be imported."""
-    asked, given = (program.with_name(name) for name in ("asked.npz", "given.npz"))
-    np.savez(asked, *images)
-    command = [sys.executable, "-W", "ignore", "-c", CHECK, *(each.name for each in (program, asked, given))]
+    np.savez(program.with_name("asked.npz"), *images)
+    command = [sys.executable, "-W", "ignore", "-c", _filled(CHECK, program.name)]
     done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failed(f"the exported file does not run by itself: {(done.stderr.splitlines() or ['it died'])[-1]}")
-    with np.load(given) as found:
+    with np.load(program.with_name("given.npz")) as found:
         return [found[name] for name in found]
 
 
 def usage(name: str) -> str:
     """Python that runs an exported file of this name on one image."""
-    load, call = {
-        ".pt2": (
-            f'import torch\nfiles = {{"{METADATA}": ""}}\n'
-            f'model = torch.export.load("{name}", extra_files=files).module()\n'
-            f'notes = json.loads(files["{METADATA}"])\n',
-            "model(torch.tensor(image)[None])[0]",
-        ),
-        ".onnx": (
-            f'import onnxruntime\nmodel = onnxruntime.InferenceSession("{name}")\n'
-            f'notes = json.loads(model.get_modelmeta().custom_metadata_map["{METADATA}"])\n',
-            'model.run(None, {"images": image[None]})[0][0]',
-        ),
-    }[Path(name).suffix]
-    image = 'image = np.array(Image.open("new.jpg").convert("RGB"))\n'
-    return (
-        f"import json\nimport numpy as np\nfrom PIL import Image\n{load}{image}print(notes['classes'][{call}.argmax()])"
-    )
+    return _filled(USE, name)
+
+
+def _filled(code: str, name: str) -> str:
+    return code.replace("RUN\n", RUN[Path(name).suffix].replace("FILE", name).lstrip())

@@ -8,17 +8,15 @@ import time
 import warnings
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from innerloop.bilevel import Bilevel
-from innerloop.compiled import proposal
 from innerloop.errors import Diverged, Stopped
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
-from innerloop.meta_gradient._failures import cure
 from innerloop.training import health, processes
 from innerloop.training.checkpoints import take_weights
 from innerloop.training.choices import interval, most_skips
@@ -31,7 +29,20 @@ from innerloop.training.signals import heeded
 from innerloop.training.store import BEST, METRICS, TENSORBOARD, JsonLines, Record, locked
 from innerloop.training.weighting import Weights
 
-TRIED = 20  # outer steps after which compiling is thought of
+ALARMS = {
+    "negative_curvature": (
+        0.0,
+        "in {:.0%} of the tasks the linear solve met a direction in which the inner problem does not curve upwards, "
+        "and stopped there: give a larger weight_decay or proximal, or more inner steps",
+    ),
+    "reach": (
+        1.0,
+        "lr * |H| of the inner problem is {:.3g} or more, where a low order can be worse than first order: lower the "
+        "inner rate, or use Unrolled(), which takes no more curvature products",
+    ),
+}
+"""Diagnostics of a step: what one of them means, in words, where it is above a number."""
+
 _log = logging.getLogger("innerloop")
 
 
@@ -184,13 +195,13 @@ def fit(
             )
     tasks = learner.meta_gradient.trains_on(tasks)
     run = Session(
-        learner, tasks, optimizer, scheduler, None if folder is None else Path(folder), steps=steps,
-        tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, first_order=first_order, seed=seed,
-        keep=keep, skips=skips, task_weights=task_weights,
+        learner=learner, tasks=tasks, optimizer=optimizer, scheduler=scheduler, steps=steps,
+        folder=None if folder is None else Path(folder), tasks_per_batch=tasks_per_batch, clip=clip,
+        multi_step_loss=multi_step_loss, first_order=first_order, seed=seed, keep=keep, skips=skips,
+        task_weights=task_weights,
     )  # fmt: skip
     limit = math.inf if minutes is None else 60 * minutes
     warned = False
-    taken: list[float] = []
     with ExitStack() as stack, heeded(at_once=False) as signals:
         stack.callback(setattr, learner, "meta_gradient", run.own)
         writes = processes.rank() == 0
@@ -228,12 +239,13 @@ def fit(
 
         for what in changes:
             note("changed", {"what": what})
-        if run.folder and writes and not (run.folder / SETTINGS).exists():
-            _record(run, steps=steps, tasks_per_batch=tasks_per_batch)
+        if run.folder and writes and isinstance(learner, MetaLearner) and not (run.folder / SETTINGS).exists():
+            made = settings_of(learner, tasks, shape_of(tasks), steps=steps, tasks_per_batch=tasks_per_batch)
+            made.save(run.folder / SETTINGS)  # for the commands to make it again
         stop, save = 0, not run.saved  # a run begins with a checkpoint: one that has none has lost it
         while True:
-            boundary = at.step > 0 and (at.step % validate_every == 0 or at.step >= steps or late)
-            judged = boundary and bool(validation_tasks) and at.validated < at.step and not stop
+            ends = at.step > 0 and (at.step % validate_every == 0 or at.step >= steps or late)
+            judged = ends and bool(validation_tasks) and at.validated < at.step and not stop
             if judged:
                 if buffers := [buffer for buffer in learner.buffers() if buffer.is_floating_point()]:
                     # running statistics are each process's own
@@ -244,17 +256,15 @@ def fit(
                     note("validation", run.judge(scores))
                 except Stopped as stopped:  # it is taken again when the run is resumed
                     stop = stopped.number
-                save = True
-            if save or stop:
+            if save or judged or stop:
                 run.save()
-                save, saved_at = False, time.monotonic()
+                saved_at = time.monotonic()
             _tell(logs, untold)
             if stop:
                 raise Stopped(stop)
             if judged and at.hopeless >= health.PATIENCE:
                 raise Diverged(
-                    f"stopped at step {at.step}, after {at.hopeless} hopeless validations: {run.warned}"
-                    f"{run.saved and f' ({run.saved})'}"
+                    f"stopped at step {at.step}, after {at.hopeless} hopeless validations: {run.warned}{run.saved}"
                 )
             if at.step >= steps or late or (patience is not None and at.stale >= patience):
                 break
@@ -265,20 +275,11 @@ def fit(
             at.records.clear()
             kind, record, (stop_seen, used, *save_seen) = run.step([float(each) for each in asked])
             run.anneal(max(int(min(used, 1.0) * steps) - at.step, 0))
-            taken.append(time.monotonic() - now)
-            if len(taken) == TRIED and writes:
-                _propose(learner, min(taken), steps - at.step)
-            if not warned and record.get("negative_curvature"):
-                warned = True
-                _warn_of_curvature(learner, at.step, record["negative_curvature"])
-            if not warned and record.get("reach", 0) > 1:
-                warned = True
-                warnings.warn(
-                    f"outer step {at.step}: lr * |H| of the inner problem is {record['reach']:.3g} or more, and above "
-                    f"1 a low order of {type(learner.meta_gradient).__name__} can be worse than first order; lower the "
-                    "inner rate, or use Unrolled(), which takes no more curvature products. The log has it as reach",
-                    stacklevel=2,
-                )
+            for name, (most, words) in ALARMS.items():
+                if not warned and record.get(name, 0.0) > most:
+                    warned = True
+                    told = f"outer step {at.step}: {words.format(record[name])}; the log has it as {name}"
+                    warnings.warn(told, stacklevel=2)
             note(kind, record)
             stop, late = (signals.stop or 2) if stop_seen > 0 else 0, used >= 1
             ends = at.step % validate_every == 0 or at.step >= steps or late
@@ -298,66 +299,43 @@ def replay(
     step: int,
     *,
     folder: str | Path,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None = None,
     tasks_per_batch: int = 16,
-    clip: float | None = None,
-    multi_step_loss: int | None = None,
-    first_order: int | None = None,
-    task_weights: Weights | None = None,
     seed: int = 0,
+    **outer: Any,
 ) -> str:
     """Compute one outer step of a run again, from the checkpoint before it, and say what is in it; nothing is written.
 
     The steps between the checkpoint and this one are taken again, so that the weights are those that it met.
 
     Args:
-        learner: as it was at the start of the run; so with all others, which are those of `fit`.
+        learner: as it was at the start of the run.
         tasks: of the run.
         step: counted from 1, as in the log.
         folder: of the run.
-        optimizer: of the run.
-        scheduler: of the run.
         tasks_per_batch: of the run.
-        clip: of the run.
-        multi_step_loss: of the run.
-        first_order: of the run.
-        task_weights: of the run.
         seed: of the run.
+        **outer: its optimizer, scheduler and so on, as in `fit`; ``optimizer`` is needed.
 
     Raises:
         ValueError: the folder's checkpoints are all of later steps, or of another run.
     """
     run = Session(
-        learner, learner.meta_gradient.trains_on(tasks), optimizer, scheduler, Path(folder), steps=step,
-        tasks_per_batch=tasks_per_batch, clip=clip, multi_step_loss=multi_step_loss, first_order=first_order, seed=seed,
-        skips=step, task_weights=task_weights,
+        learner=learner, tasks=learner.meta_gradient.trains_on(tasks), folder=Path(folder), steps=step, skips=step,
+        tasks_per_batch=tasks_per_batch, seed=seed, **outer,
     )  # fmt: skip
     run.restore(True, before=step)
     began = run.progress.step
     if step <= began:
         raise ValueError(f"{folder} keeps no checkpoint from before step {step}: the oldest is of step {began}")
-    while run.progress.step < step - 1:
-        run.step([])
+    while run.progress.step < step:
+        _, record, _ = run.step([])
         run.anneal(run.progress.ahead)
-    batch, settings = run.draw()
-    optimizer.zero_grad()
-    metrics = run.meta_step(batch, settings)
-    norm = run.norm()
-    optimizer.zero_grad()
-    reason = learner.diagnose(batch, **settings)
-    if reason is None and math.isfinite(norm):
-        reason = "every number is finite"
-    elif reason is None:
-        reason = "no task by itself; " + cure(None)
-    else:
-        reason += "; " + cure(reason)
     first = (step - 1) * tasks_per_batch
-    losses = ", ".join(f"{loss:.4g}" for loss in metrics.losses.tolist())
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float))
     return (
         f"outer step {step}: tasks {first} to {first + tasks_per_batch - 1} of the training stream, seed ({seed}, "
         f"{step - 1}), weights from the checkpoint of step {began} and {step - 1 - began} steps taken again\n"
-        f"loss of each task: {losses}\nnorm of the meta-gradient: {norm:.4g}\ndiagnosis: {reason}"
+        f"diagnosis: {record.get('why') or f'every number is finite: {numbers}'}"
     )
 
 
@@ -372,33 +350,6 @@ def _tell(logs: list[Log], records: list[Record]) -> None:
                 name = getattr(log, "__name__", type(log).__name__)
                 warnings.warn(f"the log {name} failed and gets no more records: {error}", stacklevel=3)
     records.clear()
-
-
-def _warn_of_curvature(learner: Bilevel, step: int, share: float) -> None:
-    cure = "proximal" if learner.inner.proximal else "weight_decay"
-    name = type(learner.meta_gradient).__name__
-    warnings.warn(
-        f"outer step {step}: in {share:.0%} of the tasks the linear solve of {name} met a direction in which the inner "
-        f"problem does not curve upwards, and stopped there; give a larger {cure}, or more inner steps. Later steps "
-        "are counted as negative_curvature in the log",
-        stacklevel=3,
-    )
-
-
-def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
-    """Log that compiling would pay, where kernels are small and many steps are left."""
-    if learner.compiler is not None or learner.engine is not None or learner.way is None or not learner.way.small:
-        return
-    moving = len(learner.adapted) or len(list(learner.parameters()))
-    if text := proposal(seconds, learner.inner.steps * moving, remaining):
-        _log.info("%s", text)
-
-
-def _record(run: Session, **outer: int) -> None:
-    """Write the settings of a learner that was made in Python, for the commands to make it again."""
-    assert run.folder
-    if isinstance(run.learner, MetaLearner):
-        settings_of(run.learner, run.tasks, shape_of(run.tasks), **outer).save(run.folder / SETTINGS)
 
 
 def _check_positive(**settings: float | None) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.bilevel import Bilevel
 from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Scores, Source, draw, evaluation_mode
+from innerloop.trees import tree_map
 
 TASKS = 4  # looked at; more change little
 LANCZOS = 20  # iterations, a curvature product each
@@ -26,7 +26,7 @@ def single(learner: Bilevel, batch: Task | Sequence[Task]) -> Task:
     """The only task of a batch, without a task dimension."""
     if not isinstance(batch, Task):
         return batch[0]
-    task: Task = pytree.tree_map(lambda value: value[0], batch) if learner.stacked else batch
+    task: Task = tree_map(lambda value: value[0], batch) if learner.stacked else batch
     return task
 
 
@@ -101,10 +101,10 @@ def opening(learner: Bilevel, tasks: Source) -> tuple[str, str]:
     # Cross-entropy flattens as it falls: far above 2 a step may still lower it, and then all is well.
     if rate * steepest <= 2 or losses[1] <= losses[0]:
         return words, ""
-    return words, (
-        f"the inner rate {rate:.2g} overshoots: its product with the curvature, {rate * steepest:.2g}, is above 2, and "
-        f"the first step takes the inner loss from {losses[0]:.3g} to {losses[1]:.3g}. Give --inner-lr "
-        f"{1 / steepest:.2g}, which is what --inner-lr auto measures"
+    cure = f"Give --inner-lr {1 / steepest:.2g}, which is what --inner-lr auto measures"
+    return (
+        words,
+        f"the inner rate {rate:.2g} overshoots: {product}, above 2, and the first step raises the loss. {cure}",
     )
 
 

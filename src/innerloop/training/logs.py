@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, track
 
 from innerloop.training.store import Record
 
@@ -62,54 +63,40 @@ class ProgressDisplay:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._steps, self._start, self._step, self._seconds = steps, start, start, seconds
         self._began = self._spoke = time.monotonic()
-        self._loss: float | None = None
-        self._validation = ""
-        self._bar: Progress | None = None
-        if self._console.is_terminal:
-            text = TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None)
-            self._bar = Progress(*text, TextColumn("{task.fields[status]}"), console=self._console, expand=True)
-            self._row = self._bar.add_task("step", total=steps, completed=start, status="")
-            self._bar.start()
+        self._told: dict[str, str] = {}
+        self._loss = math.nan
+        columns = "{task.description}", MofNCompleteColumn(), BarColumn(bar_width=None), "{task.fields[status]}"
+        self._bar = Progress(*columns, console=self._console, expand=True, disable=not self._console.is_terminal)
+        self._row = self._bar.add_task("step", total=steps, completed=start, status="")
+        self._bar.start()
 
     def __call__(self, record: Record) -> None:
-        if record["kind"] == "train":
-            self._step = record["step"]
+        kind, self._step = record["kind"], record["step"]
+        if kind == "train":
             # The loss of one batch jumps about; what is shown is an average over about twenty.
-            self._loss = record["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * record["loss"]
-        elif record["kind"] == "skipped":
-            self._step = record["step"]
-            self.say(f"step {record['step']} skipped: {record['why']}")
-        elif record["kind"] == "changed":
-            self.say(f"from step {record['step']} on: {record['what']}")
-        elif record["accuracy"] is not None:
-            self._validation = f"validation {record['accuracy']:.1%}"
+            self._loss = record["loss"] if math.isnan(self._loss) else 0.95 * self._loss + 0.05 * record["loss"]
+            self._told["train"] = f"loss {self._loss:.4g}"
+        elif kind == "validation":
+            accuracy, loss = record["accuracy"], record["loss"]
+            self._told[kind] = f"validation loss {loss:.4g}" if accuracy is None else f"validation {accuracy:.1%}"
+        elif kind == "skipped":
+            self._console.print(f"step {self._step} skipped: {record['why']}", markup=False)
         else:
-            self._validation = f"validation loss {record['loss']:.4g}"
-        if self._bar:
-            self._bar.update(self._row, completed=self._step, status=self._status())
-        elif record["kind"] == "validation" or time.monotonic() - self._spoke > 30:
+            self._console.print(f"from step {self._step} on: {record['what']}", markup=False)
+        self._bar.update(self._row, completed=self._step, status=self._status())
+        if not self._console.is_terminal and (kind == "validation" or time.monotonic() - self._spoke > 30):
             self._spoke = time.monotonic()
-            self.say(f"step {self._step}/{self._steps}  {self._status()}")
-
-    def say(self, message: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self._console.print(message, markup=False)
+            self._console.print(f"step {self._step}/{self._steps}  {self._status()}", markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
 
     def _status(self) -> str:
         elapsed = time.monotonic() - self._began
         rate = (self._step - self._start) / elapsed if elapsed else 0.0
-        parts = [f"{rate:.2f} steps/s"]
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.4g}")
-        if self._validation:
-            parts.append(self._validation)
+        parts = [f"{rate:.2f} steps/s", *self._told.values()]
         if rate:
             left = max(0, round(min((self._steps - self._step) / rate, self._seconds - elapsed)))
-            hours, minutes = divmod(left // 60, 60)
-            parts.append(f"{f'{hours}:{minutes:02}' if hours else minutes}:{left % 60:02} left")
+            parts.append(f"{timedelta(seconds=left)} left")
         return "  ".join(parts)

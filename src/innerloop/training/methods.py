@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from innerloop.adapts import Adapts, Blocks, Body, Everything, Head, Named
-from innerloop.choices import check_name, text
+from innerloop.choices import check_name
 from innerloop.inner import ALFA, SGD, Adam, InnerSolver, LearnedRates, NewtonCG
 from innerloop.linear import CG
 from innerloop.meta_gradient import (
@@ -30,6 +30,7 @@ from innerloop.meta_gradient import (
     Window,
 )
 from innerloop.training.build import INK
+from innerloop.training.settings import TERMS, typed
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,6 @@ class Method:
     outer: Mapping[str, Any] = field(default_factory=dict)
     argument: tuple[str, str] | None = None
     example: str = ""
-
-    def settings_for(self, dataset: str, typed: str = "") -> dict[str, Any]:
-        """All settings for a data set, with what was typed behind the name."""
-        found: dict[str, Any] = {}
-        if self.adapts is not None and self.inner is not None and self.meta_gradient is not None:
-            inner = self.inner if isinstance(self.inner, InnerSolver) else self.inner[dataset not in INK]
-            found = {"adapts": text(self.adapts), "inner": text(inner), "meta_gradient": text(self.meta_gradient)}
-            found["start"] = None
-            found |= {"inner_lr": inner.lr, "inner_steps": inner.steps}
-            rest = {name: getattr(inner, name) for name in ("test_steps", "weight_decay", "proximal")}
-            found |= {name: value for name, value in rest.items() if value}
-        found |= self.outer
-        if self.argument and typed:
-            name, template = self.argument
-            found[name] = template.format(typed)
-        return found
 
 
 PICTURES = SGD(lr=0.01, steps=5)
@@ -286,4 +271,13 @@ def method_settings(chosen: str, dataset: str) -> dict[str, Any]:
     Raises:
         ValueError: as `method`.
     """
-    return method(chosen).settings_for(dataset, chosen.partition(":")[2])
+    known, found = method(chosen), dict[str, Any]()
+    if known.adapts is not None and known.inner is not None and known.meta_gradient is not None:
+        inner = known.inner if isinstance(known.inner, InnerSolver) else known.inner[dataset not in INK]
+        found = {"start": None} | typed(known.adapts, inner, known.meta_gradient)
+        found = {name: value for name, value in found.items() if value or name not in TERMS}
+    found |= known.outer
+    if known.argument and ":" in chosen:
+        name, template = known.argument
+        found[name] = template.format(chosen.partition(":")[2])
+    return found

@@ -15,7 +15,7 @@ from innerloop.few_shot import cross_entropy, squared_error
 from innerloop.learner import MetaLearner
 from innerloop.training.choices import MODEL
 from innerloop.training.code import PYTHON
-from innerloop.training.settings import Settings
+from innerloop.training.settings import Settings, typed
 
 
 def settings_of(learner: MetaLearner, tasks: object, shape: dict[str, Any], **outer: Any) -> Settings:
@@ -42,15 +42,13 @@ def _choices(learner: MetaLearner, settings: Settings, regression: bool) -> Sett
     """The settings with the learner's choices; None where they do not make the same ones again."""
     inner = replace(learner.inner, moves=()) if learner.few_shot.moves else learner.inner
     own = learner.adapts, inner, learner.meta_gradient
-    found: dict[str, Any] = {name: getattr(inner, name) for name in ("test_steps", "weight_decay", "proximal")}
-    found |= {"inner_lr": inner.lr, "inner_steps": inner.steps}
-    found |= {"batch_norm": learner.batch_norm, "carry": learner.carry}
+    found: dict[str, Any] = {"batch_norm": learner.batch_norm, "carry": learner.carry}
     try:
-        found |= zip(("adapts", "inner", "meta_gradient"), map(text, own), strict=True)
+        found |= typed(*own)
         found["start"] = None if learner.few_shot.start is None else text(learner.few_shot.start)
         settings = replace(settings, **found)
         same = repr(settings.method()) == repr(own)
-    except (StopIteration, TypeError, ValueError):  # a class of the user's own, or a rate that is no number
+    except (TypeError, ValueError):  # a class of the user's own, or a rate that is no number
         return None
     same = same and learner.few_shot.regulariser is None
     return settings if same and learner.loss is (squared_error if regression else cross_entropy) else None

@@ -111,7 +111,7 @@ def write_report(
         picture = Picture(TASKS, "Some test tasks", REGRESSION if tasks.ways is None else IMAGES)
         examples = [Heading("Some test tasks"), Gallery([picture])]
     if mistaken := confusion(tasks, "test", assessment.inductive.answers):
-        save(folder / CONFUSION, draw_confusion(mistaken.classes, mistaken.counts))
+        save(folder / CONFUSION, draw_confusion(mistaken["classes"], mistaken["counts"]))
         picture = Picture(CONFUSION, "A row a class, a column a guess")
         examples += [Heading("Which classes are taken for which"), Gallery([picture])]
     parts = [
@@ -132,7 +132,7 @@ def write_report(
     # Last, because a run that has results counts as done.
     results = {"training": fitted._asdict(), "warnings": list(warnings)}
     results |= {"test": summary(assessment), "curve": summary(curve)}
-    save_results(folder / RESULTS, results | {"confusion": mistaken._asdict() if mistaken else None})
+    save_results(folder / RESULTS, results | {"confusion": mistaken})
 
 
 def task_words(settings: Settings) -> str:
@@ -269,13 +269,12 @@ def plot_tasks(
             figure = Figure(figsize=(11, 3.6), layout="constrained")
         shape = (EXAMPLES, 1) if images else (1, EXAMPLES)
         for index, axes in enumerate(figure.subplots(*shape)):
-            title = f"task {index} of the {split} split"
+            title = f"{split} task {index}"
             shown, asked = (support[index], labels[index]), (query[index], targets[index])
             before, after = (each[index] for each in guesses) if guesses else (None, None)
             if not images:
                 _draw_numbers(axes, shown, asked, before, after)
             elif after is None:
-                title = f"{split} task {index}"
                 _draw_images(axes, shown, asked, None, ink, called[index])
             else:
                 right = int((after.argmax(-1) == asked[1]).sum())

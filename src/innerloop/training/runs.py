@@ -107,7 +107,7 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     A learner for another number of classes than in training gets another head: every row of it, and every learned
     rate of a row, is the mean of the trained rows. Trained rows differ little, since labels are drawn at random; from
     equal rows the inner loop starts without a preference for any class (as in UNICORN-MAML, Ye and Chao, arXiv
-    2106.16245). Where the inner loop leaves the head alone, fewer classes take its first rows, and more are refused.
+    2106.16245). A head that the inner loop leaves alone is for the classes of training.
 
     Args:
         folder: of the run.
@@ -152,13 +152,9 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
             trained["head"] = (
                 f"trained on {ways} classes; each of {outputs} starts from the mean of the trained head's rows"
             )
-        elif outputs is not None and outputs < ways:
-            weights |= {name: weights[name][:outputs] for name in changed}
-            trained["head"] = f"trained on {ways} classes; the first {outputs} rows of the trained head are used"
         else:
             raise ValueError(
-                f"{folder} does not adapt its head, which is for {ways} classes, not {outputs}; give fewer classes, "
-                "or a run that adapts its head"
+                f"{folder} does not adapt its head, which is for {ways} classes, not {outputs}: give {ways} classes"
             )
     if settings.start is not None:
         trained["head"] = f"the head begins at what the support set gives: start {settings.start}"

@@ -6,8 +6,8 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from innerloop.bilevel import Bilevel, Metrics
-from innerloop.data_checks import check_finite
+from innerloop.bilevel import Bilevel
 from innerloop.errors import Diverged
 from innerloop.meta_gradient import FirstOrder
 from innerloop.meta_gradient._failures import cure
 from innerloop.problem import Task
 from innerloop.training import health, processes
-from innerloop.training.checkpoints import load_weights, save_weights
+from innerloop.training.checkpoints import save_weights
 from innerloop.training.evaluation import Scores, Source, draw, shape_of
 from innerloop.training.store import BEST, JsonLines, Record, load_newest, save_newest
 from innerloop.training.weighting import Weights
@@ -71,20 +70,28 @@ class Progress:
     records: list[Record] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
-    """A learner in training, with all that a checkpoint holds."""
+    """A learner in training, with all that a checkpoint holds; what is not told here is as in `fit`.
+
+    Attributes:
+        skips: batches in a row that may be left out.
+        best_kept: the step whose weights the file of the best ones holds.
+        records: the file of records, where there is one.
+        saved: where the last checkpoint is, in words; empty where there is none.
+        warned: what `health.ailment` said last.
+    """
 
     learner: Bilevel
     tasks: Source
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None
+    scheduler: LRScheduler | None = None
     folder: Path | None
     steps: int
     tasks_per_batch: int
-    clip: float | None
-    multi_step_loss: int | None
-    first_order: int | None
+    clip: float | None = None
+    multi_step_loss: int | None = None
+    first_order: int | None = None
     seed: int
     keep: int = 2
     skips: int = 0
@@ -95,7 +102,6 @@ class Session:
     records: JsonLines | None = None
     saved: str = ""
     warned: str = ""
-    looked: bool = False
 
     def __post_init__(self) -> None:
         self.own = self.learner.meta_gradient
@@ -125,30 +131,11 @@ class Session:
         first = step * self.tasks_per_batch + self.mine.start
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
         batch = draw(self.tasks, self.learner, "train", first, len(self.mine))
-        if not self.looked and not self.skips:
-            self._look(batch, first)
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
         annealed = self.multi_step_loss
         weights = multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
         return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
-
-    def meta_step(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> Metrics:
-        """That of the learner, with the weights of the tasks."""
-        if self.task_weights is None:
-            return self.learner.meta_step(batch, **settings)
-        losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
-        counts = self.task_weights(losses, self._ids(), self.progress.step)
-        return self.learner.meta_step(batch, **settings, task_weights=counts)
-
-    def _look(self, batch: Task | Sequence[Task], first: int) -> None:
-        """Check the first batch: a source that gives no numbers is not a matter of rates."""
-        self.looked = True
-        stacked = isinstance(batch, Task)
-        for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
-            where = f" of the batch from task {first} on" if stacked else f" of task {first + place}"
-            for part, examples in task._asdict().items():
-                check_finite(part, examples, f"{where} of the training stream")
 
     def step(self, flags: list[float]) -> tuple[str, Record, list[float]]:
         """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
@@ -156,14 +143,18 @@ class Session:
         buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
         like = next(self.learner.parameters())
         self.optimizer.zero_grad()
-        metrics = self.meta_step(batch, settings)
+        counts = None
+        if self.task_weights is not None:
+            losses = self.learner.evaluate(batch, self.learner.inner.steps).loss
+            counts = self.task_weights(losses, self._ids(), self.progress.step)
+        metrics = self.learner.meta_step(batch, **settings, task_weights=counts)
         numbers = {"loss": metrics.loss, "accuracy": metrics.accuracy, **metrics.diagnostics}
         values = {
             name: value.detach().to(like).mean()
             for name, value in numbers.items()
             if value is not None and value.numel()
         }
-        gradients = self._gradients()
+        gradients = [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
         shared = torch.stack([*values.values(), *like.new_tensor(flags)])
         processes.average([*gradients, shared], len(self.mine) / self.tasks_per_batch)
 
@@ -196,32 +187,20 @@ class Session:
                 self.scheduler.step()
         self.progress.ahead = ahead
 
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.learner.parameters() if parameter.grad is not None]
-
-    def norm(self) -> float:
-        """Of the meta-gradient at hand."""
-        return torch.nn.utils.get_total_norm(self._gradients()).item()
-
     def _skip(self, batch: Task | Sequence[Task], settings: dict[str, Any], loss: float, norm: float) -> Record:
         """Leave a batch out, or raise `Diverged` where that is not asked for."""
         at = self.progress
         self.optimizer.zero_grad()
         reason, where = self._cause(batch, settings)
+        why = f"{reason}{where}; {cure(reason)}" if reason else cure(None)
         at.in_a_row += 1
         at.skipped += 1
-        if at.in_a_row > self.skips or (reason or "").startswith("the learner's own"):
+        if at.in_a_row > self.skips or reason.startswith("the learner's own"):
             row = f", number {at.in_a_row} in a row that is not finite" if at.in_a_row > 1 else ""
-            raise Diverged(
-                f"outer step {at.step + 1}{row}: loss {loss:.4g}, norm of its gradient {norm:.4g}"
-                f"{reason and f'; {reason}{where}'}; {cure(reason)}{self.saved and f' ({self.saved})'}"
-            )
+            numbers = f"loss {loss:.4g}, norm of its gradient {norm:.4g}"
+            raise Diverged(f"outer step {at.step + 1}{row}: {numbers}; {why}{self.saved}")
         first = at.step * self.tasks_per_batch
-        return {
-            "why": f"{reason}{where}" if reason else cure(None),
-            "tasks": [first, first + self.tasks_per_batch - 1],
-            "seed": [self.seed, at.step],
-        }
+        return {"why": why, "tasks": [first, first + self.tasks_per_batch - 1], "seed": [self.seed, at.step]}
 
     def _cause(self, batch: Task | Sequence[Task], settings: dict[str, Any]) -> tuple[str, str]:
         """What `Bilevel.diagnose` finds, on the first process that finds something, and which tasks were looked at."""
@@ -246,7 +225,7 @@ class Session:
             raise Diverged(
                 f"validation at outer step {self.progress.step}: the loss of {len(bad)} of {scores.tasks} tasks is not "
                 f"finite, first that of task {bad[0]} of the validation stream ({scores.losses[bad[0]].item()}); look "
-                f"at its data, then lower the inner rate or the outer one{self.saved and f' ({self.saved})'}"
+                f"at its data, then lower the inner rate or the outer one{self.saved}"
             )
         at = self.progress
         better = scores.quality > at.best
@@ -281,7 +260,7 @@ class Session:
             if self.records:
                 self.records.sync()
             states: dict[str, Any] = {
-                "identity": self._identity(),
+                "identity": self.identity,
                 "free": self._free(),
                 "progress": asdict(self.progress),
                 "learner": self.learner.state_dict(),
@@ -299,7 +278,7 @@ class Session:
 
     def _remember(self) -> None:
         if self.folder:
-            self.saved = f"the checkpoint of step {self.progress.step} is in {self.folder}"
+            self.saved = f" (the checkpoint of step {self.progress.step} is in {self.folder})"
 
     def _notes(self) -> dict[str, Any]:
         return {"step": self.progress.best_step, **shape_of(self.tasks)}
@@ -328,8 +307,6 @@ class Session:
         self.progress = Progress(**states["progress"])
         self.learner.load_state_dict(states["learner"])
         self.best_weights = states["best"] or None
-        with suppress(OSError, ValueError, TypeError, KeyError):  # else it is written again
-            self.best_kept = load_weights(self.folder / BEST)[1]["step"]
         given = self._free()
         self.optimizer.load_state_dict(states["optimizer"])
         if self.scheduler:
@@ -346,13 +323,10 @@ class Session:
         return [f"{name} {was[name]} -> {given[name]}" for name in given if was[name] != given[name]]
 
     def _refuse_another(self, was: dict[str, Any]) -> None:
-        for name, value in self._identity().items():
+        for name, value in self.identity.items():
+            same = value == was[name]
             if name == "data" and len(value) == len(was[name]):
-                same = all(
-                    math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-6) for pair in zip(value, was[name], strict=True)
-                )
-            else:
-                same = value == was[name]
+                same = np.allclose(value, was[name], rtol=1e-4, atol=1e-6)
             if not same:
                 values = "" if name in ("data", "model") else f", {was[name]}, not {value}"
                 raise ValueError(
@@ -360,7 +334,8 @@ class Session:
                     "another folder"
                 )
 
-    def _identity(self) -> dict[str, Any]:
+    @cached_property
+    def identity(self) -> dict[str, Any]:
         """What must not change within a run, by name: it would have changed the steps already taken."""
         learner = self.learner
         shapes = {name: list(tensor.shape) for name, tensor in learner.state_dict().items()}
@@ -388,9 +363,9 @@ class Session:
 
     def _set_rates(self, was: list[float], given: list[float]) -> None:
         """Put other outer rates in place of those of the checkpoint, wherever the schedule has come to."""
-        if was == given:
-            return
         for place, (old, new) in enumerate(zip(was, given, strict=True)):
+            if old == new:
+                continue
             group = self.optimizer.param_groups[place]
             group["lr"] *= new / old
             if "initial_lr" in group:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import yaml
 
 from innerloop.adapts import Adapts
-from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make
+from innerloop.choices import ADAPTS, INNER, META_GRADIENT, START, check_name, make, text
 from innerloop.engine import ENGINES
 from innerloop.inner import InnerSolver
 from innerloop.meta_gradient import MetaGradient
@@ -28,42 +28,43 @@ from innerloop.training.code import PYTHON, absolute, is_code
 SETTINGS = "settings.json"
 OF_PYTHON = "dataset", "model", "adapts"  # what a run made in Python may have no text for; the last, any other choice
 AUTO = "auto"
+TERMS = "test_steps", "weight_decay", "proximal"  # of the inner solver
+STARTS = (AUTO, *START)
 NEEDED = (
     "dataset", "model", "adapts", "inner", "inner_lr", "inner_steps", "meta_gradient", "batch_norm", "optimizer",
     "outer_lr", "steps", "tasks_per_batch", "seed",
 )  # fmt: skip
 """Without which a run's settings are no longer those of the run; others came later, and have defaults."""
 TUNED = dict.fromkeys(("glyphs", "omniglot", "cifar_fs", "fc100"), 0.1)  # inner rates; on all others it is measured
-ARGUMENTS = ":.*"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def option(
     default: Any,
     help: str,
+    otherwise: str = "",
     *,
     names: Iterable[str] = (),
     code: bool = False,
-    also: str = "",
+    arguments: bool = False,
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = sys.float_info.max,
-    otherwise: str = "",
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
 
     Args:
         default: its value where none is given.
         help: one line for ``--help``.
+        otherwise: in words, what holds where the default is None.
         names: allowed names.
         code: a function of the user's own will do as well, ``file.py:name``.
-        also: what else is allowed, as a regular expression; ``ARGUMENTS``: any of the names with a colon behind it.
+        arguments: a name may have a colon behind it, and more.
         at_least: smallest allowed number.
         above: number that it must exceed.
         at_most: largest allowed number.
-        otherwise: in words, what holds where the default is None.
     """
-    limits = {"names": tuple(names), "code": code, "also": also}
+    limits = {"names": tuple(names), "code": code, "arguments": arguments}
     limits |= {"at_least": at_least, "above": above, "at_most": at_most}
     return field(default=default, metadata={"help": help, "otherwise": otherwise, **limits})
 
@@ -84,10 +85,8 @@ def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
         return value
     if limits["code"] and value.partition(":")[0] not in limits["names"] and is_code(value):
         return absolute(value)
-    if limits["also"] == ARGUMENTS:
-        check_name(what, value.partition(":")[0], limits["names"])
-    elif limits["names"] and not (limits["also"] and re.fullmatch(limits["also"], value)):
-        check_name(what, value, limits["names"])
+    if limits["names"]:
+        check_name(what, value.partition(":")[0] if limits["arguments"] else value, limits["names"])
     elif kind in (int, float) and not (value >= limits["at_least"] and value > limits["above"]):
         least = f"above {limits['above']}" if math.isfinite(limits["above"]) else f"{limits['at_least']} or more"
         raise ValueError(f"{what} is {value}; it must be {least}")
@@ -125,10 +124,8 @@ def read_config(path: Path) -> dict[str, Any]:
         content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not content:
-        raise ValueError(f"{path} is empty; leave it out, or write settings by name, such as 'ways: 5'")
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold settings by name, such as 'ways: 5'")
+    if not content or not isinstance(content, Mapping):
+        raise ValueError(f"{path} is empty, or no settings by name: leave it out, or write some, such as 'ways: 5'")
     values: dict[str, Any] = {}
     for each, value in content.items():
         name = str(each).replace("-", "_")
@@ -147,6 +144,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         if twice := sorted({str(name) for name in names if names.count(name) > 1}):
             raise yaml.YAMLError(f"{twice[0]} is set twice; set it once")
         return dict(super().construct_mapping(node, deep))
+
+
+def typed(adapts: Adapts, inner: InnerSolver, meta_gradient: MetaGradient) -> dict[str, Any]:
+    """The settings of which `Settings.method` makes these three.
+
+    Raises:
+        ValueError: one of them has no text.
+    """
+    terms = {name: getattr(inner, name) for name in TERMS}
+    chosen = {"adapts": text(adapts), "inner": text(inner), "meta_gradient": text(meta_gradient)}
+    return {**chosen, "inner_lr": inner.lr, "inner_steps": inner.steps, **terms}
 
 
 @dataclass(frozen=True)
@@ -171,127 +179,97 @@ class Settings:
     """The first field of each group, for ``--help``."""
 
     dataset: str = option("glyphs", "where tasks come from, or your own: file.py:name", names=SOURCES, code=True)
-    data: str | None = option(None, "folder or file of a data set", otherwise="what is rendered, downloaded or cached")
-    ways: int | None = option(None, "classes of a task", at_least=2, otherwise="5 for images")
+    data: str | None = option(None, "folder or file of a data set", "what is rendered, downloaded or cached")
+    ways: int | None = option(None, "classes of a task", "5 for images", at_least=2)
     shots: int | None = option(
-        None, "support examples: of a class, or in all for regression", at_least=1, otherwise="1 for images"
+        None, "support examples: of a class, or in all for regression", "1 for images", at_least=1
     )
     train_shots: int | None = option(
-        None, "support examples of a class in training alone", at_least=1, otherwise="as in evaluation"
+        None, "support examples of a class in training alone", "as in evaluation", at_least=1
     )
-    queries: int | None = option(None, "query examples, likewise", at_least=1, otherwise="5 for images")
+    queries: int | None = option(None, "query examples, likewise", "5 for images", at_least=1)
     recurring: int | None = option(
-        None, "training tasks: the first so many of the stream, over and over", at_least=1, otherwise="ever new ones"
+        None, "training tasks: the first so many of the stream, over and over", "ever new ones", at_least=1
     )
-    rotations: bool | None = option(
-        None, "omniglot: quarter turns of the training classes as further classes", otherwise="false"
-    )
+    rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes", "false")
     class_split: str | None = option(
-        None,
-        "omniglot: background, 1200 or vinyals; folder: how classes are split",
-        otherwise="background; 0.6,0.2,0.2",
+        None, "omniglot: background, 1200 or vinyals; folder: how classes are split", "background; 0.6,0.2,0.2"
     )
-    size: int | None = option(
-        None, "folder: side of the images", at_least=1, at_most=4096, otherwise="as they are, at most 84"
-    )
-    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", at_least=1, otherwise="3")
+    size: int | None = option(None, "folder: side of the images", "as they are, at most 84", at_least=1, at_most=4096)
+    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", "3", at_least=1)
 
     group: str | None = option(
-        None,
-        "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN",
-        otherwise="every image alone",
+        None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN", "every image alone"
     )
-    augment: str | None = option(
-        None, "pictures: changes of training images: flip, crop or flip,crop; none", otherwise="no change"
-    )
+    augment: str | None = option(None, "pictures: changes of training images: flip, crop or flip,crop; none", "no change")
 
     model: str = option(
-        "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, also=ARGUMENTS, code=True
+        "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, arguments=True, code=True
     )
     weights: str | None = option(
-        None, "safetensors file with pretrained weights of the model", otherwise="first weights by the seed"
+        None, "safetensors file with pretrained weights of the model", "first weights by the seed"
     )
     filters: int | None = option(
-        None,
-        "channels of the model's blocks (mlp: hidden units)",
-        at_least=1,
-        otherwise="conv4 32, resnet12 64, mlp 40",
+        None, "channels of the model's blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40", at_least=1
     )
     downsample: str | None = option(
-        None,
-        "conv4: how a block halves the image",
-        names=("pool", "stride"),
-        otherwise="stride for grey images, pool for colour",
+        None, "conv4: how a block halves the image", "stride for grey images, pool for colour", names=("pool", "stride")
     )
-    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", otherwise="false")
+    spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", "false")
     context: int | None = option(
-        None, "conv4, mlp: size of the context vector that CAVIA adapts", at_least=1, otherwise="no such vector"
+        None, "conv4, mlp: size of the context vector that CAVIA adapts", "no such vector", at_least=1
     )
 
     adapts: str = option(
-        "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, also=ARGUMENTS
+        "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, arguments=True
     )
-    inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, also=ARGUMENTS)
+    inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, arguments=True)
     inner_lr: float | str | None = option(
-        None,
-        "inner rate; auto: one over the curvature of the inner loss, measured on the first tasks",
-        above=0,
-        otherwise=f"0.1 for {', '.join(TUNED)}, auto for others",
+        None, "inner rate; auto: one over the measured curvature", f"0.1 for {', '.join(TUNED)}, else auto", above=0
     )
     inner_steps: int = option(5, "inner steps in training; 0 with a start alone", at_least=0)
-    test_steps: int | None = option(None, "inner steps in evaluation", at_least=0, otherwise="as in training")
+    test_steps: int | None = option(None, "inner steps in evaluation", "as in training", at_least=0)
     weight_decay: float = option(0.0, "weight decay of the inner loop", at_least=0)
     proximal: float = option(0.0, "pull of the inner loop towards its start", at_least=0)
     meta_gradient: str = option(
-        "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, also=ARGUMENTS
+        "unrolled", "how the outer gradient is found: truncated:2", names=META_GRADIENT, arguments=True
     )
     start: str | None = option(
         AUTO,
-        "where the inner loop begins: at class means (prototypes), ridge, or none, at the model; auto: at class means "
-        "where the head adapts by plain steps",
-        names=(AUTO, *START),
-        also=ARGUMENTS,
-        otherwise="at the model",
+        "where the inner loop begins; auto: at prototypes for a head",
+        "at the model",
+        names=STARTS,
+        arguments=True,
     )
     start_from: str | None = option(
-        None, "folder of another run, whose weights training begins with where they fit", otherwise="fresh weights"
+        None, "folder of another run, whose weights training begins with where they fit", "fresh weights"
     )
     carry: str = option(
-        "none",
-        "where a task begins: where its place in the last batch (slot), or itself (task), ended",
-        names=("none", "slot", "task"),
+        "none", "begin where the task in this place (slot), or the task, was left", names=("none", "slot", "task")
     )
     multi_step_loss: float | None = option(
-        None,
-        "anneal MAML++'s multi-step loss over so many outer steps, or, below 1, such a share of all",
-        above=0,
-        otherwise="not used",
+        None, "outer steps, or below 1 a share, over which MAML++'s multi-step loss is annealed", "not used", above=0
     )
     first_order: float | None = option(
-        None,
-        "take the first-order meta-gradient over so many outer steps, or, below 1, such a share of all",
-        above=0,
-        otherwise="not used",
+        None, "outer steps, or below 1 a share, that begin with the first-order meta-gradient", "not used", above=0
     )
     batch_norm: str = option(
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
     )
 
-    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, also=ARGUMENTS)
+    optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, arguments=True)
     outer_lr: float = option(3e-3, "outer rate", above=0)
     schedule: str = option(
-        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, also=ARGUMENTS
+        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, arguments=True
     )
     steps: int = option(9000, "outer steps", at_least=1)
     tasks_per_batch: int = option(4, "tasks of an outer step", at_least=1)
     clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
     validate_every: int = option(500, "outer steps between validations", at_least=1)
     validation_tasks: int = option(200, "tasks of a validation", at_least=1)
-    patience: int | None = option(
-        None, "stop after so many validations without a better one", at_least=1, otherwise="never"
-    )
+    patience: int | None = option(None, "stop after so many validations without a better one", "never", at_least=1)
     minutes: float | None = option(
-        None, "stop after so many minutes, over which the schedule runs", above=0, otherwise="when all steps are done"
+        None, "stop after so many minutes, over which the schedule runs", "when all steps are done", above=0
     )
     test_tasks: int = option(1000, "tasks of the final test", at_least=1)
     on_nonfinite: str = option("stop", "at a loss that is not finite; skip:N leaves out at most N batches in a row")
@@ -299,23 +277,18 @@ class Settings:
     keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
-    device: str = option(
-        "auto", "auto takes a GPU where there is one; or cuda:1", names=("auto", "cpu", "cuda"), also=r"cuda:\d+"
-    )
+    device: str = option("auto", "cpu, cuda, or one of several GPUs, cuda:1; auto takes a GPU where there is one")
     threads: int | None = option(
-        None, "CPU threads", at_least=1, at_most=1024, otherwise="1, or as many as are free where that is much faster"
+        None, "CPU threads", "1, or as many as are free where that is much faster", at_least=1, at_most=1024
     )
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
     chunk_size: int | None = option(
-        None, "tasks computed at once; fewer take less memory", at_least=1, otherwise="by the bytes of a task"
+        None, "tasks computed at once; fewer take less memory", "by the bytes of a task", at_least=1
     )
     products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)
     compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
     memory: int | None = option(
-        None,
-        "MiB for a meta-step; within it graphs are kept, which is faster",
-        at_least=0,
-        otherwise="1024 on a CPU, half of what is free on a GPU",
+        None, "MiB for a meta-step, by graphs kept, which is faster", "1024; of a GPU half of what is free", at_least=0
     )
 
     def __post_init__(self) -> None:
@@ -327,6 +300,8 @@ class Settings:
         if self.adapts != PYTHON:
             self.method()
         make("schedule", SCHEDULE, self.schedule)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device {self.device!r} is unknown: choose auto, cpu, cuda, or one GPU, such as cuda:1")
         most_skips(self.on_nonfinite)
         interval(self.checkpoint_every)
         if self.carry == "task" and self.recurring is None and self.dataset in SOURCES:
@@ -354,7 +329,7 @@ class Settings:
             ValueError: arguments that the choices do not take, or out of range.
         """
         rate = 1.0 if self.inner_lr == AUTO else self.inner_lr  # of a learner by which it is measured
-        inner = {"test_steps": self.test_steps, "weight_decay": self.weight_decay, "proximal": self.proximal}
+        inner = {name: getattr(self, name) for name in TERMS}
         return (
             make("adapts", ADAPTS, self.adapts),
             make("inner", INNER, self.inner, lr=rate, steps=self.inner_steps, **inner),
@@ -383,21 +358,11 @@ class Settings:
         """The settings that ``save`` wrote.
 
         Raises:
-            ValueError: as `read_config`; some are missing; or they are of the first edition, whose estimators brought
-                terms of their own.
+            ValueError: as `read_config`, or some are missing.
         """
         found = read_config(path)
         if missing := [flag(name) for name in NEEDED if name not in found]:
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}: it is damaged; restore it from a copy, or train in another folder"
             )
-        settings = cls(**found)
-        name = settings.meta_gradient.partition(":")[0]
-        brought = {"implicit": ("proximal weight 2", "proximal 2"), "memory-reduced": ("L2 term", "weight-decay 0.05")}
-        if "carry" not in found and name in brought:
-            what, option = brought[name]
-            raise ValueError(
-                f"{path} is of the first edition, in which {name} brought a {what} of its own; such a term is the "
-                f"inner loop's now: train again with --{option}"
-            )
-        return settings
+        return cls(**found)

@@ -16,7 +16,6 @@ from innerloop.errors import Stopped
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SAVE = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 LIFELINE = "INNERLOOP_LIFELINE"  # set for a child whose standard input closes when its parent ends
-_tied: list[bool] = []
 
 
 class Signals:
@@ -89,11 +88,10 @@ def end_with_parent() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if os.environ.pop(LIFELINE, None):
-        _tied.append(True)
+    if has_parent():
         threading.Thread(target=watch, daemon=True).start()
 
 
 def has_parent() -> bool:
     """Whether this process ends with the one that started it."""
-    return bool(_tied)
+    return LIFELINE in os.environ

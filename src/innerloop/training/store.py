@@ -10,21 +10,19 @@ import errno
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from innerloop.files import PARTIAL, clean
+from innerloop.files import clean
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
@@ -113,27 +111,13 @@ def save_newest(folder: Path, states: Mapping[str, Mapping[Any, Any]], keep: int
     """
 
     def make_room() -> None:
-        there = generations(folder)
-        for place in range(min(keep - 1, len(there)), 0, -1):
-            _give_name(there[place - 1], folder / f"last-{place + 1}.safetensors")
-        for path in generations(folder)[keep:]:
-            if path.name != LAST:
+        for place, path in reversed([*enumerate(generations(folder), 2)]):
+            if place <= keep:
+                path.replace(folder / f"last-{place}.safetensors")
+            elif place > keep + 1:  # else the one before takes its name
                 path.unlink()
 
     save_checkpoint(folder / LAST, states, make_room)
-
-
-def _give_name(path: Path, name: Path) -> None:
-    """Another name for a file, so that it is never without one; on file systems without links it is moved."""
-    aside = name.with_name(f"{name.name}{PARTIAL}")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-        aside.replace(name)
-    except OSError:
-        path.replace(name)
-    finally:
-        aside.unlink(missing_ok=True)  # where both were names of one file already, too
 
 
 def load_newest(folder: Path, before: int | None = None) -> dict[str, dict[Any, Any]] | None:
@@ -159,13 +143,8 @@ def load_newest(folder: Path, before: int | None = None) -> dict[str, dict[Any, 
         return states
     if found:
         raise ValueError("; ".join(wrong))
-    there = [BEST] if (folder / BEST).exists() else []
-    if step := last_step(folder / METRICS):
-        there.append(f"records up to step {step}")
-    if there:
-        raise ValueError(
-            f"{folder} has {' and '.join(there)} but no checkpoint ({LAST}): restore it, or train in another folder"
-        )
+    if (folder / BEST).exists() or last_step(folder / METRICS):
+        raise ValueError(f"{folder} was trained but has no checkpoint ({LAST}): restore it, or train in another folder")
     return None
 
 
@@ -208,31 +187,6 @@ def read_records(path: Path) -> list[Record]:
         lines = "line" if len(lost) == 1 else "lines"
         warnings.warn(f"{path}: {len(lost)} {lines} left out, the first is {lost[0]}: unreadable", stacklevel=2)
     return found
-
-
-@contextmanager
-def resumable(path: Path, key: str) -> Iterator[tuple[dict[int, Parts], Callable[[int, Parts], None]]]:
-    """For a computation in parts: those that an interrupted process has left, and a function that keeps one more.
-
-    Args:
-        path: a file of records, to which several computations may write.
-        key: names the computation: a hash of all that its results follow from.
-    """
-    there = read_records(path) if path.exists() else []
-    before = {
-        record["step"]: {
-            name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in record["parts"].items()
-        }
-        for record in there
-        if record["kind"] == key
-    }
-    with closing(JsonLines(path, sys.maxsize)) as lines:
-
-        def keep(step: int, parts: Parts) -> None:
-            values = {name: [str(value.dtype)[6:], value.tolist()] for name, value in parts.items()}
-            lines({"kind": key, "step": step, "parts": values})
-
-        yield before, keep
 
 
 def last_step(path: Path) -> int:
