@@ -135,7 +135,7 @@ def test_nonsense_is_refused(given: dict[str, Any], message: str) -> None:
         ("some.yaml", "step: 3", "the setting 'step' is unknown: did you mean 'steps'?"),
         ("some.yaml", "steps: [", "cannot be read"),
         ("some.toml", "steps = ", "cannot be read"),
-        ("some.yaml", "- steps", "no settings by name"),
+        ("some.yaml", "- steps", "must hold settings by name"),
     ],
 )
 def test_bad_configuration_files(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -315,8 +315,8 @@ def test_pairs_are_typed_with_a_slash() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty, or no settings by name: leave it out"),
-        ("# nothing\n", "is empty, or no settings by name: leave it out"),
+        ("", "is empty; leave it out"),
+        ("# nothing\n", "is empty; leave it out"),
         ("steps: 1\nsteps: 2\n", "steps is set twice; set it once"),
         ("inner-lr: 1\ninner_lr: 2\n", "inner-lr is set twice; set it once"),
         ('{"steps": 1, "steps": 2}', "steps is set twice; set it once"),

@@ -69,16 +69,17 @@ def run(arguments: argparse.Namespace) -> None:
             )
         evaluate(learner, tasks, arguments.split, 1)  # a model that does not fit the tasks is refused here
         check_writable(arguments.run)
-    kept = arguments.run / "evaluate.partial.safetensors"
+    kept = arguments.run / "evaluate.partial.jsonl"
     with arithmetic(settings):
         assessment = assess(learner, tasks, arguments.split, settings.test_tasks, curve=True, kept=kept)
     name = f"evaluate-{slug(settings)}-{arguments.split}"
+    mistaken = confusion(tasks, arguments.split, assessment.inductive.answers)
     results = {
         "run": str(arguments.run),
         "settings": given,
         "head": trained["head"],
         arguments.split: summary(assessment),
-        "confusion": confusion(tasks, arguments.split, assessment.inductive.answers),
+        "confusion": mistaken._asdict() if mistaken else None,
     }
     print(trained["head"])
     print(describe(assessment, settings, arguments.split))

@@ -215,7 +215,7 @@ def _train(
         )
         if writes:
             print(f"{ending(folder, settings, fitted)}\nnow the test")
-        kept = folder / "test.partial.safetensors"
+        kept = folder / "test.partial.jsonl"
         assessment = assess(learner, tasks, "test", settings.test_tasks, label="test", kept=kept)
         # Each point of the curve is one more pass over the queries: fewer tasks are enough for a picture.
         few = min(settings.test_tasks, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -152,12 +153,17 @@ def load_pretrained(model: nn.Module, file: Path) -> None:
         raise ValueError(f"{file} is no safetensors file, or damaged: {' '.join(str(error).split())}") from error
     own = model.state_dict()
     fits = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
-    lacking = sorted(set(own) - set(fits))
-    odd = lacking and sorted(set(lacking) - set(parameter_names(model, head_of(model))))
-    if odd or not fits:
-        what = f"{some(odd or lacking)} of {type(model).__name__}"
-        raise ValueError(f"{file} has no weights of name and shape for {what}: rename those in the file")
+    lacking = set(own) - set(fits)
+    if lacking:
+        odd = sorted(lacking - set(parameter_names(model, head_of(model))))
+        if odd or not fits:
+            raise ValueError(
+                f"{file} has no weights of name and shape for {some(odd or sorted(lacking))} of "
+                f"{type(model).__name__}; it has {some(sorted(set(found) - set(fits)))}: rename them in the file"
+            )
     model.load_state_dict(fits, strict=False)
+    new = f"; {some(sorted(lacking))} begin anew" if lacking else ""
+    logging.getLogger("innerloop").info("%d of %d weights are those of %s%s", len(fits), len(own), file, new)
 
 
 def some(names: list[str]) -> str:

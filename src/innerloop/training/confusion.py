@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,19 @@ from innerloop.tasks import TaskSource
 MOST = 100  # classes beyond which a matrix says little
 
 
-def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> dict[str, Any] | None:
+class Confusion(NamedTuple):
+    """How often queries of each class (a row) were taken for each class (a column).
+
+    Attributes:
+        classes: their names, sorted.
+        counts: queries, ``[classes][classes]``.
+    """
+
+    classes: list[str]
+    counts: list[list[int]]
+
+
+def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> Confusion | None:
     """The confusion matrix of the first tasks of a split.
 
     Args:
@@ -21,8 +33,7 @@ def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> dict[str
         answers: label and guess of every query, ``[tasks, queries, 2]``; see `innerloop.training.evaluation.Scores`.
 
     Returns:
-        ``classes``: their names, sorted; ``counts``, ``[classes][classes]``: how many queries of each, a row, were
-        taken for each, a column. None without answers, for classes without names, and for more than 100 of them.
+        The matrix; None without answers, for classes that have no names, and for more than 100 of them.
     """
     names = None if answers is None else tasks.class_names(split, 0, len(answers))
     if answers is None or names is None:
@@ -36,4 +47,4 @@ def confusion(tasks: TaskSource, split: str, answers: Tensor | None) -> dict[str
     both = answers.numpy()
     which = np.arange(len(rows))[:, None]
     np.add.at(counts, (rows[which, both[..., 0]], rows[which, both[..., 1]]), 1)
-    return {"classes": classes, "counts": counts.tolist()}
+    return Confusion(classes, counts.tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +19,8 @@ from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import TaskSource
 from innerloop.training import baselines, processes
-from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.logs import tracked
+from innerloop.training.store import resumable
 from innerloop.trees import tensors, tree_leaves
 
 
@@ -162,59 +162,65 @@ def evaluate(
         inductive: predict each query without seeing the others.
         curve: score after every adaptation step as well.
         label: what a terminal shows beside a progress bar; empty shows none.
-        kept: file that keeps the results of several evaluations; those that are there are not computed again. Not with
-            several processes.
+        kept: file to which each batch's results are appended, and from which those of the same evaluation, interrupted
+            before, are taken; not with several processes.
 
     Raises:
         ValueError: ``count`` or ``tasks_per_batch`` below 1, or what the source refuses.
     """
     if count < 1 or tasks_per_batch < 1:
         raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
-    asked = split, count, tasks_per_batch if learner.stacked else 1, steps, inductive, curve
-    before: dict[str, dict[str, Tensor]] = {}
-    key = ""
-    if kept is not None and processes.world() == 1:
-        key = _key(learner, tasks, asked)
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one is written again
-            before = load_checkpoint(kept)
-    values = before.get(key) or _measured(learner, tasks, *asked, label)
-    if kept is not None and key and key not in before:
-        save_checkpoint(kept, before | {key: values})
+    size = tasks_per_batch if learner.stacked else 1
+    results: list[tuple[int, dict[str, Tensor]]] = []
+    with contextlib.ExitStack() as stack:
+        before: dict[int, dict[str, Tensor]] = {}
+        keep: Callable[[int, dict[str, Tensor]], None] | None = None
+        if kept is not None and processes.world() == 1:
+            asked = (split, size, steps, inductive, curve)
+            before, keep = stack.enter_context(resumable(kept, _key(learner, tasks, asked)))
+        for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
+            number = min(size, count - start)
+            if start in before and all(len(value) == number for value in before[start].values()):
+                results.append((start, before[start]))
+                continue
+            batch = draw(tasks, learner, split, start, number)
+            with evaluation_mode(learner):
+                found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
+            outputs = scores(found.pop("outputs"))
+            if (
+                found["accuracy"] is not None
+                and isinstance(batch, Task)
+                and isinstance(outputs, Tensor)
+                and outputs.ndim == 3
+            ):
+                found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
+            part = {key: value.cpu() for key, value in found.items() if value is not None}
+            results.append((start, part))
+            if keep is not None:
+                keep(start, part)
+    parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
 
-    def estimates(name: str) -> list[Estimate] | None:
-        return [Estimate.of(column) for column in values[name].T] if name in values else None
+    def values(key: str) -> Tensor | None:
+        return torch.cat([part[key] for part in parts]) if key in parts[0] else None
 
+    def estimates(key: str) -> list[Estimate] | None:
+        found = values(key)
+        return None if found is None else [Estimate.of(column) for column in found.T]
+
+    loss, accuracies = values("loss"), values("accuracy")
+    assert loss is not None
     return Scores(
         tasks=count,
         steps=learner.inner.adaptation_steps if steps is None else steps,
         inductive=inductive,
-        loss=Estimate.of(values["loss"]),
-        accuracy=Estimate.of(values["accuracy"]) if "accuracy" in values else None,
+        loss=Estimate.of(loss),
+        accuracy=None if accuracies is None else Estimate.of(accuracies),
         loss_curve=estimates("loss_curve"),
         accuracy_curve=estimates("accuracy_curve"),
-        accuracies=values.get("accuracy"),
-        answers=values.get("answers"),
-        losses=values["loss"],
+        accuracies=accuracies,
+        answers=values("answers"),
+        losses=loss,
     )
-
-
-def _measured(
-    learner: Bilevel, tasks: Source, split: str, count: int, size: int, steps: int | None, inductive: bool, curve: bool,
-    label: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """What the learner makes of each task, by name, ``[tasks, ...]``."""
-    results: list[tuple[int, dict[str, Tensor]]] = []
-    for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
-        batch = draw(tasks, learner, split, start, min(size, count - start))
-        with evaluation_mode(learner):
-            found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
-        outputs = scores(found.pop("outputs"))
-        classified = found["accuracy"] is not None and isinstance(outputs, Tensor) and outputs.ndim == 3
-        if classified and isinstance(batch, Task):
-            found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
-        results.append((start, {name: value.cpu() for name, value in found.items() if value is not None}))
-    parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _key(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:

@@ -111,7 +111,7 @@ def write_report(
         picture = Picture(TASKS, "Some test tasks", REGRESSION if tasks.ways is None else IMAGES)
         examples = [Heading("Some test tasks"), Gallery([picture])]
     if mistaken := confusion(tasks, "test", assessment.inductive.answers):
-        save(folder / CONFUSION, draw_confusion(mistaken["classes"], mistaken["counts"]))
+        save(folder / CONFUSION, draw_confusion(mistaken.classes, mistaken.counts))
         picture = Picture(CONFUSION, "A row a class, a column a guess")
         examples += [Heading("Which classes are taken for which"), Gallery([picture])]
     parts = [
@@ -132,7 +132,7 @@ def write_report(
     # Last, because a run that has results counts as done.
     results = {"training": fitted._asdict(), "warnings": list(warnings)}
     results |= {"test": summary(assessment), "curve": summary(curve)}
-    save_results(folder / RESULTS, results | {"confusion": mistaken})
+    save_results(folder / RESULTS, results | {"confusion": mistaken._asdict() if mistaken else None})
 
 
 def task_words(settings: Settings) -> str:

@@ -124,8 +124,10 @@ def read_config(path: Path) -> dict[str, Any]:
         content = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, _Loader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not content or not isinstance(content, Mapping):
-        raise ValueError(f"{path} is empty, or no settings by name: leave it out, or write some, such as 'ways: 5'")
+    if not content:
+        raise ValueError(f"{path} is empty; leave it out, or write settings by name, such as 'ways: 5'")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold settings by name, such as 'ways: 5'")
     values: dict[str, Any] = {}
     for each, value in content.items():
         name = str(each).replace("-", "_")

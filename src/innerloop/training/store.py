@@ -10,16 +10,18 @@ import errno
 import json
 import os
 import platform
+import sys
 import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from innerloop.files import clean
@@ -187,6 +189,31 @@ def read_records(path: Path) -> list[Record]:
         lines = "line" if len(lost) == 1 else "lines"
         warnings.warn(f"{path}: {len(lost)} {lines} left out, the first is {lost[0]}: unreadable", stacklevel=2)
     return found
+
+
+@contextmanager
+def resumable(path: Path, key: str) -> Iterator[tuple[dict[int, Parts], Callable[[int, Parts], None]]]:
+    """For a computation in parts: those that an interrupted process has left, and a function that keeps one more.
+
+    Args:
+        path: a file of records, to which several computations may write.
+        key: names the computation: a hash of all that its results follow from.
+    """
+    there = read_records(path) if path.exists() else []
+    before = {
+        record["step"]: {
+            name: torch.tensor(values, dtype=getattr(torch, kind)) for name, (kind, values) in record["parts"].items()
+        }
+        for record in there
+        if record["kind"] == key
+    }
+    with closing(JsonLines(path, sys.maxsize)) as lines:
+
+        def keep(step: int, parts: Parts) -> None:
+            values = {name: [str(value.dtype)[6:], value.tolist()] for name, value in parts.items()}
+            lines({"kind": key, "step": step, "parts": values})
+
+        yield before, keep
 
 
 def last_step(path: Path) -> int:
