@@ -6,6 +6,7 @@ Most tests use a backend that runs the traced graph without a compiler of kernel
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 import warnings
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import innerloop as il
+from innerloop.compiled import proposal
 
 TRACED = "eager"  # runs the graph as it is
 
@@ -283,6 +285,15 @@ def test_small_memory_gives_chunks_of_one_size():
     assert_same(compiled, eager, sinusoids(6))
     assert compiled.compiler is not None
     assert compiled.compiler.compilations == 1
+
+
+def test_proposed_where_it_pays(caplog):
+    assert proposal(0.02, 30, 1000) is None
+    assert proposal(0.02, 30, 100_000) == "compile=True would save some 25 of 33 minutes, for 40 s"
+    tasks = il.tasks.SOURCES["sinusoid"]()
+    with caplog.at_level(logging.INFO, logger="innerloop"):
+        il.fit(mlp(), tasks, steps=21, tasks_per_batch=2, validation_tasks=0, progress=False)
+    assert "compile=True" not in caplog.text
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -345,6 +345,13 @@ def test_inputs_that_the_model_cannot_take_are_named() -> None:
         classify(nn.BatchNorm1d(6)).adapt(torch.randn(1, 2), LABELS[:1])
 
 
+def test_a_source_of_nonsense_is_refused_on_the_first_batch() -> None:
+    with pytest.raises(
+        BadData, match="the query set of the batch from task 0 on of the training stream holds 4 numbers"
+    ):
+        fit(make_learner(), Sums("data"), **outer_loop())
+
+
 def test_a_solve_that_meets_no_upward_curvature_is_warned_of_once() -> None:
     learner = make_learner(Implicit(CG(20)), steps=1, terms={"proximal": 1e-3})
     records: list[Record] = []

@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from innerloop.bilevel import Bilevel
+from innerloop.compiled import proposal
 from innerloop.errors import Diverged, Stopped
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
@@ -29,6 +30,7 @@ from innerloop.training.signals import heeded
 from innerloop.training.store import BEST, METRICS, TENSORBOARD, JsonLines, Record, locked
 from innerloop.training.weighting import Weights
 
+TRIED = 20  # outer steps after which compiling is thought of
 ALARMS = {
     "negative_curvature": (
         0.0,
@@ -202,6 +204,7 @@ def fit(
     )  # fmt: skip
     limit = math.inf if minutes is None else 60 * minutes
     warned = False
+    taken: list[float] = []
     with ExitStack() as stack, heeded(at_once=False) as signals:
         stack.callback(setattr, learner, "meta_gradient", run.own)
         writes = processes.rank() == 0
@@ -275,6 +278,9 @@ def fit(
             at.records.clear()
             kind, record, (stop_seen, used, *save_seen) = run.step([float(each) for each in asked])
             run.anneal(max(int(min(used, 1.0) * steps) - at.step, 0))
+            taken.append(time.monotonic() - now)
+            if len(taken) == TRIED and writes:
+                _propose(learner, min(taken), steps - at.step)
             for name, (most, words) in ALARMS.items():
                 if not warned and record.get(name, 0.0) > most:
                     warned = True
@@ -350,6 +356,15 @@ def _tell(logs: list[Log], records: list[Record]) -> None:
                 name = getattr(log, "__name__", type(log).__name__)
                 warnings.warn(f"the log {name} failed and gets no more records: {error}", stacklevel=3)
     records.clear()
+
+
+def _propose(learner: Bilevel, seconds: float, remaining: int) -> None:
+    """Log that compiling would pay, where kernels are small and many steps are left."""
+    if learner.compiler is not None or learner.engine is not None or learner.way is None or not learner.way.small:
+        return
+    moving = len(learner.adapted) or len(list(learner.parameters()))
+    if text := proposal(seconds, learner.inner.steps * moving, remaining):
+        _log.info("%s", text)
 
 
 def _check_positive(**settings: float | None) -> None:

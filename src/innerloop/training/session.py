@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
+from innerloop.data_checks import check_finite
 from innerloop.errors import Diverged
 from innerloop.meta_gradient import FirstOrder
 from innerloop.meta_gradient._failures import cure
@@ -102,6 +103,7 @@ class Session:
     records: JsonLines | None = None
     saved: str = ""
     warned: str = ""
+    looked: bool = False
 
     def __post_init__(self) -> None:
         self.own = self.learner.meta_gradient
@@ -131,6 +133,14 @@ class Session:
         first = step * self.tasks_per_batch + self.mine.start
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
         batch = draw(self.tasks, self.learner, "train", first, len(self.mine))
+        if not self.looked and not self.skips:  # a source that gives no numbers is not a matter of rates
+            self.looked = True
+            for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
+                where = (
+                    f" of the batch from task {first} on" if isinstance(batch, Task) else f" of task {first + place}"
+                )
+                for part, examples in task._asdict().items():
+                    check_finite(part, examples, f"{where} of the training stream")
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
         annealed = self.multi_step_loss

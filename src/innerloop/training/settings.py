@@ -203,7 +203,9 @@ class Settings:
     group: str | None = option(
         None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN", "every image alone"
     )
-    augment: str | None = option(None, "pictures: changes of training images: flip, crop or flip,crop; none", "no change")
+    augment: str | None = option(
+        None, "pictures: changes of training images: flip, crop or flip,crop; none", "no change"
+    )
 
     model: str = option(
         "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, arguments=True, code=True
