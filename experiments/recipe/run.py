@@ -35,7 +35,7 @@ from innerloop.training.allocator import keep_freed_memory
 from innerloop.training.build import build_learner, build_optimizer, build_tasks, with_inner_rate
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import fit
-from innerloop.training.methods import method_settings
+from innerloop.training.methods import COLOURED, method_settings
 from innerloop.training.settings import Settings
 
 HERE = Path(__file__).parent
@@ -49,7 +49,6 @@ SETS: dict[str, dict[str, Any]] = {
 EACH = 60  # photographs of a class in the folder
 OUTER = {"outer_lr": 3e-3}
 PLAIN = {"inner": "sgd", "inner_lr": 0.1}
-COLOUR = {"inner": "sgd", "inner_lr": 0.01, "inner_steps": 20, "augment": "flip,crop"}
 CANDIDATES: dict[str, Callable[[str], dict[str, Any]]] = {
     "default": lambda dataset: {"inner_lr": 0.5},
     "ten plain steps": lambda dataset: {**PLAIN, "inner_steps": 10},
@@ -59,12 +58,13 @@ CANDIDATES: dict[str, Callable[[str], dict[str, Any]]] = {
     "proto-anil, learned rates": lambda dataset: {"start": "prototypes", "inner_lr": 0.1, "inner_steps": 3},
     "ridge": lambda dataset: method_settings("ridge", dataset) | OUTER,
     "pretrained": lambda dataset: method_settings("pretrained", dataset) | OUTER,
-    "pretrained, adapted": lambda dataset: method_settings("pretrained", dataset) | OUTER | COLOUR,
+    "pretrained, adapted": lambda dataset: method_settings("pretrained", dataset) | COLOURED,
 }
 
 
 # What `innerloop train` does where nothing of a method is typed.
-DEFAULT = {"glyphs": "proto-anil", "omniglot": "proto-anil", "cifar-fs": "pretrained, adapted", "folder": "pretrained, adapted"}
+COLOUR = "pretrained, adapted"
+DEFAULT = {"glyphs": "proto-anil", "omniglot": "proto-anil", "cifar-fs": COLOUR, "folder": COLOUR}
 
 CONCLUSION = """\
 So `innerloop train` begins at class means and adapts the head from there in five plain steps. Where nothing of a method
