@@ -18,11 +18,10 @@ from innerloop.differences import Differences
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient
 from innerloop.problem import Problem, Stage, Tree
-from problems import MODELS, SOLVERS, WAYS, model_and_batch, relative_error, subset
+from problems import MODELS, SOLVERS, WAYS, every_pair, model_and_batch, relative_error, subset
 
 CHAINS = [name for name in MODELS if name != "gru"]
 SUBSETS = ("everything", "head", "body", "pattern")
-CASES = [(model, chosen) for model in CHAINS for chosen in SUBSETS if model != "linear" or chosen in SUBSETS[::3]]
 MODES: tuple[BatchNormMode, ...] = ("batch", "task", "frozen")
 
 
@@ -54,9 +53,14 @@ def point(loop: InnerLoop) -> tuple[Tree, Tree]:
     return {name: p + 0.1 * params[name] for name, p in loop.begin.params.items()}, direction
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("model", "chosen"), CASES)
+def has_parts(model: str, chosen: str, *_: Any) -> bool:
+    """The linear model is all head."""
+    return model != "linear" or chosen not in ("head", "body")
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "mode", "reuse"), every_pair(CHAINS, SUBSETS, MODES, (True, False), allowed=has_parts)
+)
 def test_gradients_and_products_are_autograd(model, chosen, mode, reuse):
     built, batch = model_and_batch(model)
     settings: dict[str, Any] = {"batch_norm": mode, "reuse_prefix": reuse}
@@ -79,8 +83,7 @@ def test_gradients_and_products_are_autograd(model, chosen, mode, reuse):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("model", "chosen"), CASES)
+@pytest.mark.parametrize(("model", "chosen", "solver"), every_pair(CHAINS, SUBSETS, SOLVERS, allowed=has_parts))
 def test_meta_gradient_is_that_of_autograd(model, chosen, solver):
     built, batch = model_and_batch(model)
     blocks, plain = pair(built, subset(model, chosen), SOLVERS[solver](2))
@@ -554,10 +557,9 @@ def test_a_meta_gradient_takes_a_fraction_of_the_unrolled_graph():
         learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=steps), **settings)
         return peak(lambda: learner.meta_step([task]))
 
-    unrolled = {steps: taken(steps, meta_gradient=il.Unrolled(record=True)) for steps in (1, 2, 4)}
-    blocks = {steps: taken(steps, products="blocks") for steps in (1, 2, 4)}
+    unrolled = {steps: taken(steps, meta_gradient=il.Unrolled(record=True)) for steps in (1, 4)}
+    blocks = {steps: taken(steps, products="blocks") for steps in (1, 4)}
     assert blocks[1] < unrolled[1] / 2
-    assert blocks[2] < unrolled[2] / 3
     assert blocks[4] < unrolled[4] / 6
 
 
