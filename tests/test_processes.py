@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from groups import together
 from safetensors.torch import load_file
 
+from groups import together
 from innerloop.cli import main
 from innerloop.training import processes
 from innerloop.training.build import choose_device
