@@ -522,7 +522,7 @@ def test_a_product_takes_no_more_than_a_plain_gradient():
 def test_a_meta_gradient_takes_a_fraction_of_the_unrolled_graph():
     model, task = transformer()
 
-    def taken(steps: int, **settings: Any) -> int:
+    def taken(steps: int, **settings: Any) -> float:
         learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=steps), **settings)
         return peak(lambda: learner.meta_step([task]))
 
