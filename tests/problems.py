@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import combinations, product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,16 +100,18 @@ def subset(model: str, name: str) -> il.adapts.Adapts:
     return choices[name]
 
 
-def combinations() -> list[tuple[str, str, str, int]]:
-    """Every (model, solver, subset, steps) of the table."""
-    return [
-        (model, solver, chosen, steps)
-        for model in MODELS
-        for solver in SOLVERS
-        for chosen in ("everything", "head", "body", "pattern")
-        for steps in (1, 2, 5)
-        if not (model == "linear" and chosen in ("head", "body"))  # it is all head
-    ]
+def every_pair(*axes: Iterable[Any], allowed: Callable[..., bool] = lambda *row: True) -> list[tuple[Any, ...]]:
+    """A few rows of the product of ``axes`` that hold every pair of values of two axes that an allowed row holds.
+
+    For grids in which a fault shows in each pair that meets it, whatever the other axes hold.
+    """
+    rows = {row: set(combinations(enumerate(row), 2)) for row in product(*axes) if allowed(*row)}
+    missing = set().union(*rows.values())
+    chosen = []
+    while missing:
+        chosen.append(max(rows, key=lambda row: len(rows[row] & missing)))
+        missing -= rows[chosen[-1]]
+    return chosen
 
 
 @functools.cache

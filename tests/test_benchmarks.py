@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 METHODS = (
     "unrolled",
     "window, frozen",
@@ -23,10 +21,9 @@ METHODS = (
 )
 
 
-def test_memory_is_flat_in_what_it_should_be_flat_in(tmp_path: Path) -> None:
-    benchmark = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    command = [sys.executable, str(benchmark), "--quick", "--out", str(tmp_path), "--methods", *METHODS]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_memory_is_flat_in_what_it_should_be_flat_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["memory.py", "--quick", "--out", str(tmp_path), "--methods", *METHODS])
+    importlib.import_module("memory").main()  # which measures in a fresh process
     record = json.loads((tmp_path / "memory-cpu.json").read_text())
     mib = {
         title: {row: {int(n): cell["mib"] for n, cell in cells.items()} for row, cells in table.items()}
@@ -51,13 +48,11 @@ def test_memory_is_flat_in_what_it_should_be_flat_in(tmp_path: Path) -> None:
     assert (tmp_path / "memory-cpu.md").read_text().count("| implicit |") == 2
 
 
-def test_committed_pages_are_what_their_records_make_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(__file__).parents[1] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
+def test_committed_pages_are_what_their_records_make_of_them() -> None:
     memory = importlib.import_module("memory")
-    for place in (folder, folder / "every-estimator"):
+    for place in (BENCHMARKS, BENCHMARKS / "every-estimator"):
         record = json.loads((place / "memory-cpu.json").read_text("utf-8"))
         assert memory.page(record, "memory-cpu.png") == (place / "memory-cpu.md").read_text("utf-8")
     for name in ("speed", "transformer"):
-        record = json.loads((folder / f"{name}.json").read_text("utf-8"))
-        assert importlib.import_module(name).page(record) == (folder / f"{name}.md").read_text("utf-8")
+        record = json.loads((BENCHMARKS / f"{name}.json").read_text("utf-8"))
+        assert importlib.import_module(name).page(record) == (BENCHMARKS / f"{name}.md").read_text("utf-8")

@@ -12,7 +12,7 @@ import innerloop as il
 from innerloop import Binomial, Mixed
 from innerloop.inner import InnerLoop, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
-from problems import SOLVERS, model_and_batch, network, relative_error, subset
+from problems import SOLVERS, every_pair, model_and_batch, network, relative_error, subset
 from reference import rule
 
 Tree = dict[str, Tensor]
@@ -99,10 +99,13 @@ def learner_gradients(learner: il.MetaLearner, batch: il.Task, weights: list[flo
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_subset_of_at_most_order_steps_counts_once(name):
+    """And damping weighs each product."""
     solver = SOLVERS[name](4)
     alone = terms(*network(), solver)
     for order in (*range(5), 9):
         assert relative_error(estimated(Binomial(order), solver), total(alone, order)) < 1e-12
+    for damping, factor in ((0.3, 0.3), ("released", 2 / 4)):
+        assert relative_error(estimated(Binomial(2, damping), solver), total(alone, 2, factor)) < 1e-12
 
 
 def test_the_formula_of_the_paper_with_dense_hessians():
@@ -135,13 +138,6 @@ def test_the_formula_of_the_paper_with_dense_hessians():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize(("damping", "factor"), [(0.5, 0.5), ("released", 2 / 4)])
-def test_damping_weighs_each_product(name, damping, factor):
-    solver = SOLVERS[name](4)
-    assert relative_error(estimated(Binomial(2, damping), solver), total(terms(*network(), solver), 2, factor)) < 1e-12
-
-
-@pytest.mark.parametrize("name", SOLVERS)
 def test_query_losses_of_all_steps(name):
     solver, weights = SOLVERS[name](4), [0.1, 0.2, 0.0, 0.7]
     alone = terms(*network(), solver, weights)
@@ -149,9 +145,9 @@ def test_query_losses_of_all_steps(name):
         assert relative_error(estimated(Binomial(order), solver, weights), total(alone, order)) < 1e-12
 
 
-@pytest.mark.parametrize("model", ["mlp", "conv4", "encoder"])
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("chosen", ["everything", "pattern"])
+@pytest.mark.parametrize(
+    ("model", "solver", "chosen"), every_pair(("mlp", "conv4", "encoder"), SOLVERS, ("everything", "pattern"))
+)
 def test_order_none_is_first_order_and_order_all_is_exact(model, solver, chosen):
     batch = model_and_batch(model)[1]
 
@@ -210,11 +206,11 @@ def test_the_number_of_products(monkeypatch, steps, order):
     assert points == list(reversed(range(steps)))  # one gradient a step, however many products
 
 
-@pytest.mark.parametrize("order", range(5))
-def test_every_product_of_a_step_replays_its_dropout(order):
+def test_every_product_of_a_step_replays_its_dropout():
     solver = il.SGD(lr=0.1, steps=4)
-    found = estimated(Binomial(order), solver, seed=3)
-    assert relative_error(found, total(terms(*network(seed=3), solver), order)) < 1e-12
+    alone = terms(*network(seed=3), solver)
+    for order in range(5):
+        assert relative_error(estimated(Binomial(order), solver, seed=3), total(alone, order)) < 1e-12
 
 
 def test_dropout_of_several_tasks_and_products_at_once(monkeypatch):
@@ -247,16 +243,15 @@ def test_a_damping_outside_its_range_is_refused(damping):
 # --- the mixture of horizons -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("weights", [None, [0.1, 0.2, 0.0, 0.7]])
-@pytest.mark.parametrize(
-    ("horizons", "shares"), [((0, 1, 3), (0.5, 0.2, 0.3)), ((2, 9, 4), (0.6, 0.3, 0.1)), ((0,), (1.0,))]
-)
-def test_a_mixture_is_the_sum_of_its_truncations(name, weights, horizons, shares):
-    solver = SOLVERS[name](4)
+MIXTURES = Mixed((0, 1, 3), (0.5, 0.2, 0.3)), Mixed((2, 9, 4), (0.6, 0.3, 0.1)), Mixed((0,), (1.0,))
+
+
+@pytest.mark.parametrize(("name", "mixed", "weights"), every_pair(SOLVERS, MIXTURES, (None, (0.1, 0.2, 0.0, 0.7))))
+def test_a_mixture_is_the_sum_of_its_truncations(name, mixed, weights):
+    solver, horizons, shares = SOLVERS[name](4), mixed.horizons, mixed.weights
     parts = [estimated(il.Truncated(horizon), solver, weights) for horizon in horizons]
     mean = {key: sum(share * part[key] for share, part in zip(shares, parts, strict=True)) for key in parts[0]}
-    assert relative_error(estimated(Mixed(horizons, shares), solver, weights), mean) < 1e-13
+    assert relative_error(estimated(mixed, solver, weights), mean) < 1e-13
 
 
 def test_a_mixture_walks_once():

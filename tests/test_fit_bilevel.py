@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import innerloop as il
+from groups import together
 from innerloop.errors import Diverged
 from innerloop.problem import Tree
+from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.evaluation import evaluate
 from innerloop.training.fit import fit
@@ -287,30 +288,16 @@ def session_of_several(folder: Path, *lengths: int) -> None:
         fit(learner, Lines("list"), folder=folder, resume=True, **options)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, sys.argv[1])
-from test_fit_bilevel import session_of_several
-from innerloop.training import processes
-
-torch.set_num_threads(1)
-processes.join(torch.device("cpu"))
-session_of_several(Path(sys.argv[2]), int(sys.argv[3]))
-processes.leave()
-"""
+def member(folder: Path, steps: int) -> None:
+    processes.join(torch.device("cpu"))
+    session_of_several(folder, steps)
+    processes.leave()
 
 
 def test_three_processes_then_two_are_one(tmp_path: Path) -> None:
     """Four tasks a step, so 2 + 1 + 1 of them and then 2 + 2; carried tasks stay with their place in the batch."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for count, steps in ((3, 4), (2, 7)):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        line = [*launch, str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path / "two"), str(steps)]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr
+        assert together(count, partial(member, tmp_path / "two", steps)) == [0] * count
     session_of_several(tmp_path / "one", 7)
     one, two = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("one", "two"))
     for name, value in one["learner"].items():

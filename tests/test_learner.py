@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import innerloop as il
-from problems import TASKS, WAYS, SharedWeights, combinations, model_and_batch, relative_error
+from problems import TASKS, WAYS, SharedWeights, model_and_batch, relative_error
 from reference import meta_gradient
 
 
@@ -351,8 +351,3 @@ def test_a_single_task_given_as_a_batch_is_told_so():
     single = torch.utils._pytree.tree_map(lambda value: value[0], batch)
     with pytest.raises(ValueError, match="unsqueeze"):
         il.MetaLearner(model).meta_step(single)
-
-
-def test_the_shared_table_covers_every_pairing():
-    table = combinations()
-    assert len(table) == len(set(table)) == 540

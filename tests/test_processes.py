@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from groups import together
 from innerloop.cli import main
 from innerloop.training import processes
 from innerloop.training.build import choose_device
@@ -45,17 +47,15 @@ def workers(launcher: int) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(tmp_path: Path) -> None:
     runs = {name: tmp_path / name for name in ("whole", "killed")}
-    started = {
-        name: launch([*RUN, "--steps=40", f"--out={run}"], tmp_path / f"{name}.log") for name, run in runs.items()
-    }
-    launcher, deadline = started["killed"], time.monotonic() + 120
+    launcher = launch([*RUN, "--steps=40", f"--out={runs['killed']}"], tmp_path / "killed.log")
+    assert together(2, partial(main, [*RUN, "--steps=40", f"--out={runs['whole']}"])) == [0, 0]
+    deadline = time.monotonic() + 120
     while not (runs["killed"] / "last-2.safetensors").exists():
         assert launcher.poll() is None, (tmp_path / "killed.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(workers(launcher.pid)[1], signal.SIGKILL)
-    for name, process in started.items():
-        assert process.wait(120) == 0, (tmp_path / f"{name}.log").read_text()
+    assert launcher.wait(120) == 0, (tmp_path / "killed.log").read_text()
     whole, killed = (load_file(run / "last.safetensors") for run in runs.values())
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -66,20 +66,24 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(tmp_path: Path) -> Non
     assert not any("Traceback" in line for line in told)
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        (["--tasks-per-batch=1", "--out=run"], "tasks_per_batch is 1, fewer than the 2 processes: start 1"),
-        (["--inner-lr=nan", "--out=run"], "inner-lr is nan"),
-    ],
-)
-def test_one_process_says_what_is_wrong(tmp_path: Path, options: list[str], error: str) -> None:
-    process = launch([*RUN, *options], tmp_path / "log", cwd=tmp_path, restarts=0)
+def test_one_process_says_what_is_wrong_before_they_are_joined(tmp_path: Path) -> None:
+    process = launch([*RUN, "--inner-lr=nan", "--out=run"], tmp_path / "log", cwd=tmp_path, restarts=0)
     assert process.wait(120) == 1  # torchrun's own
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("innerloop: ")]
     assert len(lines) == 1
-    assert error in lines[0]
+    assert "inner-lr is nan" in lines[0]
     assert list(tmp_path.iterdir()) == [tmp_path / "log"]
+
+
+def test_one_process_says_what_is_wrong_once_they_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "AHEAD", 1.0)
+    assert together(2, partial(main, [*RUN, "--tasks-per-batch=1", "--out=run"])) == [2, 2]
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("innerloop: "))
+    assert "tasks_per_batch is 1, fewer than the 2 processes: start 1" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_restarted_needs_a_folder(

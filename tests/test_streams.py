@@ -13,7 +13,7 @@ from torch.func import functional_call
 import innerloop as il
 from innerloop.inner import _loop, minibatches
 from innerloop.meta_gradient import _adjoint
-from problems import SOLVERS, relative_error
+from problems import SOLVERS, every_pair, relative_error
 from reference import rule
 
 WAYS, STEPS, TASKS, ROWS = 3, 4, 2, 5
@@ -81,11 +81,16 @@ def reference(learner: il.MetaLearner, task: il.Task, weights: list[float]) -> t
 # A batch for every step.
 
 
-@pytest.mark.parametrize("solver", SOLVER)
-@pytest.mark.parametrize("adapts", [il.Everything(), il.Head()])
-@pytest.mark.parametrize("chunk", [1, TASKS])
-@pytest.mark.parametrize("weights", [None, [0.4, 0.0, 0.1, 0.5]])
-@pytest.mark.parametrize("estimator", ["unrolled", "walked", "few copies"])
+@pytest.mark.parametrize(
+    ("solver", "adapts", "chunk", "weights", "estimator"),
+    every_pair(
+        SOLVER,
+        (il.Everything(), il.Head()),
+        (1, TASKS),
+        (None, (0.4, 0.0, 0.1, 0.5)),
+        ("unrolled", "walked", "few copies"),
+    ),
+)
 def test_a_stream_is_plain_autograd(solver, adapts, chunk, weights, estimator):
     learner = il.MetaLearner(model(), adapts, SOLVER[solver](STEPS), ESTIMATORS[estimator], chunk_size=chunk)
     batch = stream()
@@ -188,9 +193,9 @@ def test_two_halves_taken_up_end_where_the_whole_ends(solver, estimator):
         assert at.solution.keys() == at.params.keys()
 
 
-@pytest.mark.parametrize("solver", SOLVER)
-@pytest.mark.parametrize("estimator", ["unrolled", "recorded", "few copies"])
-@pytest.mark.parametrize("proximal", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("solver", "estimator", "proximal"), every_pair(SOLVER, ("unrolled", "recorded", "few copies"), (0.0, 0.7))
+)
 def test_the_gradient_of_a_task_taken_up_is_plain_autograd(solver, estimator, proximal):
     """``begin`` is a constant; meta is reached through the losses, and through the centre of the proximal term."""
     inner = dataclasses.replace(SOLVER[solver](3), proximal=proximal)
