@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.training.build import build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, load_weights
 from innerloop.training.evaluation import Estimate
+from innerloop.training.methods import method_settings
 from innerloop.training.settings import Settings
 from innerloop.training.store import JsonLines
 
@@ -172,6 +174,12 @@ def test_costs_are_measured(tmp_path):
     assert all(size > 0 for size in found.memory_at.values())
     assert 0 < found.adaptation.median < 10
     assert Cost.of(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_a_method_that_needs_two_steps_is_measured(tmp_path):
+    settings = Settings(dataset="sinusoid", model="mlp", **method_settings("alfa-l2f", "sinusoid"))
+    save_tasks(tmp_path / "tasks.safetensors", settings)
+    assert costs.measure_here(asdict(settings), str(tmp_path / "tasks.safetensors"), False)["memory"] >= 0
 
 
 def test_the_dearer_first_meta_steps_of_a_multi_step_loss_count(monkeypatch):

@@ -285,3 +285,34 @@ def test_the_reader_learns_to_learn_as_it_reads(capsys: pytest.CaptureFixture[st
     assert results["first order"] < results["none"] - 0.1
     assert results["exact"] < math.log2(len(reading.SYMBOLS)) - 0.5
     assert "exact, step 10" in capsys.readouterr().out
+
+
+# Meta-gradient reinforcement learning.
+
+
+def test_mixed_horizons_cut_the_variance_and_keep_the_direction() -> None:
+    chain = recipe("meta_rl")
+    (exact, loud), (mixed, less), (last, least) = (chain.spread(way, 200) for way in chain.WAYS.values())
+
+    def cosine(one: Tensor) -> float:
+        return torch.cosine_similarity(one.flatten(), exact.flatten(), dim=0).item()
+
+    assert less < loud / 3
+    assert least < less / 3
+    assert cosine(mixed) > 0.97 > 0.9 > cosine(last)
+    relative = [(variance / mean.square().sum()).item() for mean, variance in ((exact, loud), (mixed, less))]
+    assert relative[1] == pytest.approx(relative[0], rel=0.2), "the mean is shorter as well"
+
+
+def test_a_learned_reward_helps_the_agent_over_its_windows() -> None:
+    chain = recipe("meta_rl")
+    assert chain.learned(il.Truncated(1), 12) > chain.learned(il.Truncated(1), 12, rate=1e-9) + 0.1
+
+
+def test_episodes_are_walked_by_the_policy_and_their_noise_alone() -> None:
+    chain = recipe("meta_rl")
+    draws = torch.full((chain.LENGTH, 1, 3), 0.2)  # no slip, always paid
+    places, rights, rewards = chain.walked(torch.full((chain.PLACES,), 9.0), draws)
+    assert places[:, 0].tolist() == [4, 5, 6, 7] + [8] * 12
+    assert rights.all()
+    assert rewards[:, 0].tolist() == [0, 0, 0] + [1] * 13

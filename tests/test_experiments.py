@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1] / "experiments"
 NAMES = sorted(file.parent.name for file in ROOT.glob("*/run.py") if "PARTS" in file.read_text("utf-8"))
@@ -36,6 +37,35 @@ def test_a_page_is_what_its_results_make_of_it(name: str, monkeypatch: pytest.Mo
         assert {"command", "commit", "versions", "machine", "seconds", "time"} <= results["made"].keys()
         assert results["made"]["command"].startswith(f"python experiments/{name}/run.py"), part
     assert all((folder / picture).is_file() for picture in re.findall(r"\]\((\w+\.png)\)", page))
+
+
+def test_the_family_is_measured_once_and_says_what_has_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    spec = importlib.util.spec_from_file_location("experiment_family", ROOT / "family" / "run.py")
+    assert spec
+    assert spec.loader
+    family = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(family)
+    monkeypatch.setattr(family, "keep_freed_memory", lambda: None)  # which other tests would feel
+    asked = "--seconds 0.05 --equal 2 --count 4 --seeds 0 1 --sets sinusoid --methods maml anil ridge"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path), *asked.split()])
+    threads = torch.get_num_threads()
+    try:
+        family.main()
+        rows = json.loads((tmp_path / "family.json").read_text("utf-8"))["rows"]
+        family.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert rows == json.loads((tmp_path / "family.json").read_text("utf-8"))["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in (0, 1) for m in ("maml", "anil", "ridge")]
+    assert ["failed" in row for row in rows] == [False, False, True] * 2
+    assert all(len(row[point]) == 4 for row in rows if row["method"] != "ridge" for point in ("time", "tasks"))
+    assert len({row["steps"] for row in rows if row["method"] == "maml"}) == 1, "the seeds share a trial"
+    lines = (tmp_path / "README.md").read_text("utf-8").splitlines()
+    assert sum(line.startswith(("| maml |", "| anil |")) for line in lines) == 2
+    assert sum(line.startswith("* ridge, seed") for line in lines) == 2
 
 
 def test_every_experiment_has_a_page_in_the_index() -> None:

@@ -136,7 +136,7 @@ def saved_bytes(loop: InnerLoop, mixed: bool, most: int | None = None) -> tuple[
     own = {_place(leaf) for leaf in tensors((loop.begin.params, loop.meta, loop.support))}
 
     def pack(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in own:
+        if not tensor._is_zerotensor() and _place(tensor) not in own:
             held[_place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -164,7 +164,7 @@ def _deep(loop: InnerLoop) -> bool:
     own = {_place(leaf) for leaf in tensors((loop.begin.params, loop.meta))}
 
     def pack(tensor: Tensor) -> Tensor:
-        if _place(tensor) not in own:
+        if not tensor._is_zerotensor() and _place(tensor) not in own:
             held[_place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 

@@ -6,5 +6,6 @@ from innerloop.models._mlp import MLP
 from innerloop.models._resnet12 import ResNet12
 from innerloop.models._siren import SIREN
 from innerloop.models._sparse import Divergence, sparse, sparsity
+from innerloop.models._tangent import Tangent
 
-__all__ = ["MLP", "SIREN", "Conv4", "Divergence", "FiLM", "ResNet12", "sparse", "sparsity"]
+__all__ = ["MLP", "SIREN", "Conv4", "Divergence", "FiLM", "ResNet12", "Tangent", "sparse", "sparsity"]
