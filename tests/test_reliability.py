@@ -29,6 +29,7 @@ import torch
 
 from innerloop import files
 from innerloop.cli import main
+from innerloop.reporting import in_fresh_process
 from innerloop.training import report, store
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.settings import Settings
@@ -303,6 +304,21 @@ def train_as_compare_does(run: Path) -> None:
     bar = Progress(disable=True)
     bar.add_task("", total=1)
     train_all([Training(run, "one", Settings(**given), 1.0)], 1, bar)
+
+
+def test_a_process_that_measures_ends_with_its_parent(tmp_path: Path) -> None:
+    file = tmp_path / "process"
+    parent = CONTEXT.Process(target=in_fresh_process, args=(linger, str(file)))
+    parent.start()
+    child = int(wait_for(lambda: file.exists() and file.read_text()))
+    parent.kill()
+    parent.join()
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def linger(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(300)
 
 
 def test_output_that_is_closed_or_ascii_ends_nothing(tmp_path: Path, start: Start) -> None:

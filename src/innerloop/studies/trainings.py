@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
+from innerloop.children import tied
 from innerloop.errors import Failed
 from innerloop.training.runs import RESULTS
 from innerloop.training.settings import SETTINGS, Settings
-from innerloop.training.signals import heeded, tied
+from innerloop.training.signals import heeded
 from innerloop.training.store import METRICS, last_step
 
 DIVERGED, OURS = 1, "innerloop: "  # how the command ends where training diverges
