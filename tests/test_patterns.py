@@ -414,6 +414,7 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
     sections = study(trained, tasks, [2, 1], tolerance=100.0, count=6, repetitions=2)
     # a section: the same validation tasks for 32 patterns, and only then test tasks, for full adaptation and the choice
     seen, last = ("validation", 0, 6), ("test", 0, 6)
+    drawn = [each for each in drawn if each[2] > 1]  # a single one tells the data from others
     assert drawn == [seen] + 2 * ([seen] * 32 + [last] * 2)
     assert [section.steps for section in sections] == [1, 2]
     assert (deployed(sections, 1).steps, deployed(sections, 7).steps) == (1, 2)
@@ -435,6 +436,42 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
             study(trained, tasks, steps)
     with pytest.raises(ValueError, match="they need classes"):
         study(trained, il.tasks.sinusoid())
+
+
+def test_an_interrupted_study_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_classes(tmp_path / "images", 16)
+    tasks = il.tasks.folder(tmp_path / "images", ways=3, shots=2, queries=3, size=16, channels=1)
+    trained = il.MetaLearner(il.models.Conv4(in_channels=1, ways=3, filters=4, downsample="stride", size=16)).eval()
+    calls: list[str] = []
+    evaluated = il.MetaLearner.evaluate
+
+    def evaluate(*given: Any, **options: Any) -> Any:
+        calls.append("evaluate")
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return evaluated(*given, **options)
+
+    def timed(runs: Any, *_: Any) -> list[Timing]:
+        calls.append("time")
+        return [Timing(1 / (place + 3), 0.1, 0.2) for place in range(len(runs))]
+
+    monkeypatch.setattr(il.MetaLearner, "evaluate", evaluate)
+    monkeypatch.setattr("innerloop.studies.patterns.times_of", timed)
+
+    def go(kept: Path | None) -> Any:
+        calls.clear()
+        return study(trained, tasks, [1, 2], count=4, repetitions=2, kept=kept)
+
+    last = 10**6
+    whole, every = go(None), 2 * (32 + 1 + 2)
+    assert len(calls) == every
+    last = 50
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "kept")
+    last = 10**6
+    assert go(tmp_path / "kept") == whole
+    assert len(calls) == every - 49 - 1  # no adaptation at all is the same in any number of steps
+    assert calls.count("time") == 1
 
 
 def trained_accuracy(patterned: il.MetaLearner, batch: il.Task) -> Tensor:

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
                 f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none{still} --out NEW"
             )
             raise UsageError(f"{error}; write {again}") from error
+        kept = arguments.run / "patterns.partial.jsonl"
         with arithmetic(settings):
             sections = study(
                 learner,
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
                 batch_norm=batch_norm,
                 parts=parts,
                 progress=lambda line: print(line, flush=True),
+                kept=kept,
             )
     notes = {
         "run": str(arguments.run),
@@ -105,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         "precision": settings.precision,
     }
     section = save_study(arguments.run, sections, learner.inner.adaptation_steps, notes)
+    kept.unlink()
     for each in sections:
         print(f"{each.steps} {'step' if each.steps == 1 else 'steps'}: {confirmation(each)}")
     print(f"{section.chosen.pattern} in {section.steps} steps: {arguments.run / CHOICE}; all: {arguments.run / PAGE}")

@@ -30,7 +30,6 @@ from innerloop.batch_norm import affine_names
 from innerloop.blocks import parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
-from innerloop.problem import Task
 from innerloop.reporting import (
     Cell,
     Gallery,
@@ -48,11 +47,12 @@ from innerloop.reporting import (
 )
 from innerloop.reporting.figures import BLUE, DOTS, DOTTED, GREY, ORANGE, Line, Panel, frontier, panels, save
 from innerloop.tasks import TaskSource
-from innerloop.training.evaluation import Estimate
+from innerloop.training.evaluation import Estimate, evaluate, key_of
 from innerloop.training.runs import save_results
+from innerloop.training.store import resumable
 
 EXHAUSTIVE = 8  # blocks up to which all patterns are tried
-BATCH = 32  # tasks evaluated at once
+SUPPORTS = 32  # support sets that timed adaptations go through
 WARM_UP = 10  # adaptations before the clock starts
 CHOICE, RESULTS, PAGE, PICTURE = "pattern.json", "patterns.json", "patterns.md", "patterns.png"
 
@@ -312,6 +312,7 @@ def study(
     batch_norm: bool = True,
     parts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
+    kept: Path | None = None,
 ) -> list[Section]:
     """Judge and time every pattern on a trained learner, which stays as it is.
 
@@ -329,6 +330,8 @@ def study(
         batch_norm: batch norm's scale and shift move with their block; False leaves them out in every pattern.
         parts: names of the model's blocks, where it does not declare them; see `innerloop.Blocks`.
         progress: called with a line for each pattern done.
+        kept: file to which each result is appended, and from which those of the same study, interrupted before, are
+            taken.
 
     Returns:
         A section for each number of steps, in order.
@@ -345,13 +348,14 @@ def study(
         raise ValueError(f"{tasks.name} is regression; patterns are chosen by accuracy, so they need classes")
     steps = sorted(set(steps))
     place = next(learner.model.parameters())
-    batch = tasks.batch("validation", 0, min(count, BATCH)).to(place.device, place.dtype)
+    batch = tasks.batch("validation", 0, min(count, SUPPORTS)).to(place.device, place.dtype)
     supports = list(zip(*batch.support, strict=True))
     forward = multiply_adds(learner.model, supports[0][0], parts)
 
     def accuracies(learner: MetaLearner, split: str, steps: int) -> Tensor:
-        batches = (tasks.batch(split, start, min(BATCH, count - start)) for start in range(0, count, BATCH))
-        return torch.cat([_accuracy(learner, batch, steps, inductive) for batch in batches])
+        found = evaluate(learner, tasks, split, count, steps=steps, inductive=inductive, kept=kept).accuracies
+        assert found is not None
+        return found.double()
 
     patterns = patterns_for(movable_blocks(learner, batch_norm, parts))
     # the last pattern moves nothing: it is no step, of whatever could move
@@ -370,7 +374,13 @@ def study(
             for learners in (plain, patterned)
             for each, some in zip(learners, taken, strict=True)
         ]
-        *times, forward_time = times_of([*runs, partial(_passes, learner, number)], supports, repetitions)
+        timed = ("validation", number, repetitions, moving, place.device, torch.get_num_threads())
+        with resumable(kept, key_of(learner, tasks, timed)) as (before, keep):
+            if not before:
+                measured = times_of([*runs, partial(_passes, learner, number)], supports, repetitions)
+                before[0] = {"seconds": torch.tensor(measured, dtype=torch.float64)}
+                keep(0, before[0])
+        *times, forward_time = (Timing(*seconds) for seconds in before[0]["seconds"].tolist())
         rows = [
             Row(
                 pattern=pattern,
@@ -399,12 +409,6 @@ def _passes(learner: MetaLearner, number: int, inputs: Tensor, targets: Tensor) 
     """As much forward computation as an adaptation in so many steps has."""
     for _ in range(number):
         learner.loss(learner.model(inputs), targets)
-
-
-def _accuracy(learner: MetaLearner, batch: Task, steps: int, inductive: bool) -> Tensor:
-    accuracy = learner.evaluate(batch, steps=steps, inductive=inductive).accuracy
-    assert accuracy is not None
-    return accuracy.double().cpu()
 
 
 def deployed(sections: Sequence[Section], steps: int) -> Section:
