@@ -1,6 +1,7 @@
 """The check of estimators against the exact meta-gradient: its numbers, its words and its command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,35 @@ def test_a_source_without_the_task_asked_for_is_refused() -> None:
     source = Two("list")
     with pytest.raises(ValueError, match="gives 2 of 1 tasks"):
         check(source.learner(il.SGD(lr=0.1, steps=1)), source, ["unrolled"], count=1)
+
+
+def test_an_interrupted_check_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calls = Ridge(noise=0.3), []
+    learner = source.learner(il.SGD(lr=0.1, steps=3))
+    estimate = il.Bilevel.estimate
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return estimate(*given)
+
+    def go(kept: Path | None = None) -> Any:
+        calls.clear()
+        names = ["unrolled", "window:1", "reptile", "implicit:iterations=2"]
+        found = check(learner, source, names, count=4, kept=kept)
+        return found.geometry, [replace(row, seconds=None) for row in found.rows]
+
+    monkeypatch.setattr(il.Bilevel, "estimate", counted)
+    last = 10**6
+    whole = go()
+    assert len(calls) == 16
+    last = 11  # in the third task
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "kept")
+    last = 10**6
+    assert go(tmp_path / "kept") == whole
+    assert len(calls) == 8
 
 
 TINY = ["--dataset=sinusoid", "--model=mlp", "--filters=8", "--inner-lr=0.01", "--inner-steps=2", "--device=cpu"]
