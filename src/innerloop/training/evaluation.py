@@ -225,7 +225,7 @@ def evaluate(
 
 
 def key_of(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:
-    """A hash of all that results follow from, but for the data beyond the first task; ``asked`` names the split first."""
+    """A hash of all that results follow from but the data beyond the first task; ``asked`` begins with the split."""
     digest = hashlib.sha256(repr((asked, learner)).encode())
     for value in (*learner.state_dict().values(), *tensors(draw(tasks, learner, asked[0], 0, 1))):
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
