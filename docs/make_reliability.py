@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--damages", type=int, default=500, help="of each file")
     asked = parser.parse_args()
+    made = provenance()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -49,7 +50,7 @@ def main() -> None:
             "runs": ends,
             "damaged files": outcomes,
             "seconds": time.monotonic() - began,
-            **provenance(),
+            **made,
         },
     )
     save(DOCS / "reliability-kills.png", panels([_kills(kills)], width=8, height=3))

@@ -203,15 +203,13 @@ def test_children_end_with_their_parent(tmp_path: Path, start: Start) -> None:
 
 
 def train_as_compare_does(run: Path) -> None:
-    from rich.progress import Progress
+    from rich.console import Console
 
     from innerloop.studies.trainings import Training, train_all
 
     pairs = (option.removeprefix("--").split("=") for option in ENDLESS)
     given: dict[str, Any] = {name.replace("-", "_"): value for name, value in pairs}
-    bar = Progress(disable=True)
-    bar.add_task("", total=1)
-    train_all([Training(run, "one", Settings(**given), 1.0)], 1, bar)
+    train_all([Training(run, "one", Settings(**given), 1.0)], 1, Console(quiet=True))
 
 
 def test_a_process_that_measures_ends_with_its_parent(tmp_path: Path) -> None:

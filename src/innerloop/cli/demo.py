@@ -15,7 +15,7 @@ import torch
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
-from innerloop.reporting import write_text
+from innerloop.reporting import write
 from innerloop.studies.demo import are_drawings, gather, page, try_out, verdict, write_specimens
 from innerloop.training.adaptation import inverts, read_images
 from innerloop.training.build import arithmetic
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         file = arguments.out / f"adapted.{arguments.export}"
         export(file, model, notes, photographs.files[:4])
         shown = page(photographs, trial, {"model": file.name, "started from": f"{start}, {why}"}, usage(file.name))
-        write_text(arguments.out / PAGE, shown)
+        write(arguments.out / PAGE, shown)
     outcome = verdict(photographs, trial)
     print(f"{outcome.first} {outcome.rest}")
     for name, share in trial.accuracies.items():

@@ -6,20 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from innerloop.files import write
+from innerloop import files
 
 
-def write_bytes(path: Path, content: bytes | str) -> None:
-    """`innerloop.files.write`, and the folder is made where there is none.
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file as `innerloop.files.write` does, and the folder is made where there is none.
 
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, content)
-
-
-write_text = write_bytes
+    files.write(path, content)
 
 
 def write_json(path: Path, values: Any, indent: int = 2) -> None:
@@ -28,4 +25,4 @@ def write_json(path: Path, values: Any, indent: int = 2) -> None:
     Raises:
         TypeError: JSON cannot hold a value.
     """
-    write_text(path, json.dumps(values, indent=indent) + "\n")
+    write(path, json.dumps(values, indent=indent) + "\n")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike
 
-from innerloop.reporting._files import write_bytes
+from innerloop.reporting._files import write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#d9720a", "#2a9d4a", "#d43a2f", "#808080"
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7d55b0", GREY, "#a0792c", "#c2588f")
@@ -163,19 +163,6 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return found
 
 
-def bars(values: Mapping[str, Sequence[float]], label: str = "accuracy, %") -> Figure:
-    """A bar for each name: mean and half-width of its 95 % interval, between 0 and 1."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 0.6 + 0.42 * len(values)), layout="constrained")
-        axes = figure.subplots()
-        means, halves = 100 * np.nan_to_num(np.array(list(values.values()), dtype=float)).T
-        colours = [BLUE, *[GREY] * (len(values) - 1)]
-        axes.barh(list(values), means, xerr=halves, color=colours, height=0.6, capsize=3)
-        axes.invert_yaxis()
-        axes.set(xlabel=label, xlim=(0, 100))
-    return figure
-
-
 def confusion(names: Sequence[str], counts: ArrayLike) -> Figure:
     """Which class was taken for which.
 
@@ -210,4 +197,4 @@ def png(figure: Figure) -> bytes:
 
 def save(path: Path, figure: Figure) -> None:
     """Write a figure as PNG."""
-    write_bytes(path, png(figure))
+    write(path, png(figure))

@@ -43,7 +43,7 @@ from innerloop.reporting import (
     markdown,
     percent,
     points,
-    write_text,
+    write,
 )
 from innerloop.reporting.figures import BLUE, DOTS, DOTTED, GREY, ORANGE, Line, Panel, frontier, panels, save
 from innerloop.tasks import TaskSource
@@ -438,7 +438,7 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
     made = {key: results[key] for key in (*notes, "command", "time", "commit", "versions", "machine")}
     tables = [part for each in sections for part in (Heading(_title(each)), table(each), confirmation(each))]
     parts = [Gallery([Picture(PICTURE, "Accuracy over adaptation time")]), *tables, *how_made(made)]
-    write_text(folder / PAGE, markdown("Patterns", parts))
+    write(folder / PAGE, markdown("Patterns", parts))
     return section
 
 
