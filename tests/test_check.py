@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import innerloop as il
@@ -53,7 +51,7 @@ def test_exact_estimators_have_no_error() -> None:
     for name in exact:
         assert spread(found[name].error).high < 1e-12
         assert spread(found[name].cosine).low > 1 - 1e-12
-        assert "agrees with the exact" in found[name].sentence
+        assert "agrees with the exact" in found[name].sentence or "is exact" in found[name].sentence
     assert spread(found["first-order"].error).low > 1e-3
     assert [found[name].products for name in ("unrolled", "window:1", "first-order")] == [4, 4, 0]
 
@@ -157,7 +155,7 @@ def test_memory_reduced_is_compared_in_the_backbone_alone() -> None:
     assert spread(full.error).high < 1e-6
     assert spread(constant.error).high == 0
     assert "(in what is not adapted, all that it learns)" in reduced.sentence
-    assert "agrees with the exact meta-gradient here" in constant.sentence
+    assert "is exact" in constant.sentence
     assert not learner.carried.state_dict()
 
 
@@ -391,8 +389,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert results[point]["rows"][1]["error"]["median"] > 0
     fresh, trained = (results[point]["geometry"]["largest"]["median"] for point in ("fresh weights", "trained weights"))
     assert fresh != trained
-    with Image.open(run / "check.png") as picture:
-        assert np.asarray(picture.convert("L")).std() > 5
 
     monkeypatch.setattr("innerloop.cli.check.peak", lambda *_: 2**20)  # it takes seconds a row, and was seen above
     file.write_text(

@@ -150,7 +150,7 @@ def test_a_number_of_inner_steps_at_which_memory_cannot_be_measured_is_left_out(
     def measured(_, settings, tasks, everything):
         if settings["inner_steps"] == 20:
             raise Failed("exit -9")
-        return {**COST.as_json(), "memory": 100 * settings["inner_steps"]} if everything else {"memory": 7}
+        return {**COST._asdict(), "memory": 100 * settings["inner_steps"]} if everything else {"memory": 7}
 
     monkeypatch.setattr(costs, "in_fresh_process", measured)
     assert cost(Settings(**TINY), tmp_path / "tasks", (1, 2, 20)).memory_at == {1: 7, 2: 200}
@@ -164,7 +164,7 @@ def test_costs_are_measured(tmp_path):
     assert set(found.memory_at) == {1, 2}
     assert all(size > 0 for size in found.memory_at.values())
     assert 0 < found.adaptation.median < 10
-    assert Cost.of(json.loads(json.dumps(found.as_json()))) == found
+    assert Cost.of(json.loads(json.dumps(found._asdict()))) == found
 
 
 def test_the_dearer_first_meta_steps_of_a_multi_step_loss_count(monkeypatch):

@@ -1,7 +1,7 @@
 """Compare estimators of the meta-gradient with the exact one, on your own model and tasks.
 
 RUN is a folder that innerloop train has written, checked with fresh weights and with its trained ones; a settings file
-(YAML, JSON, TOML) is checked with fresh weights. The table, check.json and check.png say how far each estimator is from
+(YAML, JSON, TOML) is checked with fresh weights. The table and check.json say how far each estimator is from
 the exact meta-gradient, task by task, and a sentence each says why and what helps.
 """
 
@@ -21,7 +21,7 @@ from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import Failed, UsageError
 from innerloop.files import check_writable
-from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, draw, table
+from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
 from innerloop.training.report import task_words
@@ -100,10 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
         console.print()
     with writing_results():
         save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
-        draw(folder / "check.png", checks)
         kept.unlink(missing_ok=True)
     console.print("median (10-90 % of the tasks); one task at a time", soft_wrap=True)
-    console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
+    console.print(f"results: {folder / 'check.json'}", soft_wrap=True, markup=False)
 
 
 def _with_memory(checks: dict[str, Check], settings: Settings, split: str, kept: Path) -> dict[str, Check]:

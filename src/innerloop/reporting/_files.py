@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,14 @@ def write_json(path: Path, values: Any, indent: int = 2) -> None:
         TypeError: JSON cannot hold a value.
     """
     write(path, json.dumps(values, indent=indent) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Named tuples as objects, and NaN, which JSON has not, as null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

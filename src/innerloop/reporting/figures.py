@@ -63,7 +63,6 @@ class Panel(NamedTuple):
         levels: horizontal lines, by name, with their looks.
         notes: text beside a point, as (x, y, text).
         ticks: of logarithmic axes, how their numbers are written, by ``"x"`` or ``"y"``.
-        across: values lie on the x axis, and what they are of on the y axis.
     """
 
     lines: Mapping[str, Line]
@@ -71,7 +70,6 @@ class Panel(NamedTuple):
     levels: Mapping[str, tuple[float, Mapping[str, Any]]] = {}
     notes: Sequence[tuple[float, float, str]] = ()
     ticks: Mapping[str, Callable[[float], str]] = {}
-    across: bool = False
 
 
 def panels(shown: Sequence[Panel], columns: int = 2, width: float = 4.6, height: float = 3.5) -> Figure:
@@ -112,20 +110,14 @@ def _draw(axes: Axes, panel: Panel, names: list[str]) -> None:
         if look.get("marker") == OWN:
             look["marker"] = MARKERS[place % len(MARKERS)]
         x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-        axes.plot(*((y, x) if panel.across else (x, y)), **look)
+        axes.plot(x, y, **look)
         if line.low is None or line.high is None:
             continue
         low, high = (np.asarray(end, dtype=float) for end in (line.low, line.high))
         if look.get("linestyle") == "":
             spread = np.nan_to_num([y - low, high - y])
-            bars = {
-                "xerr" if panel.across else "yerr": spread,
-                "ecolor": look["color"],
-                "elinewidth": 1.2,
-                "capsize": 3,
-            }
             # in front, since many an interval is shorter than its marker
-            axes.errorbar(*((y, x) if panel.across else (x, y)), fmt="none", zorder=3, **bars)
+            axes.errorbar(x, y, spread, fmt="none", zorder=3, ecolor=look["color"], elinewidth=1.2, capsize=3)
         else:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     for name, (value, own) in panel.levels.items():

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
-from innerloop.reporting.figures import DOTS, Line, Panel, panels, save
 from innerloop.training.evaluation import Source, evaluation_mode, key_of
 from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.health import eigenvalues, single
@@ -52,10 +50,7 @@ class Spread:
         return Spread(*map(float, np.quantile(finite, (0.5, 0.1, 0.9)))) if finite else None
 
     def __str__(self) -> str:
-        return f"{_short(self.median)} ({_short(self.low)} .. {_short(self.high)})"
-
-
-NOTHING = Spread(math.nan, math.nan, math.nan)
+        return f"{_short(self.median)} ({_short(self.low)}..{_short(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -228,7 +223,7 @@ def check(
             row.unsolved.median if row.unsolved else None,
         )
         advice = estimator.advice(seen)
-        verdict = _verdict(row, estimator, estimator == exact)
+        verdict = _verdict(row, estimator)
         rows.append(replace(row, sentence=f"{name} {verdict}{advice and '; ' + advice}."))
     return Check(count, geometry, rows)
 
@@ -323,7 +318,7 @@ def _unsolved(learner: Bilevel, loop: InnerLoop, solved: Tree) -> float:
 # In words.
 
 
-def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
+def _verdict(row: Row, estimator: MetaGradient) -> str:
     """How good it is, by what was measured."""
     where = "" if estimator.learn_start else " (in what is not adapted, all that it learns)"
     if row.cosine is None:
@@ -331,78 +326,37 @@ def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
     lost = f"; it is not finite on {row.failed} of the tasks" if row.failed else ""
     if row.error is None:
         return f"is no gradient of the query loss; median cosine {_short(row.cosine.median)}{where}{lost}"
-    numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
-    if exact:
+    if row.error.high == 0:
         return f"is exact{where}{lost}"
     if row.error.median <= ROUNDING:
-        return f"agrees with the exact meta-gradient here, relative error {_short(row.error.median)}{where}{lost}"
-    if row.error.median <= CLOSE:
+        words = "agrees with the exact meta-gradient"
+    elif row.error.median <= CLOSE:
         words = "is close to the exact meta-gradient"
-    elif row.cosine.median >= 0.9:
-        words = "points the right way"
     elif row.cosine.median >= 0.5:
         words = "points roughly the right way"
     else:
-        words = "does not follow the exact meta-gradient here"
-    return f"{words}: {numbers}{where}{lost}"
+        words = "does not follow the exact meta-gradient"
+    numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
+    return f"{words} here: {numbers}{where}{lost}"
 
 
-def _short(value: float, digits: int = 3) -> str:
+def _short(value: float) -> str:
     """A few digits of a number, and one of a rounding error."""
-    return f"{value:.{digits}g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
 
 
 def table(found: Check) -> Table:
-    """The rows of a check for a terminal; memory only where it was measured."""
-    measured = any(row.memory is not None for row in found.rows)
-    shown = Table()
-    shown.add_column("estimator", overflow="fold")
-    for name in ("cosine", "relative error", "residual", "products", "ms", *(["MiB"] if measured else [])):
-        shown.add_column(name, justify="right", overflow="fold")
+    """The rows of a check for a terminal: median and the middle 80 % of the tasks."""
+    shown = Table("estimator", "cosine", "relative error", "residual", "products", "ms", "MiB")
     for row in found.rows:
-        if row.refused is not None:
+        if row.refused:
             shown.add_row(row.name, "refused")
             continue
         shown.add_row(
             row.name,
-            _cell(row.cosine, 3),
-            _cell(row.error, 2),
-            "-" if row.residual is None else _short(row.residual.median),
+            *(str(spread or "-") for spread in (row.cosine, row.error, row.residual)),
             f"{row.products:g}",
             f"{1000 * (row.seconds or 0):.1f}",
-            *(["-" if row.memory is None else f"{row.memory / 2**20:.1f}"] if measured else []),
+            "-" if row.memory is None else f"{row.memory / 2**20:.1f}",
         )
     return shown
-
-
-def _cell(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return "-"
-    return f"{_short(spread.median)}\n{_short(spread.low, digits)}..{_short(spread.high, digits)}"
-
-
-def draw(path: Path, checks: Mapping[str, Check]) -> None:
-    """Draw cosine and relative error of every estimator, median and the middle 80 % of the tasks.
-
-    Args:
-        path: where the PNG goes.
-        checks: of one or more points, by name, of the same estimators.
-    """
-    names = [row.name + " (refused)" * (row.refused is not None) for row in next(iter(checks.values())).rows]
-    shown: list[Panel] = []
-    for quantity, label in (("cosine", "cosine with the exact meta-gradient"), ("error", "relative error")):
-        lines = {}
-        for place, (name, found) in enumerate(checks.items()):
-            offset = 0.22 * (place - (len(checks) - 1) / 2)
-            spreads = [getattr(row, quantity) or NOTHING for row in found.rows]
-            middle, low, high = ([getattr(each, end) for each in spreads] for end in ("median", "low", "high"))
-            # an error of 0 lies on the axis
-            lines[name] = Line(np.arange(len(names)) + offset, middle, DOTS | {"clip_on": False}, low, high)
-        axes: dict[str, Any] = {"xlabel": label, "ylim": (len(names) - 0.5, -0.5), "yticks": range(len(names))}
-        axes["yticklabels"] = [] if shown else names
-        shown.append(Panel(lines, axes, across=True))
-    figure = panels(shown, height=1.2 + 0.4 * len(names), width=5)
-    right = figure.axes[1]
-    right.set_xscale("symlog", linthresh=CLOSE / 10)
-    right.set_xlim(0, max(right.get_xlim()[1], CLOSE))
-    save(path, figure)

@@ -264,7 +264,7 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, str]:
                 failed[name] = f"its costs could not be measured: {error}"
                 console.print(f"{name}: {failed[name]}", markup=False)
                 continue
-            save_results(costs, found.as_json())
+            save_results(costs, found._asdict())
         if plan.tune and not rates.exists():
             console.print(f"tuning {name}", markup=False)
             tried = tuning.search(settings, plan.tune, _steps(plan, name, known_costs(plan, folder)[name]))

@@ -125,14 +125,12 @@ class Recommendation(NamedTuple):
 
     Attributes:
         chosen: the method recommended; None where no method is above the nearest neighbour.
-        best: the most accurate method.
         candidates: in the order of the comparison.
         lightest: the method to take if memory binds; ``chosen`` where `RULE` names none.
         quickest: the method to take if adaptation must be fast; ``chosen`` likewise.
     """
 
     chosen: Entry | None
-    best: Entry
     candidates: list[Entry]
     lightest: Entry | None
     quickest: Entry | None
@@ -192,7 +190,6 @@ def recommend(comparison: Comparison) -> Recommendation:
 
     return Recommendation(
         chosen,
-        max(comparison.entries, key=lambda each: each.accuracy.mean),
         candidates,
         thriftiest(lambda each: each.memory),
         thriftiest(lambda each: each.adaptation.median),

@@ -26,6 +26,7 @@ from innerloop.reporting import (
     html,
     markdown,
     percent,
+    plain,
     points,
     size,
     write,
@@ -125,7 +126,7 @@ COLUMNS = {
 
 def write_report(folder: Path, comparison: Comparison) -> None:
     """Write ``comparison.json``, ``report.html``, which needs no other file, ``report.md`` and its pictures."""
-    write_json(folder / RESULTS, _plain(comparison))
+    write_json(folder / RESULTS, plain(comparison))
     fews = _fews(comparison)
     summary = Picture(
         SUMMARY,
@@ -181,17 +182,6 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         **{f"{name} could not be trained": why for name, why in comparison.failed.items()},
         **({"notes": "; ".join(comparison.notes)} if comparison.notes else {}),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Named tuples as objects, and NaN, which JSON has not, as null."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return _plain(value._asdict())
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def summary_figure(comparison: Comparison) -> Figure:

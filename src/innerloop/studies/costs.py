@@ -42,13 +42,9 @@ class Cost(NamedTuple):
     products: float
     adaptation: Timing
 
-    def as_json(self) -> dict[str, Any]:
-        """For a file."""
-        return self._asdict()
-
     @classmethod
     def of(cls, found: dict[str, Any]) -> Cost:
-        """The cost that `as_json` made, after a file."""
+        """The cost that was written to a file as `_asdict`."""
         memory_at = {int(number): size for number, size in found["memory_at"].items()}
         return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
 
@@ -136,7 +132,8 @@ def _measure(
     """Memory is that of the dearest meta-step; seconds are the mean where the first ones have the multi-step loss."""
     device = pytree.tree_leaves(batch)[0].device
     first = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_steps else None
-    short.meta_step(_first(batch))  # libraries load their kernels on first use; that is not the method's memory
+    alone: Task = pytree.tree_map(lambda each: each[:1], batch)
+    short.meta_step(alone)  # libraries load their kernels on first use; that is not the method's memory
     short.zero_grad(set_to_none=True)
     products: list[Tensor] = []
 
@@ -156,12 +153,6 @@ def _measure(
         learner.eval()
         found["adaptation"] = _timed(lambda: learner.adapt(inputs, targets), device)
     return found
-
-
-def _first(batch: Task) -> Task:
-    """A batch of the first task alone."""
-    first: Task = pytree.tree_map(lambda each: each[:1], batch)
-    return first
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> Timing:
