@@ -303,7 +303,7 @@ def test_a_method_with_other_training_shots_is_measured_on_its_own_tasks(tmp_pat
         return COST
 
     monkeypatch.setattr(studies, "cost", measured)
-    monkeypatch.setattr(studies, "_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(studies, "trainings_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         compare(["maml", "reptile"], folder=tmp_path / "study", steps=2, tune=0, progress=False, **TINY)
     assert sizes == {"unrolled": 3, "reptile": 30}

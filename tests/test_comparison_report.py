@@ -333,25 +333,15 @@ def test_whoever_never_reaches_the_target_is_left_out_of_the_panel_of_times() ->
     assert list(shown["frontier"]) == [35.0, 60.0]
 
 
-def test_where_most_never_reach_the_target_the_time_of_a_meta_step_is_drawn_instead() -> None:
-    fast = Timing(0.05, 0.05, 0.05)
-    mostly = comparison(entry("A", reached=None, meta_step=fast), entry("B", reached=None), entry("C"))
-    axes = summary_figure(mostly).axes[1]
-    assert axes.get_xlabel() == "time of a meta-step"
-    assert np.asarray(axes.lines[0].get_xdata())[0] == 0.05
-    half = summary_figure(comparison(entry("A", reached=None), entry("B")))
-    assert "45.00 %" in half.axes[1].get_xlabel()
-
-
 def test_an_axis_of_memory_has_several_marks() -> None:
     marks = [text.get_text() for text in summary_figure(comparison(entry("A"), entry("B"))).axes[0].get_xticklabels()]
     assert marks == ["64 MiB", "96 MiB", "128 MiB", "192 MiB"]
 
 
 def test_numbers_at_zero_can_be_drawn() -> None:
-    zero = entry("A", reached=0.0, memory=0, interval=math.nan, meta_step=Timing(0.01, 0.01, 0.01))
+    zero = entry("A", memory=0, interval=math.nan)
     figure = summary_figure(comparison(zero, entry("B")))
-    assert [np.asarray(axes.lines[0].get_xdata())[0] for axes in figure.axes] == [1.0, 0.01]
+    assert [np.asarray(axes.lines[0].get_xdata())[0] for axes in figure.axes] == [1.0, 60.0]
 
 
 # ---------------------------------------------------------------------------------------------- a browser

@@ -284,11 +284,15 @@ def known_costs(plan: Plan, folder: Path) -> dict[str, Cost]:
 def trainings_of(plan: Plan, folder: Path) -> dict[tuple[str, int], Training]:
     """The trainings of a study, by method and seed, at the outer rates found, of all methods that were measured."""
     plan, _ = _tuned(folder, plan)
-    return {
-        (name, seed): _training(folder, plan, name, seed, mine)
-        for name, mine in known_costs(plan, folder).items()
-        for seed in range(plan.seeds)
-    }
+    found = {}
+    for name, mine in known_costs(plan, folder).items():
+        steps = _steps(plan, name, mine)
+        for seed in range(plan.seeds):
+            run = folder / RUNS / _folder_name(name) / f"seed-{seed}"
+            often = math.ceil(steps / VALIDATIONS)
+            settings = replace(plan.methods[name], steps=steps, validate_every=often, seed=seed)
+            found[name, seed] = Training(run, f"{name}, seed {seed}", settings, mine.meta_step.median)
+    return found
 
 
 def conclude(
@@ -414,14 +418,6 @@ def _tuning_words(count: int, settings: Settings) -> str:
 def _steps(plan: Plan, name: str, mine: Cost) -> int:
     """Outer steps of a training, given what the method costs."""
     return plan.methods[name].steps if plan.minutes is None else max(1, int(60 * plan.minutes / mine.meta_step.median))
-
-
-def _training(folder: Path, plan: Plan, name: str, seed: int, mine: Cost) -> Training:
-    """The training of a method with a seed, given what the method costs."""
-    settings, steps = plan.methods[name], _steps(plan, name, mine)
-    own = replace(settings, steps=steps, validate_every=math.ceil(steps / VALIDATIONS), seed=seed)
-    run = folder / RUNS / _folder_name(name) / f"seed-{seed}"
-    return Training(run, f"{name}, seed {seed}", own, mine.meta_step.median)
 
 
 def _collect(

@@ -131,8 +131,8 @@ def write_report(folder: Path, comparison: Comparison) -> None:
     summary = Picture(
         SUMMARY,
         "Test accuracy against peak memory and against time, a point a method; the table has the numbers",
-        "Test accuracy with its 95 % interval against what a method costs; methods that never stay above the target, "
-        "unless those are most, are in the table alone.",
+        "Test accuracy with its 95 % interval against what a method costs; methods that never stay above the target "
+        "have no time.",
         png(summary_figure(comparison)),
     )
     learning = Picture(
@@ -185,25 +185,13 @@ def _facts(comparison: Comparison) -> dict[str, str]:
 
 
 def summary_figure(comparison: Comparison) -> Figure:
-    """Test accuracy against memory and against seconds to the target, the frontier and the recommendation marked.
-
-    Where most methods never reach the target, the time of a meta-step stands in place of the seconds.
-    """
-    entries = comparison.entries
-    memory = [float(max(entry.memory, 1)) for entry in entries]
-    steps = [entry.meta_step.median for entry in entries]
-    if 2 * sum(entry.reached is None for entry in entries) > len(entries):
-        times, label = list[float | None](steps), "time of a meta-step"
-    else:
-        # nothing is reached before the end of the first step; and 0 has no place on this axis
-        times = [
-            e.reached if e.reached is None else max(e.reached, step) for e, step in zip(entries, steps, strict=True)
-        ]
-        label = f"meta-steps to {_target(comparison)} validation accuracy, time"
+    """Test accuracy against memory and against seconds to the target, the frontier and the recommendation marked."""
+    memory = [float(max(entry.memory, 1)) for entry in comparison.entries]
+    label = f"meta-steps to {_target(comparison)} validation accuracy, time"
     return panels(
         [
             _costs(comparison, memory, "peak memory of a meta-step", size),
-            _costs(comparison, times, label, duration),
+            _costs(comparison, [entry.reached for entry in comparison.entries], label, duration),
         ]
     )
 
