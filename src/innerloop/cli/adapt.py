@@ -77,8 +77,6 @@ def run(arguments: argparse.Namespace) -> None:
             blocks, steps = read_choice(arguments.pattern)
             given = {"test_steps": steps} | given
         settings = read_run(arguments.run, given, tasks=False)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         support = class_folders(arguments.support)
         if len(support) < 2:
             raise UsageError(

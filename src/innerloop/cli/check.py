@@ -65,8 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
             settings = replace(Settings(**read_config(arguments.what)), **given)
         if trained and "inner_lr" in given and settings.inner.startswith("learned-rates"):
             raise UsageError("--inner-lr changes nothing in a run that has learned its rates; leave it out")
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         if not settings.inner_steps:
             raise UsageError(f"{NO_STEP} (--inner-steps)")
         estimators = _names(arguments.estimators) or list(dict.fromkeys([*ESTIMATORS, settings.meta_gradient]))

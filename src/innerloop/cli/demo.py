@@ -11,8 +11,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
 from innerloop.reporting import write
@@ -57,8 +55,6 @@ def run(arguments: argparse.Namespace) -> None:
             start = arguments.run or ("shipped:glyphs" if drawings else "shipped:photos")
             why = "as told" if arguments.run else f"for {'drawings' if drawings else 'pictures'}, as these seem to be"
             settings = replace(read_run(run_folder(start)), **given_settings(arguments))
-            if settings.threads:
-                torch.set_num_threads(settings.threads)
             learner, trained = load_learner(run_folder(start), settings, len(photographs.classes))
             shape, invert = trained["input_shape"], inverts(settings, "auto")
             if trained["ways"] is None or len(shape) != 3:

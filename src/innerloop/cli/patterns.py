@@ -53,8 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         settings = read_run(arguments.run, given_settings(arguments))
         numbers = whole_numbers("--steps", arguments.numbers)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         check_writable(arguments.run)
         tasks = build_tasks(settings, ("validation", "test"))
         learner, _ = load_learner(arguments.run, settings, tasks.output_size)

@@ -109,8 +109,6 @@ def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict
         everything: and not peak memory alone.
     """
     chosen = Settings(**settings)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     stored = load_checkpoint(Path(tasks))
     shape = stored["shape"]
     learner = _learner(chosen, shape)
