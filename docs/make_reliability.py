@@ -74,7 +74,8 @@ def _damage(name: str, damaged: list[Any]) -> Panel:
     for what in sorted({each.what for each in damaged}):
         mine = [each for each in damaged if each.file == name and each.what == what]
         lines[what] = Line([100 * each.place for each in mine], [each.lost for each in mine], DOTS | {"alpha": 0.4})
-    return Panel(lines, {"title": name, "xlabel": "place of the damage, % of the file", "ylabel": LOST[name]})
+    axes = {"title": name, "xlabel": "place of the damage, % of the file", "ylabel": LOST[name], "ylim": (-0.2, None)}
+    return Panel(lines, axes)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Kill(NamedTuple):
 def killed_runs(folder: Path, count: int, expected: Any) -> tuple[list[Kill], Counter[str]]:
     """Kill trainings so often and resume them, until the last one has ended.
 
-    Every other kill comes at a random time, every other at a random call that reaches the disk.
+    Every other kill comes a random time after a random step, every other at a random call that reaches the disk.
 
     Returns:
         The kills, and what the runs came to: ``"equal"`` to ``expected``, as `end_of` gives it, ``"different"`` or
@@ -129,7 +129,11 @@ def killed_runs(folder: Path, count: int, expected: Any) -> tuple[list[Kill], Co
         process = CONTEXT.Process(target=command, args=(output, ["train", *which], *before))
         process.start()
         if not in_write and not alive:
-            process.join(chance.uniform(0.05, 0.8))
+            done = store.last_step(run / METRICS)
+            target = chance.randint(done, STEPS)  # done: while it starts
+            while process.is_alive() and store.last_step(run / METRICS) < target:
+                process.join(0.003)
+            process.join(chance.uniform(0.0, 0.2))
             process.kill()
         process.join(120)
         finished = process.exitcode != -signal.SIGKILL
