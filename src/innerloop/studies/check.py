@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from innerloop.bilevel import Bilevel
 from innerloop.choices import choice
@@ -50,7 +50,7 @@ class Spread:
         return Spread(*map(float, np.quantile(finite, (0.5, 0.1, 0.9)))) if finite else None
 
     def __str__(self) -> str:
-        return f"{_short(self.median)} ({_short(self.low)}..{_short(self.high)})"
+        return f"{_short(self.median)} ({_short(self.low)} .. {_short(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,8 @@ def _short(value: float) -> str:
 
 def table(found: Check) -> Table:
     """The rows of a check for a terminal: median and the middle 80 % of the tasks."""
-    shown = Table("estimator", "cosine", "relative error", "residual", "products", "ms", "MiB")
+    names = "estimator", "cosine", "relative error", "residual", "products", "ms", "MiB"
+    shown = Table(*(Column(name, overflow="fold") for name in names))
     for row in found.rows:
         if row.refused:
             shown.add_row(row.name, "refused")
