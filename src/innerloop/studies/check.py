@@ -329,15 +329,17 @@ def _verdict(row: Row, estimator: MetaGradient) -> str:
     if row.error.high == 0:
         return f"is exact{where}{lost}"
     if row.error.median <= ROUNDING:
-        words = "agrees with the exact meta-gradient"
+        words = "agrees with the exact meta-gradient here"
     elif row.error.median <= CLOSE:
         words = "is close to the exact meta-gradient"
+    elif row.cosine.median >= 0.9:
+        words = "points the right way"
     elif row.cosine.median >= 0.5:
         words = "points roughly the right way"
     else:
-        words = "does not follow the exact meta-gradient"
+        words = "does not follow the exact meta-gradient here"
     numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
-    return f"{words} here: {numbers}{where}{lost}"
+    return f"{words}: {numbers}{where}{lost}"
 
 
 def _short(value: float) -> str:
