@@ -194,7 +194,7 @@ def main() -> None:
         print(title, {name: each.get("seconds") for name, each in found[title].items()}, flush=True)
     record = {"models": found, "growth": growth(args.quick, rounds), "absent": gone, **reporting.provenance()}
     reporting.write_json(args.out / "costs.json", record, indent=1)
-    reporting.write_text(args.out / "costs.md", page(json.loads(json.dumps(record))))
+    reporting.write(args.out / "costs.md", page(json.loads(json.dumps(record))))
 
 
 if __name__ == "__main__":

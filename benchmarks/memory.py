@@ -252,7 +252,7 @@ def main() -> None:
     }
     stem = args.out / f"memory-{args.device}"
     reporting.write_json(stem.with_suffix(".json"), record, indent=1)
-    reporting.write_text(stem.with_suffix(".md"), page(record, f"{stem.name}.png"))
+    reporting.write(stem.with_suffix(".md"), page(record, f"{stem.name}.png"))
     draw(results["Inner steps"], stem.with_suffix(".png"))
     print(page(record, f"{stem.name}.png"))
 

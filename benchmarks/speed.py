@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import innerloop as il
-from innerloop.reporting import made, provenance, table, write_json, write_text
+from innerloop.reporting import made, provenance, table, write, write_json
 from innerloop.training.allocator import keep_freed_memory
 
 Step = Callable[[], None]
@@ -409,7 +409,7 @@ def main() -> None:
     if args.out or not args.quick:
         folder = args.out or Path(__file__).parent
         write_json(folder / "speed.json", record, indent=1)
-        write_text(folder / "speed.md", page(record))
+        write(folder / "speed.md", page(record))
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def main() -> None:
     }
     stem = args.out / ("transformer" if args.device == "cpu" else f"transformer-{args.device}")
     reporting.write_json(stem.with_suffix(".json"), record, indent=1)
-    reporting.write_text(stem.with_suffix(".md"), page(record))
+    reporting.write(stem.with_suffix(".md"), page(record))
     print(page(record))
 
 

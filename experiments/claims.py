@@ -70,7 +70,7 @@ def main() -> None:
     page = (HERE / "README.md").read_text("utf-8")
     before, rest = page.split(BEGIN)
     table = reporting.table(["from", *CLAIMS], [*of_pages(), *of_baselines()])
-    reporting.write_text(HERE / "README.md", f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+    reporting.write(HERE / "README.md", f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(doc: str, folder: Path, parts: dict[str, Part], page: Callable[[dict[str
         found = {
             name: json.loads(file.read_text("utf-8")) for name in parts if (file := out / f"{name}.json").is_file()
         }
-        reporting.write_text(out / "README.md", page(found))
+        reporting.write(out / "README.md", page(found))
 
 
 def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) -> None:

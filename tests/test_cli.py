@@ -169,21 +169,16 @@ def test_evaluate_with_other_ways_and_steps(place: Path, capsys: pytest.CaptureF
     assert len(found["train"]["inductive"]["accuracy_curve"]) == 5
 
 
-@pytest.mark.parametrize("form", ["csv", "json"])
-def test_adapt_predicts_new_classes(place: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapt_predicts_new_classes(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     support, query, out = place / "few", place / "more", tmp_path / "out"
-    arguments = [f"--support={support}", "--query", str(query), f"--out={out}", f"--format={form}", "--test-steps=10"]
+    arguments = [f"--support={support}", "--query", str(query), f"--out={out}", "--test-steps=10"]
     main(["adapt", str(place / "run"), *arguments])
     text = capsys.readouterr().out
     assert "adapted to 4 classes, 12 images, in 10 steps" in text
     assert "accuracy: " in text
     names = [f"class{label}" for label in range(4)]
-    if form == "csv":
-        rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
-        probabilities = torch.tensor([[float(row[name]) for name in names] for row in rows])
-    else:
-        rows = json.loads((out / "predictions.json").read_text())
-        probabilities = torch.tensor([[row["probabilities"][name] for name in names] for row in rows])
+    rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+    probabilities = torch.tensor([[float(row[name]) for name in names] for row in rows])
     assert len(rows) == 20
     assert torch.allclose(probabilities.sum(1), torch.ones(20), atol=1e-5)
     assert [names[int(row.argmax())] for row in probabilities] == [row["prediction"] for row in rows]
@@ -205,28 +200,24 @@ def test_adapt_to_single_images_without_classes(place: Path, capsys: pytest.Capt
     assert [(row["file"], row["class"]) for row in rows] == [(str(image), "") for image in images]
 
 
-def write_choice(path: Path, pattern: str, steps: int = 5, affine: bool = True) -> Path:
+def write_choice(path: Path, pattern: str, steps: int = 5) -> Path:
     """A file such as ``innerloop patterns`` writes."""
-    path.write_text(json.dumps({"pattern": pattern, "steps": steps, "batch_norm_affine": affine}))
+    path.write_text(json.dumps({"pattern": pattern, "steps": steps, "parts": []}))
     return path
 
 
-@pytest.mark.parametrize("affine", [True, False])
 def test_adapt_moves_the_blocks_of_a_pattern_alone(
-    place: Path, tmp_path: Path, affine: bool, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choice, out = write_choice(tmp_path / "pattern.json", "00011", 5, affine), tmp_path / "out"
+    choice, out = write_choice(tmp_path / "pattern.json", "00011"), tmp_path / "out"
     arguments = [f"--support={place / 'few'}", "--query", str(place / "more"), f"--pattern={choice}", f"--out={out}"]
     main(["adapt", str(place / "run"), *arguments])
-    named = "Blocks('00011')" if affine else "Blocks('00011', batch_norm=False)"
+    named = "Blocks('00011')"
     assert f"adapted to 4 classes, 12 images, in 5 steps of {named};" in capsys.readouterr().out
     trained, adapted = load_file(place / "run" / "best.safetensors"), load_adapted(out)[0]
     changed = {name for name, value in adapted.named_parameters() if not torch.equal(value, trained[f"model.{name}"])}
-    norm = {"block4.norm.weight", "block4.norm.bias"}
-    # a bias before batch norm has no gradient but rounding
-    assert changed - {"block4.conv.bias"} == {"block4.conv.weight", "head.weight", "head.bias"} | (
-        norm if affine else set()
-    )
+    moved = {f"{name}.weight" for name in ("block4.conv", "block4.norm", "head")} | {"block4.norm.bias", "head.bias"}
+    assert changed - {"block4.conv.bias"} == moved  # a bias before batch norm has no gradient but rounding
     notes = json.loads((out / "adapted.json").read_text())
     assert (notes["adapts"], notes["adaptation_steps"]) == (named, 5)
     main(["adapt", str(place / "run"), *arguments, "--test-steps=2"])
@@ -427,7 +418,6 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         (["adapt", "{run}", "--support={few}", "--query=nowhere"], "--query nowhere does not exist"),
         (["adapt", "{run}", "--support={few}", "--query={broken}"], "cannot read the image"),
         (["adapt", "{run}", "--support={few}", "--query={images}"], "classes that --support has not: class10, class11"),
-        (["adapt", "{run}", "--support={few}", "--query={more}", "--format=xml"], "choose one of csv, json"),
         (
             ["adapt", "{run}", "--support={few}", "--query={more}", "--pattern=nowhere"],
             "innerloop patterns RUN writes it",

@@ -119,7 +119,6 @@ def test_multiply_adds_are_those_of_the_layers() -> None:
     assert forward == [32 * 32 * 27 * 64, 16 * 16 * 576 * 64, 8 * 8 * 576 * 64, 4 * 4 * 576 * 64, 256 * 5]
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(8 * 9, 2))
     assert multiply_adds(grouped, torch.rand(2, 4, 5, 5)) == [8 * 9 * 2 * 9, 8 * 9 * 2]
-    assert not any(module._forward_hooks for module in grouped.modules())
 
 
 @pytest.mark.parametrize("pattern", MOVING)
@@ -322,7 +321,6 @@ def test_learned_rates_come_along_and_are_not_invented() -> None:
         movable_blocks(il.MetaLearner(nn.Linear(2, 2)))
     norms = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
     assert movable_blocks(il.MetaLearner(norms)) == [True, True, True]
-    assert movable_blocks(il.MetaLearner(norms), batch_norm=False) == [True, False, True]
 
 
 def test_the_patterns_tried() -> None:
@@ -357,11 +355,8 @@ def test_the_choice_obeys_its_rules(seed: int) -> None:
     assert times == sorted(times, reverse=True)
     assert times[-1] == min(each.time_reusing.median for each in rows if "1" in each.pattern)
     assert all("1" in each.pattern for each in chosen)
-    best = choose(rows, 0.0, best_quality=True)
-    assert best.accuracy.mean == max(each.accuracy.mean for each in rows if "1" in each.pattern)
     shuffled = [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
     assert choose(shuffled, 1.0) == chosen[2]
-    assert choose(shuffled, 1.0, best_quality=True) == best
 
 
 def test_ties_and_the_last_resort() -> None:
@@ -414,6 +409,7 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
     sections = study(trained, tasks, [2, 1], tolerance=100.0, count=6, repetitions=2)
     # a section: the same validation tasks for 32 patterns, and only then test tasks, for full adaptation and the choice
     seen, last = ("validation", 0, 6), ("test", 0, 6)
+    drawn = [each for each in drawn if each[2] > 1]  # a single one tells the data from others
     assert drawn == [seen] + 2 * ([seen] * 32 + [last] * 2)
     assert [section.steps for section in sections] == [1, 2]
     assert (deployed(sections, 1).steps, deployed(sections, 7).steps) == (1, 2)
@@ -435,6 +431,42 @@ def test_the_study_leaves_the_learner_alone_and_pairs_tasks(tmp_path: Path) -> N
             study(trained, tasks, steps)
     with pytest.raises(ValueError, match="they need classes"):
         study(trained, il.tasks.sinusoid())
+
+
+def test_an_interrupted_study_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_classes(tmp_path / "images", 16)
+    tasks = il.tasks.folder(tmp_path / "images", ways=3, shots=2, queries=3, size=16, channels=1)
+    trained = il.MetaLearner(il.models.Conv4(in_channels=1, ways=3, filters=4, downsample="stride", size=16)).eval()
+    calls: list[str] = []
+    evaluated = il.MetaLearner.evaluate
+
+    def evaluate(*given: Any, **options: Any) -> Any:
+        calls.append("evaluate")
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return evaluated(*given, **options)
+
+    def timed(runs: Any, *_: Any) -> list[Timing]:
+        calls.append("time")
+        return [Timing(1 / (place + 3), 0.1, 0.2) for place in range(len(runs))]
+
+    monkeypatch.setattr(il.MetaLearner, "evaluate", evaluate)
+    monkeypatch.setattr("innerloop.studies.patterns.times_of", timed)
+
+    def go(kept: Path | None) -> Any:
+        calls.clear()
+        return study(trained, tasks, [1, 2], count=4, repetitions=2, kept=kept)
+
+    last = 10**6
+    whole, every = go(None), 2 * (32 + 1 + 2)
+    assert len(calls) == every
+    last = 50
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "kept")
+    last = 10**6
+    assert go(tmp_path / "kept") == whole
+    assert len(calls) == every - 49 - 1  # no adaptation at all is the same in any number of steps
+    assert calls.count("time") == 1
 
 
 def trained_accuracy(patterned: il.MetaLearner, batch: il.Task) -> Tensor:
@@ -469,24 +501,23 @@ def test_the_command_from_a_run_to_its_files(tmp_path: Path, capsys: pytest.Capt
     method = ["--adapts=everything", "--inner=sgd", "--meta-gradient=first-order", "--threads=1"]
     main(["train", f"--out={run}", *data, *model, *method, *length])
     capsys.readouterr()
-    measure = ["--tolerance=5", "--steps=1,2", "--tasks=8", "--repetitions=3", "--batch-norm-affine=false"]
+    measure = ["--tolerance=5", "--steps=1,2", "--tasks=8", "--repetitions=3"]
     main(["patterns", str(run), *measure])
     out = capsys.readouterr().out
     assert "2 steps  pattern 32/32  00000" in out
     results = json.loads((run / "patterns.json").read_text())
     assert [len(section["rows"]) for section in results["sections"]] == [32, 32]
-    assert {"command", "commit", "machine", "versions", "threads", "predictions", "batch_norm_affine"} <= results.keys()
+    assert {"command", "commit", "machine", "versions", "threads", "inductive", "parts"} <= results.keys()
     blocks, steps = read_choice(run / "pattern.json")
     pattern = blocks.pattern
     assert isinstance(pattern, str)
-    assert blocks.batch_norm is results["batch_norm_affine"] is False
     assert steps == 2
     assert pattern == results["sections"][1]["chosen"]
     assert f"{pattern} in 2 steps" in out
     rows = {each["pattern"]: each for each in results["sections"][1]["rows"]}
-    assert rows["11111"]["difference"] == [0.0, 0.0]
-    assert rows["11111"]["weights"] == (9 * 4 + 4) + 3 * (9 * 16 + 4) + (4 * 3 + 3)  # no scale, no shift
-    assert 100 * rows[pattern]["difference"][0] >= -5
+    assert rows["11111"]["difference"] == {"mean": 0.0, "interval": 0.0}
+    assert rows["11111"]["weights"] == (9 * 4 + 4) + 3 * (9 * 16 + 4) + 4 * 8 + (4 * 3 + 3)  # with scale and shift
+    assert 100 * rows[pattern]["difference"]["mean"] >= -5
     page = (run / "patterns.md").read_text()
     assert page.count("\n| ") == 2 * 34  # a header, a rule and 32 patterns
     one_step = page.partition("## 1 step\n")[2].partition("## 2 steps")[0]
@@ -504,9 +535,8 @@ def test_the_command_from_a_run_to_its_files(tmp_path: Path, capsys: pytest.Capt
     assert f"in 2 steps of {blocks!r}; the trained head is used as it is" in capsys.readouterr().out
 
     for broken, fault in (
-        ('{"pattern": "0x1", "steps": 2, "batch_norm_affine": true}', "0 or 1 a block"),
-        ('{"pattern": "011", "steps": 2, "batch_norm_affine": "moves"}', "not true or false"),
-        ('{"pattern": "011"}', "'batch_norm_affine'"),
+        ('{"pattern": "0x1", "steps": 2, "parts": []}', "0 or 1 a block"),
+        ('{"pattern": "011"}', "'parts'"),
         ("[", "Expecting value"),
     ):
         (run / "pattern.json").write_text(broken)
@@ -515,7 +545,6 @@ def test_the_command_from_a_run_to_its_files(tmp_path: Path, capsys: pytest.Capt
     for arguments, cure in (
         (["--steps=1,x"], "give whole numbers separated by commas"),
         (["--steps=0"], "1 or more"),
-        (["--batch-norm-affine=maybe"], "invalid choice: 'maybe'"),
         (["--tolerance=-1"], "must be 0 or more percentage points"),
         (["--tasks=1"], "both must be 2 or more"),
     ):

@@ -1,15 +1,12 @@
 """A run survives what happens to it: real processes, real signals, damaged files, full disks.
 
-The processes are forked from one that has loaded the library, so that a start costs next to nothing. INNERLOOP_KILLS
-and INNERLOOP_FLIPS make the long form of the test (make test-long).
+INNERLOOP_KILLS and INNERLOOP_FLIPS make the long form of the test (make test-long).
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -18,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -29,41 +26,17 @@ import torch
 
 from innerloop import files
 from innerloop.cli import main
-from innerloop.training import report, store
+from innerloop.reporting import in_fresh_process
+from innerloop.training import store
 from innerloop.training.checkpoints import load_checkpoint
 from innerloop.training.settings import Settings
 from innerloop.training.store import LAST, METRICS, load_newest, locked, read_records
+from trials import CONTEXT, STEPS, TINY, command, damages, end_of, killed_runs, same, whole_run
 
 KILLS, FLIPS = (int(os.environ.get(f"INNERLOOP_{name}", few)) for name, few in (("KILLS", 20), ("FLIPS", 150)))
-STEPS = 24
-TINY = [
-    "--dataset=sinusoid", "--model=mlp", "--filters=4", "--inner=sgd", "--inner-lr=0.01", "--inner-steps=1",
-    "--tasks-per-batch=2", "--device=cpu", "--threads=1", f"--steps={STEPS}", "--validate-every=6",
-    "--validation-tasks=4", "--test-tasks=4", "--checkpoint-every=2", "--outer-lr=1e-3",
-]  # fmt: skip
 ENDLESS = [*TINY, "--steps=1000000", "--validate-every=1000000", "--checkpoint-every=1h"]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["test_reliability", "innerloop.cli.train", "torch.utils.tensorboard", "torch._dynamo"])
 
 Start = Callable[..., ForkServerProcess]
-
-
-def without_pictures() -> None:
-    """Which take longer than the run, and come when all is saved."""
-    for name in ("plot_learning", "plot_adaptation", "plot_tasks"):
-        setattr(report, name, lambda *_: False)
-
-
-def command(output: Path, argv: list[str], before: Callable[..., None] | None, *given: Any) -> None:
-    """In a process of its own: the command, its output in a file."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    torch.set_num_threads(1)
-    without_pictures()
-    if before:
-        before(*given)
-    main(argv)
 
 
 @pytest.fixture
@@ -112,82 +85,18 @@ def recorded_after(run: Path, step: int) -> bool:
     return store.last_step(run / METRICS) > step
 
 
-def end_of(run: Path) -> tuple[dict[str, Any], list[Any], Any]:
-    """What a run comes to: its last checkpoint, its records without the time, the numbers of its test."""
-    states = load_checkpoint(run / LAST)
-    del states["progress"]["seconds"], states["progress"]["records"]
-    records = [{**record, "seconds": None} for record in read_records(run / METRICS)]
-    return states, records, json.loads((run / "results.json").read_text())["test"]
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    process = CONTEXT.Process(target=command, args=(run.with_name("output"), ["train", f"--out={run}", *TINY], None))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, run.with_name("output").read_text()
-    return run
+    return whole_run(tmp_path_factory.mktemp("whole") / "run")
 
 
-def die_in_a_write(calls: int) -> None:
-    """Be killed at the so-manieth call that reaches the disk, before or after it."""
-    left = [calls]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    os.fsync = counted(os.fsync)
-    os.replace = counted(os.replace)
-    os.truncate = counted(os.truncate)
-    Path.replace = counted(Path.replace)  # type: ignore[method-assign]
-    Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
-
-
-def test_killed_at_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happened(
-    whole: Path, tmp_path: Path, start: Start
-) -> None:
-    """Every other kill comes at a random time, every other at a random call that reaches the disk."""
-    chance, expected = random.Random(0), end_of(whole)
-    kills = runs = in_writes = 0
-    finished = False
-    while kills < KILLS or not finished:
-        run = tmp_path / f"run{runs}"
-        which = ["--resume", str(run)] if (run / "settings.json").exists() else [f"--out={run}", *TINY]
-        before = die_in_a_write if kills < KILLS and kills % 2 else None
-        process = start("train", *which, before=before, given=(chance.randint(1, 120),) if before else ())
-        if kills < KILLS and not before:
-            process.join(chance.uniform(0.05, 0.8))
-            process.kill()
-        process.join(120)
-        finished = process.exitcode != -signal.SIGKILL
-        if not finished:
-            kills += 1
-            in_writes += before is not None
-        else:
-            assert process.exitcode == 0, (tmp_path / "output").read_text()[-2000:]
-            assert same(end_of(run), expected)
-            assert not list(run.glob("*.part"))
-            runs += 1
-    print(f"{kills} kills, {in_writes} of them in a write, in {runs} runs")
-    assert in_writes >= KILLS // 4
+def test_killed_at_random_moments_it_ends_bit_for_bit_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
+    kills, ends = killed_runs(tmp_path, KILLS, end_of(whole))
+    assert ends.keys() == {"equal"}, (tmp_path / "output").read_text()[-2000:]
+    assert not list(tmp_path.glob("*/*.part"))
+    assert sum(each.in_write for each in kills) >= KILLS // 4
+    assert max(each.lost for each in kills) <= 2  # a checkpoint comes every second step
 
 
 def test_one_process_at_a_time_has_a_folder_and_signals_save(tmp_path: Path, start: Start) -> None:
@@ -296,15 +205,28 @@ def test_children_end_with_their_parent(tmp_path: Path, start: Start) -> None:
 
 
 def train_as_compare_does(run: Path) -> None:
-    from rich.progress import Progress
+    from rich.console import Console
 
     from innerloop.studies.trainings import Training, train_all
 
     pairs = (option.removeprefix("--").split("=") for option in ENDLESS)
     given: dict[str, Any] = {name.replace("-", "_"): value for name, value in pairs}
-    bar = Progress(disable=True)
-    bar.add_task("", total=1)
-    train_all([Training(run, "one", Settings(**given), 1.0)], 1, bar)
+    train_all([Training(run, "one", Settings(**given), 1.0)], 1, Console(quiet=True))
+
+
+def test_a_process_that_measures_ends_with_its_parent(tmp_path: Path) -> None:
+    file = tmp_path / "process"
+    parent = CONTEXT.Process(target=in_fresh_process, args=(linger, str(file)))
+    parent.start()
+    child = int(wait_for(lambda: file.exists() and file.read_text()))
+    parent.kill()
+    parent.join()
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def linger(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(300)
 
 
 def test_output_that_is_closed_or_ascii_ends_nothing(tmp_path: Path, start: Start) -> None:
@@ -383,42 +305,11 @@ def fail_at(patch: pytest.MonkeyPatch, name: str) -> None:
     patch.setattr(*{"fsync": (os, "fsync"), "open": (Path, "open"), "replace": (Path, "replace")}[name], full)
 
 
-def test_every_damaged_byte_of_a_run_is_found_or_costs_its_line(
-    whole: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_every_damaged_byte_of_a_run_is_found_or_costs_its_line(whole: Path, tmp_path: Path) -> None:
     """One byte of one file is changed, or the file ends there: the run is the same, or one line says what is wrong."""
-    chance, run = random.Random(0), tmp_path / "run"
-    shutil.copytree(whole, run)
-    states = [load_checkpoint(file) for file in store.generations(run)]
-    settings, records = Settings.load(run / "settings.json"), read_records(run / METRICS)
-    tried = dict.fromkeys((LAST, "settings.json", METRICS), 0)
-    for name in tried:
-        content = (run / name).read_bytes()
-        for _ in range(FLIPS):
-            place, damaged = chance.randrange(len(content)), bytearray(content)
-            if chance.random() < 0.2:
-                del damaged[place:]
-            elif chance.random() < 0.2:
-                damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
-            else:
-                damaged[place] ^= chance.randint(1, 255)
-            (run / name).write_bytes(damaged)
-            tried[name] += 1
-            if name == LAST:
-                assert same(load_newest(run), states[1])
-            elif name == METRICS:
-                found = read_records(run / METRICS)
-                assert all(record in records for record in found)
-                gone = len(records) - len(found)
-                torn = len(content) - len(damaged)
-                assert gone <= 2 or torn
-            else:
-                with suppress(ValueError, OSError):
-                    read = Settings.load(run / "settings.json")
-                    differ = [key for key, value in vars(read).items() if value != getattr(settings, key)]
-                    assert len(differ) <= 2, differ
-            (run / name).write_bytes(content)
-    print(f"damaged: {tried}")
+    for each in damages(whole, tmp_path / "run", FLIPS):
+        assert each.outcome not in ("not noticed", "wrong")
+        assert each.lost <= 2 or each.what == "the end cut off"
 
 
 def test_damaged_best_weights_and_all_checkpoints(whole: Path, tmp_path: Path) -> None:
@@ -508,11 +399,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_computed(
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    for command in ("evaluate", "check", "patterns"):
+    for name in ("evaluate", "check", "patterns"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", refuse)
             with pytest.raises(SystemExit) as caught:
-                main([command, str(whole)])
+                main([name, str(whole)])
         error = capsys.readouterr().err
         assert caught.value.code == 2
         assert "cannot be written (Read-only file system), and the results go there" in error

@@ -9,9 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.patches import Rectangle
 
 from innerloop import reporting
 from innerloop.errors import Failed
@@ -50,14 +48,14 @@ def test_a_file_is_replaced_whole_and_reaches_the_disk_first(tmp_path: Path, mon
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.txt"
-    reporting.write_text(file, "old ±")
+    reporting.write(file, "old ±")
 
     def full(number: int) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        reporting.write_text(file, "new")
+        reporting.write(file, "new")
     with pytest.raises(TypeError):
         reporting.write_json(file, object())
     assert file.read_text("utf-8") == "old ±"
@@ -202,11 +200,10 @@ def test_frontier_is_what_nothing_else_beats() -> None:
 
 def test_a_name_looks_the_same_in_all_panels() -> None:
     one = figures.Panel({"a": figures.Line([1, 2], [1, 2]), "b": figures.Line([1, 2], [2, 3], {}, [1, 2], [3, 4])})
-    two = figures.Panel({"b": figures.Line([1], [2], figures.DOTS, [1], [3])}, levels={"limit": (1.5, {})}, across=True)
+    two = figures.Panel({"b": figures.Line([1], [2], figures.DOTS, [1], [3])}, levels={"limit": (1.5, {})})
     figure = figures.panels([one, two, two], columns=2)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "limit"]
     assert figure.axes[0].lines[1].get_color() == figure.axes[1].lines[0].get_color()
-    assert [float(np.ravel(line.get_xdata())[0]) for line in figure.axes[1].lines[:1]] == [2.0]  # across
     assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
     assert figures.png(figure).startswith(b"\x89PNG")
 
@@ -219,8 +216,3 @@ def test_confusion_shows_counts_by_class() -> None:
         ("4", (1, 1)),
     ]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
-
-
-def test_bars_have_one_for_each_name() -> None:
-    axes = figures.bars({"adapted": (0.9, 0.01), "pixels": (0.5, math.nan)}).axes[0]
-    assert [patch.get_bbox().width for patch in axes.patches if isinstance(patch, Rectangle)] == [90.0, 50.0]

@@ -239,7 +239,7 @@ def main() -> None:
             record["rows"].append(row)
             record |= {"count": args.count, "command": "python experiments/recipe/run.py", **reporting.provenance()}
             reporting.write_json(path, record)
-    reporting.write_text(args.out / "README.md", page(record))
+    reporting.write(args.out / "README.md", page(record))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from innerloop.children import end_with_parent
 from innerloop.cli.parser import Parser
 from innerloop.cli.terminal import lasting_output
 from innerloop.errors import Diverged, Failed, Stopped, UsageError
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exits with one line: code 2 on a wrong setting, 1 if a training fails or a disk is full, 128 and its number on a
     signal, as 130 on Ctrl-C and 143 on SIGTERM.
     """
-    from innerloop.training.signals import end_with_parent, heeded
+    from innerloop.training.signals import heeded
 
     lasting_output()
     end_with_parent()

@@ -17,7 +17,7 @@ from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
 from innerloop.files import write
-from innerloop.reporting import provenance, write_json
+from innerloop.reporting import provenance
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.tasks._files import regular
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="FORMAT", help=f"write the model as one file without innerloop too ({', '.join(FORMATS)})"
     )
-    parser.add_argument("--format", default="csv", help="of the predictions (csv, json) [csv]")
     parser.add_argument(
         "--invert", default="auto",
         help="turn light into dark (auto, yes, no); auto, for a run on characters: each image with a light rim [auto]",
@@ -66,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Adapt, predict and write."""
     with usage_errors():
-        check_name("format", arguments.format, ("csv", "json"))
         check_name("invert", arguments.invert, ("auto", "yes", "no"))
         if arguments.export is not None:
             check_format(arguments.export)
@@ -79,8 +77,6 @@ def run(arguments: argparse.Namespace) -> None:
             blocks, steps = read_choice(arguments.pattern)
             given = {"test_steps": steps} | given
         settings = read_run(arguments.run, given, tasks=False)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         support = class_folders(arguments.support)
         if len(support) < 2:
             raise UsageError(
@@ -130,8 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
         **provenance(),
     }
     save_adapted(out, model, settings, notes)
-    predictions = out / f"predictions.{arguments.format}"
-    (_write_csv if arguments.format == "csv" else _write_json)(predictions, query, names, probabilities.tolist())
+    predictions = out / "predictions.csv"
+    _write_csv(predictions, query, names, probabilities.tolist())
 
     print(
         f"adapted to {len(names)} classes, {len(files)} images, in {notes['adaptation_steps']} steps of "
@@ -187,18 +183,3 @@ def _write_csv(
 def _cell(text: str) -> str:
     """A name as a spreadsheet shows it: with a quote in front where it would be computed as a formula."""
     return f"'{text}" if text[:1] in FORMULAS else text
-
-
-def _write_json(
-    path: Path, query: list[tuple[Path, str | None]], names: list[str], probabilities: list[list[float]]
-) -> None:
-    rows = [
-        {
-            "file": str(image),
-            "class": label,
-            "prediction": names[row.index(max(row))],
-            "probabilities": dict(zip(names, row, strict=True)),
-        }
-        for (image, label), row in zip(query, probabilities, strict=True)
-    ]
-    write_json(path, rows)

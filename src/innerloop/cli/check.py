@@ -1,7 +1,7 @@
 """Compare estimators of the meta-gradient with the exact one, on your own model and tasks.
 
 RUN is a folder that innerloop train has written, checked with fresh weights and with its trained ones; a settings file
-(YAML, JSON, TOML) is checked with fresh weights. The table, check.json and check.png say how far each estimator is from
+(YAML, JSON, TOML) is checked with fresh weights. The table and check.json say how far each estimator is from
 the exact meta-gradient, task by task, and a sentence each says why and what helps.
 """
 
@@ -21,12 +21,13 @@ from innerloop.choices import META_GRADIENT, check_name, make
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import Failed, UsageError
 from innerloop.files import check_writable
-from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, draw, table
+from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, table
 from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import Settings, read_config
+from innerloop.training.store import resumable
 
 FIELDS = ("model", "dataset", "data", "inner_lr", "inner_steps", "precision", "seed", "device", "threads")
 
@@ -64,8 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
             settings = replace(Settings(**read_config(arguments.what)), **given)
         if trained and "inner_lr" in given and settings.inner.startswith("learned-rates"):
             raise UsageError("--inner-lr changes nothing in a run that has learned its rates; leave it out")
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         if not settings.inner_steps:
             raise UsageError(f"{NO_STEP} (--inner-steps)")
         estimators = _names(arguments.estimators) or list(dict.fromkeys([*ESTIMATORS, settings.meta_gradient]))
@@ -84,13 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise UsageError(f"--out {folder} is no folder; make it first, or name another")
         check_writable(folder)
-    checks = {}
+    checks, kept = {}, folder / "check.partial.jsonl"
     for point, learner in learners.items():
         with arithmetic(settings), Console(stderr=True).status(f"{point}: {arguments.tasks} tasks"):
-            checks[point] = check(learner, tasks, estimators, arguments.tasks, arguments.split)
+            checks[point] = check(learner, tasks, estimators, arguments.tasks, arguments.split, kept)
     if all(row.memory is None for found in checks.values() for row in found.rows):
         with Console(stderr=True).status("memory"):
-            checks = _with_memory(checks, settings, arguments.split)
+            checks = _with_memory(checks, settings, arguments.split, kept)
     for point, found in checks.items():
         console.print(_title(point, found, settings, arguments.split), soft_wrap=True, markup=False)
         console.print(table(found))
@@ -99,26 +98,28 @@ def run(arguments: argparse.Namespace) -> None:
         console.print()
     with writing_results():
         save_results(folder / "check.json", {"settings": asdict(settings), **{p: asdict(c) for p, c in checks.items()}})
-        draw(folder / "check.png", checks)
+        kept.unlink(missing_ok=True)
     console.print("median (10-90 % of the tasks); one task at a time", soft_wrap=True)
-    console.print(f"results: {folder / 'check'}.json, .png", soft_wrap=True, markup=False)
+    console.print(f"results: {folder / 'check.json'}", soft_wrap=True, markup=False)
 
 
-def _with_memory(checks: dict[str, Check], settings: Settings, split: str) -> dict[str, Check]:
+def _with_memory(checks: dict[str, Check], settings: Settings, split: str, kept: Path) -> dict[str, Check]:
     """With the peak memory of each estimator, measured in fresh processes; it does not depend on the weights."""
-    sizes: dict[str, int | None] = {}
-    with TemporaryDirectory() as scratch:
+    alone = replace(settings, tasks_per_batch=1)
+    names = [row.name for row in next(iter(checks.values())).rows if not row.refused]
+    with TemporaryDirectory() as scratch, resumable(kept, repr((alone, split, names))) as (sizes, keep):
         file = Path(scratch) / "task.safetensors"
-        single = replace(settings, tasks_per_batch=1)
-        save_tasks(file, single, split)
-        for row in next(iter(checks.values())).rows:
+        save_tasks(file, alone, split)
+        for place, name in enumerate(names):
             try:
-                sizes[row.name] = None if row.refused else peak(replace(single, meta_gradient=row.name), file)
+                if place not in sizes:
+                    sizes[place] = {"bytes": torch.tensor(peak(replace(alone, meta_gradient=name), file))}
+                    keep(place, sizes[place])
             except Failed as error:
-                sizes[row.name] = None
-                print(f"the memory of {row.name} could not be measured: {error}", file=sys.stderr)
+                print(f"the memory of {name} could not be measured: {error}", file=sys.stderr)
+    memory = {names[place]: int(found["bytes"]) for place, found in sizes.items()}
     return {
-        point: replace(found, rows=[replace(row, memory=sizes[row.name]) for row in found.rows])
+        point: replace(found, rows=[replace(row, memory=memory.get(row.name)) for row in found.rows])
         for point, found in checks.items()
     }
 

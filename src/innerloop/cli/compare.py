@@ -24,7 +24,6 @@ from innerloop.studies.compare import (
     METHODS,
     MINUTES,
     OWN,
-    SHARE,
     Plan,
     carry_out,
     plan,
@@ -63,10 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="METHOD.SETTING=VALUE", action="append",
         help=f"a setting of one method, such as maml.inner-lr=0.1; may be given again ({', '.join(map(flag, CHOSEN))})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--share", metavar="X", type=float,
-        help=f"share of the best validation accuracy whose time is asked for [{SHARE}]",
     )  # fmt: skip
     parser.add_argument(
         "--memory-steps", metavar="N,N,...",
@@ -143,9 +138,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         given["memory_steps"] = whole_numbers("--memory-steps", arguments.memory_steps)
     if arguments.set is not None:
         given["changes"] = _changes(arguments.set)
-    given |= {
-        name: getattr(arguments, name) for name in ("seeds", "share", "tune") if getattr(arguments, name) is not None
-    }
+    given |= {name: getattr(arguments, name) for name in ("seeds", "tune") if getattr(arguments, name) is not None}
     return plan(METHODS if arguments.methods is None else _names(arguments.methods), **given)
 
 

@@ -11,11 +11,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
-from innerloop.reporting import write_text
+from innerloop.reporting import write
 from innerloop.studies.demo import are_drawings, gather, page, try_out, verdict, write_specimens
 from innerloop.training.adaptation import inverts, read_images
 from innerloop.training.build import arithmetic
@@ -57,8 +55,6 @@ def run(arguments: argparse.Namespace) -> None:
             start = arguments.run or ("shipped:glyphs" if drawings else "shipped:photos")
             why = "as told" if arguments.run else f"for {'drawings' if drawings else 'pictures'}, as these seem to be"
             settings = replace(read_run(run_folder(start)), **given_settings(arguments))
-            if settings.threads:
-                torch.set_num_threads(settings.threads)
             learner, trained = load_learner(run_folder(start), settings, len(photographs.classes))
             shape, invert = trained["input_shape"], inverts(settings, "auto")
             if trained["ways"] is None or len(shape) != 3:
@@ -72,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         file = arguments.out / f"adapted.{arguments.export}"
         export(file, model, notes, photographs.files[:4])
         shown = page(photographs, trial, {"model": file.name, "started from": f"{start}, {why}"}, usage(file.name))
-        write_text(arguments.out / PAGE, shown)
+        write(arguments.out / PAGE, shown)
     outcome = verdict(photographs, trial)
     print(f"{outcome.first} {outcome.rest}")
     for name, share in trial.accuracies.items():

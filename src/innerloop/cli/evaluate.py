@@ -10,8 +10,6 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import UsageError
@@ -58,8 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
         if settings.dataset != read_config(arguments.run / SETTINGS)["dataset"]:
             sizes = ("ways", "shots", "queries") if is_code(settings.dataset) else ()
             settings = replace(settings, **dict.fromkeys((*SOURCE_OPTIONS, *sizes)) | given)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         tasks = build_tasks(settings, [arguments.split])
         learner, trained = load_learner(arguments.run, settings, tasks.output_size)
         if tuple(trained["input_shape"]) != tasks.input_shape or (trained["ways"] is None) != (tasks.ways is None):

@@ -7,6 +7,7 @@ full adaptation is confirmed on test tasks and written to pattern.json in the ru
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitions", metavar="N", type=int, default=100, help="adaptations timed for each pattern [100]"
     )
-    parser.add_argument(
-        "--best-quality", action="store_true", help="choose the most accurate pattern instead of the fastest"
-    )
-    parser.add_argument(
-        "--batch-norm-affine", metavar="BOOL", choices=("true", "false"), default="true",
-        help="batch norm's scale and shift move with their block (true, false) [true]",
-    )  # fmt: skip
     parser.add_argument("--inductive", action="store_true", help="predict each query without seeing the others")
     parser.add_argument(
         "--parts", metavar="NAME,...", default="",
@@ -59,16 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
     with usage_errors():
         settings = read_run(arguments.run, given_settings(arguments))
         numbers = whole_numbers("--steps", arguments.numbers)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         check_writable(arguments.run)
         tasks = build_tasks(settings, ("validation", "test"))
         learner, _ = load_learner(arguments.run, settings, tasks.output_size)
         parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
         parts = parts or list(getattr(learner.adapts, "parts", ()))
-        batch_norm = arguments.batch_norm_affine == "true"
         try:
-            movable_blocks(learner, batch_norm, parts)
+            movable_blocks(learner, parts)
         except ValueError as error:
             if not learner.rates and learner.few_shot.start is None:
                 raise
@@ -77,34 +68,25 @@ def run(arguments: argparse.Namespace) -> None:
                 f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none{still} --out NEW"
             )
             raise UsageError(f"{error}; write {again}") from error
+        kept = arguments.run / "patterns.partial.jsonl"
+        asked = {
+            "tolerance": arguments.tolerance,
+            "count": arguments.count,
+            "repetitions": arguments.repetitions,
+            "inductive": arguments.inductive,
+            "parts": parts,
+        }
         with arithmetic(settings):
-            sections = study(
-                learner,
-                tasks,
-                numbers,
-                tolerance=arguments.tolerance,
-                best_quality=arguments.best_quality,
-                count=arguments.count,
-                repetitions=arguments.repetitions,
-                inductive=arguments.inductive,
-                batch_norm=batch_norm,
-                parts=parts,
-                progress=lambda line: print(line, flush=True),
-            )
+            sections = study(learner, tasks, numbers, **asked, progress=partial(print, flush=True), kept=kept)
     notes = {
         "run": str(arguments.run),
-        "chosen_by": "best quality" if arguments.best_quality else "fastest within the tolerance",
-        "tolerance": arguments.tolerance,
-        "tasks": arguments.count,
-        "repetitions": arguments.repetitions,
-        "predictions": "inductive" if arguments.inductive else "transductive",
-        "batch_norm_affine": batch_norm,
-        "parts": parts,
+        **asked,
         "device": str(next(learner.parameters()).device),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
     }
     section = save_study(arguments.run, sections, learner.inner.adaptation_steps, notes)
+    kept.unlink()
     for each in sections:
         print(f"{each.steps} {'step' if each.steps == 1 else 'steps'}: {confirmation(each)}")
     print(f"{section.chosen.pattern} in {section.steps} steps: {arguments.run / CHOICE}; all: {arguments.run / PAGE}")

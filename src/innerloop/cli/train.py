@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from innerloop.children import has_parent
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import Failed, Stopped, UsageError
 from innerloop.learner import MetaLearner
@@ -44,7 +45,6 @@ from innerloop.training.report import describe, ending, slug, task_words, write_
 from innerloop.training.runs import RESULTS, is_run_of, new_folder, read_run
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import SETTINGS, Settings, flag, read_config
-from innerloop.training.signals import has_parent
 from innerloop.training.store import BEST, load_newest, locked
 
 # What may be given anew when a run is continued: nothing that would have changed the steps already taken.

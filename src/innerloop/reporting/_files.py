@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from innerloop.files import write
+from innerloop import files
 
 
-def write_bytes(path: Path, content: bytes | str) -> None:
-    """`innerloop.files.write`, and the folder is made where there is none.
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file as `innerloop.files.write` does, and the folder is made where there is none.
 
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, content)
-
-
-write_text = write_bytes
+    files.write(path, content)
 
 
 def write_json(path: Path, values: Any, indent: int = 2) -> None:
@@ -28,4 +26,15 @@ def write_json(path: Path, values: Any, indent: int = 2) -> None:
     Raises:
         TypeError: JSON cannot hold a value.
     """
-    write_text(path, json.dumps(values, indent=indent) + "\n")
+    write(path, json.dumps(values, indent=indent) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Named tuples as objects, and NaN, which JSON has not, as null."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from innerloop.children import end_with_parent, tied
 from innerloop.errors import Failed
 
 _PROCESS = Path("/proc/self")
@@ -45,7 +46,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own, with as many threads, for honest peaks of memory.
 
     The C library of that process hands freed memory back at once. Everything is two to three times slower there, but
-    for what `time_of` measures.
+    for what `time_of` measures. The process ends with this one, on SIGKILL too.
 
     Args:
         function: of a module, or of the script that runs.
@@ -56,19 +57,20 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """
     script = sys.modules["__main__"].__file__ if function.__module__ == "__main__" else None
     asked = [script, function.__module__, function.__name__, torch.get_num_threads(), arguments]
-    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
+    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()", json.dumps(asked)]
     # where what is freed goes back to the system at once
     environment = {**os.environ, _QUIET: "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(command, env=environment, input=json.dumps(asked), capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, **tied(environment))
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _serve() -> None:
-    """In the fresh process: call what standard input asks for, and write what it returns to standard output."""
-    script, module, name, threads, arguments = json.load(sys.stdin)
+    """In the fresh process: call what the command line asks for, and write what it returns to standard output."""
+    end_with_parent()
+    script, module, name, threads, arguments = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     function = runpy.run_path(script, run_name="fresh")[name] if script else getattr(import_module(module), name)
     sys.stdout.write("\n" + json.dumps(function(*arguments)) + "\n")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import ArrayLike
 
-from innerloop.reporting._files import write_bytes
+from innerloop.reporting._files import write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#d9720a", "#2a9d4a", "#d43a2f", "#808080"
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7d55b0", GREY, "#a0792c", "#c2588f")
@@ -63,7 +63,6 @@ class Panel(NamedTuple):
         levels: horizontal lines, by name, with their looks.
         notes: text beside a point, as (x, y, text).
         ticks: of logarithmic axes, how their numbers are written, by ``"x"`` or ``"y"``.
-        across: values lie on the x axis, and what they are of on the y axis.
     """
 
     lines: Mapping[str, Line]
@@ -71,7 +70,6 @@ class Panel(NamedTuple):
     levels: Mapping[str, tuple[float, Mapping[str, Any]]] = {}
     notes: Sequence[tuple[float, float, str]] = ()
     ticks: Mapping[str, Callable[[float], str]] = {}
-    across: bool = False
 
 
 def panels(shown: Sequence[Panel], columns: int = 2, width: float = 4.6, height: float = 3.5) -> Figure:
@@ -112,20 +110,14 @@ def _draw(axes: Axes, panel: Panel, names: list[str]) -> None:
         if look.get("marker") == OWN:
             look["marker"] = MARKERS[place % len(MARKERS)]
         x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-        axes.plot(*((y, x) if panel.across else (x, y)), **look)
+        axes.plot(x, y, **look)
         if line.low is None or line.high is None:
             continue
         low, high = (np.asarray(end, dtype=float) for end in (line.low, line.high))
         if look.get("linestyle") == "":
             spread = np.nan_to_num([y - low, high - y])
-            bars = {
-                "xerr" if panel.across else "yerr": spread,
-                "ecolor": look["color"],
-                "elinewidth": 1.2,
-                "capsize": 3,
-            }
             # in front, since many an interval is shorter than its marker
-            axes.errorbar(*((y, x) if panel.across else (x, y)), fmt="none", zorder=3, **bars)
+            axes.errorbar(x, y, spread, fmt="none", zorder=3, ecolor=look["color"], elinewidth=1.2, capsize=3)
         else:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     for name, (value, own) in panel.levels.items():
@@ -163,19 +155,6 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return found
 
 
-def bars(values: Mapping[str, Sequence[float]], label: str = "accuracy, %") -> Figure:
-    """A bar for each name: mean and half-width of its 95 % interval, between 0 and 1."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 0.6 + 0.42 * len(values)), layout="constrained")
-        axes = figure.subplots()
-        means, halves = 100 * np.nan_to_num(np.array(list(values.values()), dtype=float)).T
-        colours = [BLUE, *[GREY] * (len(values) - 1)]
-        axes.barh(list(values), means, xerr=halves, color=colours, height=0.6, capsize=3)
-        axes.invert_yaxis()
-        axes.set(xlabel=label, xlim=(0, 100))
-    return figure
-
-
 def confusion(names: Sequence[str], counts: ArrayLike) -> Figure:
     """Which class was taken for which.
 
@@ -210,4 +189,4 @@ def png(figure: Figure) -> bytes:
 
 def save(path: Path, figure: Figure) -> None:
     """Write a figure as PNG."""
-    write_bytes(path, png(figure))
+    write(path, png(figure))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from innerloop.bilevel import Bilevel
 from innerloop.choices import choice
@@ -24,13 +23,15 @@ from innerloop.curvature import second_order_kernels
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
-from innerloop.reporting.figures import DOTS, Line, Panel, panels, save
-from innerloop.training.evaluation import Source, evaluation_mode
+from innerloop.training.evaluation import Source, evaluation_mode, key_of
 from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.health import eigenvalues, single
+from innerloop.training.store import resumable
 
 ESTIMATORS = ("unrolled", "first-order", "truncated:2", "window:2", "binomial:1", "implicit", "memory-reduced")
 NO_STEP = "the learner takes no inner step, so that every estimator is exact: check it with 1 inner step or more"
+_Measured = tuple[Tree, float, float, float, float, float]
+SPECTRUM = "the spectrum of H"
 ROUNDING, CLOSE = 1e-4, 0.1  # relative errors below which nothing, or little, is lost
 
 
@@ -50,9 +51,6 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{_short(self.median)} ({_short(self.low)} .. {_short(self.high)})"
-
-
-NOTHING = Spread(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -133,24 +131,13 @@ class Check:
     rows: list[Row]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One estimator on one task."""
-
-    grad: Tree
-    residual: float
-    unsolved: float
-    products: float
-    seconds: float
-    memory: int | None
-
-
 def check(
     learner: Bilevel,
     tasks: Source,
     estimators: Sequence[str | MetaGradient] = ESTIMATORS,
     count: int = 32,
     split: str = "train",
+    kept: Path | None = None,
 ) -> Check:
     """Compare estimators with the exact meta-gradient of a learner as it stands, on the first tasks of a split.
 
@@ -164,6 +151,8 @@ def check(
         estimators: as in settings, such as ``"window:5"``, or objects.
         count: number of tasks.
         split: ``"train"``, ``"validation"`` or ``"test"``.
+        kept: file to which the numbers of each task are appended, and from which those of the same check, interrupted
+            before, are taken.
 
     Raises:
         ValueError: ``count`` below 1, an unknown estimator or one whose arguments are out of range.
@@ -181,35 +170,48 @@ def check(
     exact = Unrolled()
     if reason := _refused(learner, exact):
         refused = dict.fromkeys(chosen, f"no exact meta-gradient to compare with: {reason}")
-    found: dict[str, list[tuple[_Measured, _Measured]]] = {name: [] for name in chosen if name not in refused}
-    spectra = []
-    with evaluation_mode(learner), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    left = [name for name in chosen if name not in refused]
+    key = key_of(learner, tasks, (split, list(chosen), torch.get_num_threads()))
+    with (
+        resumable(kept, key) as (done, keep),
+        evaluation_mode(learner),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):
         # what follows from that is measured here
         warnings.filterwarnings("ignore", message=".* without weight_decay or proximal in the inner solver")
         for index in range(count):
+            if index in done and done[index].keys() >= set(left):
+                continue
             task = single(learner, draw_tasks(tasks, learner, split, index, 1))
             torch.default_generator.manual_seed(index)  # the CPU's, from which every seed is drawn
             with torch.no_grad():
                 loop, _ = learner.loop(task)
-            spectra.append(_spectrum(learner, loop))
-            if found:
-                truth = _measure(learner, loop, task, exact, index)
-            for name in list(found):
+            done[index] = {SPECTRUM: torch.tensor(_spectrum(learner, loop), dtype=torch.float64)}
+            truth: _Measured | None = None
+            for name in list(left):
                 try:
+                    truth = truth or _measure(learner, loop, task, exact, index)
                     mine = truth if chosen[name] == exact else _measure(learner, loop, task, chosen[name], index)
                 except ValueError as error:  # what an estimator refuses in the task: a batch for every step
                     refused[name] = str(error)
-                    del found[name]
+                    left.remove(name)
                     continue
-                found[name].append((mine, truth))
-    smallest, largest = (Spread.of(values) for values in zip(*spectra, strict=True))
+                alike = _alike(chosen[name], learner.adapted, mine[0], truth[0])
+                done[index][name] = torch.tensor([*alike, *mine[1:]], dtype=torch.float64)
+            keep(index, done[index])
+
+    def columns(name: str) -> list[list[float]]:
+        return torch.stack([done[index][name] for index in range(count)]).T.tolist()
+
+    smallest, largest = map(Spread.of, columns(SPECTRUM))
     geometry = Geometry(largest, smallest, learner.inner.largest_rate(learner.learned()), learner.inner.steps)
     rows = []
     for name, estimator in chosen.items():
         if name in refused:
             rows.append(Row(name, refused=refused[name], sentence=f"{name} is refused here: {refused[name]}."))
             continue
-        row = _row(name, estimator, learner.adapted, found[name])
+        row = _row(name, estimator, columns(name))
         far = row.cosine is None or (row.error is not None and row.error.median > CLOSE)
         seen = Seen(
             far,
@@ -221,7 +223,7 @@ def check(
             row.unsolved.median if row.unsolved else None,
         )
         advice = estimator.advice(seen)
-        verdict = _verdict(row, estimator, estimator == exact)
+        verdict = _verdict(row, estimator)
         rows.append(replace(row, sentence=f"{name} {verdict}{advice and '; ' + advice}."))
     return Check(count, geometry, rows)
 
@@ -238,6 +240,7 @@ def _refused(learner: Bilevel, estimator: MetaGradient) -> str | None:
 
 
 def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradient, seed: int) -> _Measured:
+    """The meta-gradient of a task, residual, what is unsolved, products, seconds and memory; NaN where unknown."""
     place = next(learner.parameters()).device
     cuda = place.type == "cuda"
     if cuda:
@@ -250,39 +253,40 @@ def _measure(learner: Bilevel, loop: InnerLoop, task: Task, estimator: MetaGradi
     if cuda:
         torch.cuda.synchronize(place)
     seconds = time.perf_counter() - began
-    memory = torch.cuda.max_memory_allocated(place) - before if cuda else None
     solves = "residual" in result.diagnostics
-    return _Measured(
+    return (
         {**result.grad, **{f"rate of {name}": value for name, value in result.learned_grad.items()}},
         result.diagnostics["residual"].item() if solves else math.nan,
         _unsolved(learner, loop, result.params) if solves else math.nan,
         result.diagnostics["curvature_products"].item(),
         seconds,
-        memory,
+        torch.cuda.max_memory_allocated(place) - before if cuda else math.nan,
     )
 
 
-def _row(name: str, estimator: MetaGradient, adapted: Sequence[str], found: list[tuple[_Measured, _Measured]]) -> Row:
-    cosines, errors = [], []
-    for mine, exact in found:
-        names = [each for each in exact.grad if estimator.learn_start or each not in adapted]
-        wanted = torch.cat([exact.grad[each].double().reshape(-1) for each in names])
-        # an estimator that learns no rates is refused where there are some, or leaves them out
-        own = [mine.grad.get(each, torch.zeros_like(exact.grad[each])) for each in names]
-        grad = torch.cat([value.double().reshape(-1) for value in own])
-        size = wanted.norm()
-        cosines.append((grad @ wanted / (grad.norm() * size)).item())
-        errors.append(((grad - wanted).norm() / size).item())
+def _alike(estimator: MetaGradient, adapted: Sequence[str], mine: Tree, exact: Tree) -> tuple[float, float]:
+    """Cosine and relative error of a meta-gradient in what the estimator learns."""
+    names = [each for each in exact if estimator.learn_start or each not in adapted]
+    wanted = torch.cat([exact[each].double().reshape(-1) for each in names])
+    # an estimator that learns no rates is refused where there are some, or leaves them out
+    own = [mine.get(each, torch.zeros_like(exact[each])) for each in names]
+    grad = torch.cat([value.double().reshape(-1) for value in own])
+    size = wanted.norm()
+    return (grad @ wanted / (grad.norm() * size)).item(), ((grad - wanted).norm() / size).item()
+
+
+def _row(name: str, estimator: MetaGradient, columns: Sequence[Sequence[float]]) -> Row:
+    cosine, error, residual, unsolved, products, seconds, memory = columns
     return Row(
         name,
-        cosine=Spread.of(cosines),
-        error=Spread.of(errors) if estimator.is_gradient else None,
-        failed=sum(not math.isfinite(cosine) for cosine in cosines),
-        residual=Spread.of(mine.residual for mine, _ in found),
-        unsolved=Spread.of(mine.unsolved for mine, _ in found),
-        products=found[0][0].products,
-        seconds=float(np.median([mine.seconds for mine, _ in found])),
-        memory=max((mine.memory for mine, _ in found if mine.memory is not None), default=None),
+        cosine=Spread.of(cosine),
+        error=Spread.of(error) if estimator.is_gradient else None,
+        failed=sum(not math.isfinite(value) for value in cosine),
+        residual=Spread.of(residual),
+        unsolved=Spread.of(unsolved),
+        products=products[0],
+        seconds=float(np.median(seconds)),
+        memory=None if math.isnan(memory[0]) else int(max(memory)),
     )
 
 
@@ -314,7 +318,7 @@ def _unsolved(learner: Bilevel, loop: InnerLoop, solved: Tree) -> float:
 # In words.
 
 
-def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
+def _verdict(row: Row, estimator: MetaGradient) -> str:
     """How good it is, by what was measured."""
     where = "" if estimator.learn_start else " (in what is not adapted, all that it learns)"
     if row.cosine is None:
@@ -322,12 +326,11 @@ def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
     lost = f"; it is not finite on {row.failed} of the tasks" if row.failed else ""
     if row.error is None:
         return f"is no gradient of the query loss; median cosine {_short(row.cosine.median)}{where}{lost}"
-    numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
-    if exact:
+    if row.error.high == 0:
         return f"is exact{where}{lost}"
     if row.error.median <= ROUNDING:
-        return f"agrees with the exact meta-gradient here, relative error {_short(row.error.median)}{where}{lost}"
-    if row.error.median <= CLOSE:
+        words = "agrees with the exact meta-gradient here"
+    elif row.error.median <= CLOSE:
         words = "is close to the exact meta-gradient"
     elif row.cosine.median >= 0.9:
         words = "points the right way"
@@ -335,65 +338,28 @@ def _verdict(row: Row, estimator: MetaGradient, exact: bool) -> str:
         words = "points roughly the right way"
     else:
         words = "does not follow the exact meta-gradient here"
+    numbers = f"median cosine {_short(row.cosine.median)}, relative error {_short(row.error.median)}"
     return f"{words}: {numbers}{where}{lost}"
 
 
-def _short(value: float, digits: int = 3) -> str:
+def _short(value: float) -> str:
     """A few digits of a number, and one of a rounding error."""
-    return f"{value:.{digits}g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+    return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
 
 
 def table(found: Check) -> Table:
-    """The rows of a check for a terminal; memory only where it was measured."""
-    measured = any(row.memory is not None for row in found.rows)
-    shown = Table()
-    shown.add_column("estimator", overflow="fold")
-    for name in ("cosine", "relative error", "residual", "products", "ms", *(["MiB"] if measured else [])):
-        shown.add_column(name, justify="right", overflow="fold")
+    """The rows of a check for a terminal: median and the middle 80 % of the tasks."""
+    names = "estimator", "cosine", "relative error", "residual", "products", "ms", "MiB"
+    shown = Table(*(Column(name, overflow="fold") for name in names))
     for row in found.rows:
-        if row.refused is not None:
+        if row.refused:
             shown.add_row(row.name, "refused")
             continue
         shown.add_row(
             row.name,
-            _cell(row.cosine, 3),
-            _cell(row.error, 2),
-            "-" if row.residual is None else _short(row.residual.median),
+            *(str(spread or "-") for spread in (row.cosine, row.error, row.residual)),
             f"{row.products:g}",
             f"{1000 * (row.seconds or 0):.1f}",
-            *(["-" if row.memory is None else f"{row.memory / 2**20:.1f}"] if measured else []),
+            "-" if row.memory is None else f"{row.memory / 2**20:.1f}",
         )
     return shown
-
-
-def _cell(spread: Spread | None, digits: int) -> str:
-    if spread is None:
-        return "-"
-    return f"{_short(spread.median)}\n{_short(spread.low, digits)}..{_short(spread.high, digits)}"
-
-
-def draw(path: Path, checks: Mapping[str, Check]) -> None:
-    """Draw cosine and relative error of every estimator, median and the middle 80 % of the tasks.
-
-    Args:
-        path: where the PNG goes.
-        checks: of one or more points, by name, of the same estimators.
-    """
-    names = [row.name + " (refused)" * (row.refused is not None) for row in next(iter(checks.values())).rows]
-    shown: list[Panel] = []
-    for quantity, label in (("cosine", "cosine with the exact meta-gradient"), ("error", "relative error")):
-        lines = {}
-        for place, (name, found) in enumerate(checks.items()):
-            offset = 0.22 * (place - (len(checks) - 1) / 2)
-            spreads = [getattr(row, quantity) or NOTHING for row in found.rows]
-            middle, low, high = ([getattr(each, end) for each in spreads] for end in ("median", "low", "high"))
-            # an error of 0 lies on the axis
-            lines[name] = Line(np.arange(len(names)) + offset, middle, DOTS | {"clip_on": False}, low, high)
-        axes: dict[str, Any] = {"xlabel": label, "ylim": (len(names) - 0.5, -0.5), "yticks": range(len(names))}
-        axes["yticklabels"] = [] if shown else names
-        shown.append(Panel(lines, axes, across=True))
-    figure = panels(shown, height=1.2 + 0.4 * len(names), width=5)
-    right = figure.axes[1]
-    right.set_xscale("symlog", linthresh=CLOSE / 10)
-    right.set_xlim(0, max(right.get_xlim()[1], CLOSE))
-    save(path, figure)

@@ -14,20 +14,19 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from innerloop.errors import Diverged, Failed
 from innerloop.reporting import provenance, student
 from innerloop.studies import tuning
-from innerloop.studies.comparison import Comparison, Entry, Point, recommend
+from innerloop.studies.comparison import SHARE, Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.trainings import Training, train_all
@@ -45,10 +44,8 @@ METHODS = (
     "proto-maml", "ridge", "pretrained", "mamf",
 )  # fmt: skip
 STUDY, COSTS, TUNING, RUNS, TASKS = "study.json", "costs", "tuning", "runs", "tasks.safetensors"
-SHARE = 0.9
 MINUTES = 5.0
 MEMORY_STEPS = (1, 5, 20)
-MEASURING = 20.0  # seconds that measuring a method counts in the progress bar
 VALIDATIONS = 12
 SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for which a target must hold
 
@@ -72,7 +69,6 @@ class Plan:
         minutes: of meta-steps that each method has; None where ``steps`` bounds it.
         seeds: trainings of each method, with seeds 0, 1, ...
         memory_steps: numbers of inner steps at which memory is measured, besides the method's own.
-        share: of the best validation accuracy, whose time is asked for.
         notes: what a reader of the results must know of the settings.
         tune: outer rates tried for each method; 0 takes its own.
     """
@@ -81,7 +77,6 @@ class Plan:
     minutes: float | None
     seeds: int
     memory_steps: tuple[int, ...]
-    share: float
     notes: tuple[str, ...] = ()
     tune: int = 0
 
@@ -93,9 +88,8 @@ class Plan:
     def of(cls, found: Mapping[str, Any]) -> Plan:
         """The plan that `as_json` made."""
         methods = {name: Settings(**settings) for name, settings in found["methods"].items()}
-        own = {each.name: found[each.name] for each in fields(cls) if each.name in found}
-        lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
-        return cls(**{**own, **lists, "methods": methods})
+        lists = {name: tuple(found[name]) for name in ("memory_steps", "notes")}
+        return cls(**{**found, **lists, "methods": methods})
 
 
 def plan(
@@ -104,7 +98,6 @@ def plan(
     minutes: float | None = None,
     seeds: int = 1,
     memory_steps: Sequence[int] = MEMORY_STEPS,
-    share: float = SHARE,
     tune: int = tuning.RATES,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
@@ -117,7 +110,6 @@ def plan(
             minutes otherwise.
         seeds: trainings of each method.
         memory_steps: numbers of inner steps at which memory is measured, besides each method's own.
-        share: of the best validation accuracy, whose time is asked for.
         tune: outer rates tried for each method on validation tasks before it is trained, around its own, which the
             settings may set; 0 takes its own.
         changes: settings of single methods, by the method's name, that win over all others; only what a method
@@ -144,8 +136,6 @@ def plan(
         raise ValueError(f"{flag(odd[0])} is the comparison's business: give the number of seeds, or leave it out")
     if seeds < 1:
         raise ValueError(f"{seeds} seeds; give 1 or more")
-    if not 0 < share < 1:
-        raise ValueError(f"the share is {share}; it must lie between 0 and 1")
     if tune < 0 or tune == 1:
         raise ValueError(f"{tune} outer rates to tune by; give 2 or more, or 0 to take each method's own")
     if odd_numbers := [number for number in memory_steps if number < 1]:
@@ -180,7 +170,7 @@ def plan(
         for each in CHOSEN
         if each in overridden
     )
-    return Plan(found, minutes, seeds, tuple(memory_steps), share, tuple(notes), tune)
+    return Plan(found, minutes, seeds, tuple(memory_steps), tuple(notes), tune)
 
 
 def compare(
@@ -205,7 +195,7 @@ def compare(
         seeds: trainings of each method.
         jobs: trainings at once. Timings are taken before, alone, and do not depend on it.
         progress: show a progress bar; where there is no terminal, a line now and then.
-        **options: ``memory_steps``, ``share``, ``tune``, ``changes`` and settings, as `plan` takes them.
+        **options: ``memory_steps``, ``tune``, ``changes`` and settings, as `plan` takes them.
 
     Returns:
         What was found; ``failed`` names the methods that could not be measured or trained, ``notes`` single seeds.
@@ -226,19 +216,16 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
     """Do what a plan says, or the rest of it; as `compare`."""
     if jobs < 1:
         raise ValueError(f"{jobs} jobs; give 1 or more")
-    with _begun(plan, folder, progress) as bar:
-        costs, failed = _costs(folder, plan, bar)
-        if not costs:
-            raise Failed(_none_left(failed))
-        _tune(folder, plan, costs, bar)
-        trainings = trainings_of(plan, folder, costs)
-        diverged = train_all(list(trainings.values()), jobs, bar)
-        return conclude(plan, folder, trainings, costs, failed, diverged)
+    with begun(plan, folder, progress) as console:
+        failed = measure(plan, folder, console)
+        trainings = trainings_of(plan, folder)
+        diverged = train_all(list(trainings.values()), jobs, console)
+        return conclude(plan, folder, trainings, failed, diverged)
 
 
 @contextmanager
-def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
-    """Within the block the folder is that of the plan's study and no other process's."""
+def begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Console]:
+    """Within the block the folder is that of the plan's study and no other process's; gives where to tell of it."""
     _check(folder, plan)
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)
     for note in plan.notes if progress else ():
@@ -249,41 +236,69 @@ def _begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Progress]:
         save_tasks(folder / TASKS, replace(first, train_shots=None), others=("validation", "test"))
     with locked(folder):
         if not (folder / STUDY).exists():
-            save_results(folder / STUDY, plan.as_json())
+            save_results(folder / STUDY, {"plan": plan.as_json()})
         console.print(
             f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False
         )
-        with _bar(plan, console) as bar:
-            yield bar
+        yield console
 
 
-def prepare(plan: Plan, folder: Path, progress: bool, measure: bool = True) -> tuple[dict[str, Cost], dict[str, str]]:
-    """What each method costs, measured now or before, and why it is not known where that is so; rates are tuned."""
-    if not measure:
-        files = {name: _cost_file(folder, name) for name in plan.methods}
-        there = {name: Cost.of(json.loads(file.read_text())) for name, file in files.items() if file.exists()}
-        return there, {name: "its costs are not measured" for name in files if name not in there}
-    with _begun(plan, folder, progress) as bar:
-        costs, failed = _costs(folder, plan, bar)
-        _tune(folder, plan, costs, bar)
-        return costs, failed
+def measure(plan: Plan, folder: Path, console: Console) -> dict[str, str]:
+    """Measure what each method costs and try its outer rates, unless that is done.
+
+    Returns:
+        The methods whose costs could not be measured, and why.
+
+    Raises:
+        Failed: that is all of them.
+    """
+    failed = {}
+    for name, settings in plan.methods.items():
+        costs, rates = (_file(folder, kind, name) for kind in (COSTS, TUNING))
+        costs.parent.mkdir(exist_ok=True)
+        if not costs.exists():
+            console.print(f"measuring {name}", markup=False)
+            try:
+                found = cost(settings, _tasks(folder, settings), plan.memory_steps)
+            except (Failed, ValueError) as error:
+                failed[name] = f"its costs could not be measured: {error}"
+                console.print(f"{name}: {failed[name]}", markup=False)
+                continue
+            save_results(costs, found._asdict())
+        if plan.tune and not rates.exists():
+            console.print(f"tuning {name}", markup=False)
+            tried = tuning.search(settings, plan.tune, _steps(plan, name, known_costs(plan, folder)[name]))
+            rates.parent.mkdir(exist_ok=True)
+            save_results(rates, {"rates": tried})
+    if len(failed) == len(plan.methods):
+        raise Failed(_none_left(failed))
+    return failed
 
 
-def trainings_of(plan: Plan, folder: Path, costs: Mapping[str, Cost]) -> dict[tuple[str, int], Training]:
-    """The trainings of a study, by method and seed, at the outer rates found."""
+def known_costs(plan: Plan, folder: Path) -> dict[str, Cost]:
+    """What each method costs, as far as it has been measured."""
+    files = {name: _file(folder, COSTS, name) for name in plan.methods}
+    return {name: Cost.of(_read(file)) for name, file in files.items() if file.exists()}
+
+
+def trainings_of(plan: Plan, folder: Path) -> dict[tuple[str, int], Training]:
+    """The trainings of a study, by method and seed, at the outer rates found, of all methods that were measured."""
     plan, _ = _tuned(folder, plan)
-    return {
-        (name, seed): _training(folder, plan, name, seed, costs[name].meta_step.median)
-        for name in costs
-        for seed in range(plan.seeds)
-    }
+    found = {}
+    for name, mine in known_costs(plan, folder).items():
+        steps = _steps(plan, name, mine)
+        for seed in range(plan.seeds):
+            run = folder / RUNS / _folder_name(name) / f"seed-{seed}"
+            often = math.ceil(steps / VALIDATIONS)
+            settings = replace(plan.methods[name], steps=steps, validate_every=often, seed=seed)
+            found[name, seed] = Training(run, f"{name}, seed {seed}", settings, mine.meta_step.median)
+    return found
 
 
 def conclude(
     plan: Plan,
     folder: Path,
     trainings: Mapping[tuple[str, int], Training],
-    costs: Mapping[str, Cost],
     failed: dict[str, str],
     left_out: Mapping[Path, str],
     more: Sequence[str] = (),
@@ -294,8 +309,7 @@ def conclude(
         plan: of the study.
         folder: of the study.
         trainings: all of them.
-        costs: of each method that could be measured.
-        failed: why the others could not.
+        failed: the methods that could not be measured, and why.
         left_out: by the folder of each training that is not finished, why.
         more: notes for the reader.
 
@@ -303,6 +317,7 @@ def conclude(
         Diverged: none is finished.
     """
     plan, tried = _tuned(folder, plan)
+    costs = known_costs(plan, folder)
     kept: dict[str, dict[int, Path]] = {}
     notes = [*plan.notes, *more]
     for name in costs:
@@ -321,9 +336,9 @@ def conclude(
     if not kept:
         raise Diverged(_none_left(failed))
     # the command that began the study tells more than one that resumed it
-    begun = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-    made = provenance() | {"command": begun["command"]}
-    made["commit"] = " to ".join(dict.fromkeys(filter(None, (begun["commit"], made["commit"])))) or None
+    before = _read(folder / STUDY)
+    made = provenance() | {"command": before["command"]}
+    made["commit"] = " to ".join(dict.fromkeys(filter(None, (before["commit"], made["commit"])))) or None
     threads = next(iter(plan.methods.values())).threads
     if threads is not None:
         made["machine"]["threads"] = threads
@@ -344,7 +359,7 @@ def read_plan(folder: Path) -> Plan:
     """
     if not (folder / STUDY).is_file():
         raise FileNotFoundError(f"{folder} holds no comparison (no {STUDY}); name one that innerloop compare has begun")
-    return Plan.of(json.loads((folder / STUDY).read_text(encoding="utf-8")))
+    return Plan.of(_read(folder / STUDY)["plan"])
 
 
 def _check(folder: Path, plan: Plan) -> None:
@@ -358,44 +373,17 @@ def _check(folder: Path, plan: Plan) -> None:
         raise ValueError(f"{folder} holds something that is not a comparison; name a new folder")
 
 
-def _bar(plan: Plan, console: Console) -> Progress:
-    """A bar over the planned seconds of the whole study, as far as they are known; shown on a terminal alone."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
-    trained = plan.seeds + (tuning.BUDGET if plan.tune else 0)
-    known = plan.minutes is not None and len(plan.methods) * (MEASURING + 60 * plan.minutes * trained)
-    bar.add_task("", total=known or None)
-    return bar
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def _folder_name(method: str) -> str:
     return method.replace(":", "-").replace("/", "-")
 
 
-def _cost_file(folder: Path, method: str) -> Path:
-    return folder / COSTS / f"{_folder_name(method)}.json"
-
-
-def _costs(folder: Path, plan: Plan, bar: Progress) -> tuple[dict[str, Cost], dict[str, str]]:
-    """What each method costs, measured now or before, and why it could not be measured where that is so."""
-    costs, failed = {}, {}
-    for name, settings in plan.methods.items():
-        file = _cost_file(folder, name)
-        if not file.exists():
-            bar.update(bar.task_ids[0], description=f"measuring {name}")
-            if not bar.console.is_terminal:
-                bar.console.print(f"measuring {name}")
-            try:
-                found = cost(settings, _tasks(folder, settings), plan.memory_steps)
-            except (Failed, ValueError) as error:
-                failed[name] = f"its costs could not be measured: {error}"
-                bar.console.print(f"{name}: {failed[name]}", markup=False)
-                continue
-            file.parent.mkdir(exist_ok=True)
-            save_results(file, found.as_json())
-            bar.advance(bar.task_ids[0], MEASURING)
-        costs[name] = Cost.of(json.loads(file.read_text(encoding="utf-8")))
-    return costs, failed
+def _file(folder: Path, kind: str, method: str) -> Path:
+    return folder / kind / f"{_folder_name(method)}.json"
 
 
 def _tasks(folder: Path, settings: Settings) -> Path:
@@ -408,35 +396,15 @@ def _tasks(folder: Path, settings: Settings) -> Path:
     return path
 
 
-def _tune(folder: Path, plan: Plan, costs: Mapping[str, Cost], bar: Progress) -> None:
-    """Try the outer rates of each method, unless that is done."""
-    for name, mine in costs.items() if plan.tune else ():
-        file, steps = _tuning_file(folder, name), _steps(plan, name, mine.meta_step.median)
-        if not file.exists():
-            bar.update(bar.task_ids[0], description=f"tuning {name}")
-            if not bar.console.is_terminal:
-                bar.console.print(f"tuning {name}")
-            found = tuning.search(plan.methods[name], plan.tune, steps)
-            file.parent.mkdir(exist_ok=True)
-            save_results(file, {"rates": found})
-            bar.advance(bar.task_ids[0], tuning.BUDGET * steps * mine.meta_step.median)
-
-
 def _tuned(folder: Path, plan: Plan) -> tuple[Plan, dict[str, dict[str, float | None]]]:
     """The plan with the best outer rate of each method that was tuned, and the validation accuracy at each rate."""
-    files = {name: _tuning_file(folder, name) for name in plan.methods}
-    tried = {
-        name: json.loads(file.read_text(encoding="utf-8"))["rates"] for name, file in files.items() if file.exists()
-    }
+    files = {name: _file(folder, TUNING, name) for name in plan.methods}
+    tried = {name: _read(file)["rates"] for name, file in files.items() if file.exists()}
     best = {
         name: replace(plan.methods[name], outer_lr=tuning.best(tried[name], plan.methods[name].outer_lr))
         for name in tried
     }
     return replace(plan, methods={**plan.methods, **best}), tried
-
-
-def _tuning_file(folder: Path, name: str) -> Path:
-    return folder / TUNING / f"{_folder_name(name)}.json"
 
 
 def _tuning_words(count: int, settings: Settings) -> str:
@@ -447,16 +415,9 @@ def _tuning_words(count: int, settings: Settings) -> str:
     )
 
 
-def _steps(plan: Plan, name: str, seconds: float) -> int:
-    """Outer steps of a training, given the seconds of a meta-step."""
-    return plan.methods[name].steps if plan.minutes is None else max(1, int(60 * plan.minutes / seconds))
-
-
-def _training(folder: Path, plan: Plan, name: str, seed: int, seconds: float) -> Training:
-    """The training of a method with a seed, given the seconds of a meta-step."""
-    settings, steps = plan.methods[name], _steps(plan, name, seconds)
-    own = replace(settings, steps=steps, validate_every=math.ceil(steps / VALIDATIONS), seed=seed)
-    return Training(folder / RUNS / _folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}", own, seconds)
+def _steps(plan: Plan, name: str, mine: Cost) -> int:
+    """Outer steps of a training, given what the method costs."""
+    return plan.methods[name].steps if plan.minutes is None else max(1, int(60 * plan.minutes / mine.meta_step.median))
 
 
 def _collect(
@@ -469,26 +430,23 @@ def _collect(
     made: dict[str, Any],
 ) -> Comparison:
     """From the run folders of each method, by their seeds, to what they show together."""
-    results = {
-        name: [json.loads((run / RESULTS).read_text(encoding="utf-8")) for run in runs.values()]
-        for name, runs in kept.items()
-    }
     accuracies = {name: {seed: _accuracies(run) for seed, run in runs.items()} for name, runs in kept.items()}
     best = max(accuracies, key=lambda name: statistics.fmean(each.mean().item() for each in accuracies[name].values()))
     curves = {name: _curve(list(runs.values()), costs[name].meta_step.median) for name, runs in kept.items()}
-    target = plan.share * max(point.accuracy for curve in curves.values() for point in curve)
+    target = SHARE * max(point.accuracy for curve in curves.values() for point in curve)
     differing = [
         each.name for each in fields(Settings) if len({getattr(plan.methods[name], each.name) for name in kept}) > 1
     ]
     entries = []
-    for name, found in results.items():
+    for name, runs in kept.items():
         settings, known, mine = plan.methods[name], method(name), costs[name]
-        protocols = {
-            protocol: [Estimate(*each["test"][protocol]["accuracy"]) for each in found if protocol in each["test"]]
-            for protocol in ("transductive", "inductive")
-        }
-        judged = protocols["transductive"] or protocols["inductive"]
-        beside = [each["test"]["transductive" if protocols["transductive"] else "inductive"] for each in found]
+        found = [_read(run / RESULTS) for run in runs.values()]
+        tests = [each["test"] for each in found]
+        main = "transductive" if "transductive" in tests[0] else "inductive"
+
+        def over_seeds(values: Iterable[Sequence[float]]) -> Estimate:
+            return _over_seeds([Estimate(*each) for each in values])
+
         entries.append(
             Entry(
                 method=name,
@@ -497,26 +455,23 @@ def _collect(
                 differs={flag(each): str(getattr(settings, each)).lower() for each in differing},
                 steps=found[0]["training"]["step"],
                 rates=tried.get(name, {}),
-                transductive=_over_seeds(protocols["transductive"]) if protocols["transductive"] else None,
-                inductive=_over_seeds(protocols["inductive"]),
-                seeds=[accuracy.mean for accuracy in judged],
+                transductive=over_seeds(test[main]["accuracy"] for test in tests) if main == "transductive" else None,
+                inductive=over_seeds(test["inductive"]["accuracy"] for test in tests),
+                seeds=[test[main]["accuracy"][0] for test in tests],
                 behind=_difference(accuracies[best], accuracies[name]),
                 curve=curves[name],
                 reached=time_to(curves[name], target),
-                meta_step=mine.meta_step,
                 memory=mine.memory_at[settings.inner_steps],
-                memory_at=mine.memory_at,
-                products=mine.products,
-                adaptation=mine.adaptation,
                 baselines={
                     baseline: Baseline(
                         *(
-                            _over_seeds([Estimate(*each["baselines"][baseline][part]) for each in beside])
+                            over_seeds(test[main]["baselines"][baseline][part] for test in tests)
                             for part in Baseline._fields
                         )
                     )
-                    for baseline in beside[0]["baselines"]
+                    for baseline in tests[0][main]["baselines"]
                 },
+                **mine._asdict(),
             )
         )
     first = next(iter(plan.methods.values()))
@@ -524,9 +479,8 @@ def _collect(
         tasks=task_words(first),
         budget=_budget(plan, first.steps),
         test_tasks=first.test_tasks,
-        share=plan.share,
         target=target,
-        nearest_neighbour=Estimate(*next(iter(results.values()))[0]["test"]["nearest_neighbour"]),
+        nearest_neighbour=Estimate(*tests[0]["nearest_neighbour"]),
         entries=entries,
         failed=failed,
         notes=notes,

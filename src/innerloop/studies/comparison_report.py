@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,82 +20,136 @@ from innerloop.reporting import (
     Part,
     Picture,
     Table,
-    Timing,
     digits,
     duration,
     how_made,
     html,
     markdown,
     percent,
+    plain,
     points,
     size,
-    write_bytes,
+    write,
     write_json,
-    write_text,
 )
 from innerloop.reporting.figures import DOTS, DOTTED, FRONTIER, OWN, Line, Panel, frontier, panels, png
-from innerloop.studies.comparison import RULE, Comparison, Entry, Point, recommend, useful
-from innerloop.training.evaluation import Baseline, Estimate
+from innerloop.studies.comparison import RULE, SHARE, Comparison, Entry, recommend, useful
 
 RESULTS, PAGE, HTML = "comparison.json", "report.md", "report.html"
 SUMMARY, LEARNING, MEMORY = "summary.png", "learning.png", "memory.png"
 LINES = 6  # of a panel, at most
 ARXIV = r"\d{4}\.\d{4,5}"
 
-MEASURES = {
-    "transductive": "Test accuracy, the mean over the seeds, with the queries of a task predicted together, so that "
-    "batch norm takes its statistics from all of them; the 95 % interval is that of the test tasks of all seeds or, "
-    "from three seeds on where it is wider, that of the seeds.",
-    "inductive": "The same with each query predicted without the others.",
-    "below the best": "What the best method's test accuracy is above this one's, in points: the mean difference "
-    "over test tasks, for trainings with the same seed; its interval is found like that of the accuracy.",
-    "to target": "Outer steps until validation accuracy, averaged over three validations, stays above the target for "
-    "five more, times the seconds of a meta-step: validations take no time here.",
-    "meta-step": "Time of the meta-gradient of one batch of tasks, the median of repetitions in a fresh process with "
-    "nothing else of the comparison beside it. Drawing the tasks, clipping, the step of the outer optimiser and "
-    "logging come on top in training, much the same for all methods; no number here holds them.",
-    "memory": "Peak memory of one meta-step in a fresh process, above what model, tasks and libraries take: on a GPU "
-    "what torch has allocated, otherwise what is resident.",
-    "products": "Curvature products in the meta-gradient of one task: Hessian-vector products and their like. 0 where "
-    "it is exact and the graphs of the inner steps are kept instead.",
-    "adaptation": "Time of adapting to one task, with no meta-gradient, the median of repetitions in the same process.",
-    "outer steps": "Steps of training that the budget allowed.",
-    "each seed": "Test accuracy of each seed, %: how much the training itself varies.",
-}
 
-T = TypeVar("T")
+class Column(NamedTuple):
+    """What is shown of every method.
+
+    Attributes:
+        value: of a method; None where it has none. A column without any is left out.
+        text: of a value.
+        meaning: how it was measured.
+        best: which of the values is the best one, if any is.
+        none: text where there is no value.
+    """
+
+    value: Callable[[Entry], Any]
+    text: Callable[[Any], str]
+    meaning: str
+    best: Callable[[list[Any]], Any] | None = None
+    none: str = "–"
+
+
+COLUMNS = {
+    "transductive": Column(
+        lambda entry: entry.transductive,
+        percent,
+        "Test accuracy, the mean over the seeds, with the queries of a task predicted together, so that batch norm "
+        "takes its statistics from all of them; the 95 % interval is that of the test tasks of all seeds or, from "
+        "three seeds on where it is wider, that of the seeds.",
+        max,
+    ),
+    "inductive": Column(
+        lambda entry: entry.inductive, percent, "The same with each query predicted without the others.", max
+    ),
+    "below the best": Column(
+        lambda entry: entry.behind if entry.behind.mean else None,
+        points,
+        "What the best method's test accuracy is above this one's, in points: the mean difference over test tasks, for "
+        "trainings with the same seed; its interval is found like that of the accuracy.",
+    ),
+    "to target": Column(
+        lambda entry: entry.reached,
+        duration,
+        "Outer steps until validation accuracy, averaged over three validations, stays above the target for five more, "
+        "times the seconds of a meta-step: validations take no time here.",
+        min,
+        "never",
+    ),
+    "meta-step": Column(
+        lambda entry: entry.meta_step.median,
+        duration,
+        "Time of the meta-gradient of one batch of tasks, the median of repetitions in a fresh process with nothing "
+        "else of the comparison beside it. Drawing the tasks, clipping, the step of the outer optimiser and logging "
+        "come on top in training, much the same for all methods; no number here holds them.",
+        min,
+    ),
+    "memory": Column(
+        lambda entry: entry.memory,
+        size,
+        "Peak memory of one meta-step in a fresh process, above what model, tasks and libraries take: on a GPU what "
+        "torch has allocated, otherwise what is resident.",
+        min,
+    ),
+    "products": Column(
+        lambda entry: entry.products,
+        digits,
+        "Curvature products in the meta-gradient of one task: Hessian-vector products and their like. 0 where it is "
+        "exact and the graphs of the inner steps are kept instead.",
+        min,
+    ),
+    "adaptation": Column(
+        lambda entry: entry.adaptation.median,
+        duration,
+        "Time of adapting to one task, with no meta-gradient, the median of repetitions in the same process.",
+        min,
+    ),
+    "outer steps": Column(
+        lambda entry: entry.steps, lambda steps: f"{steps:,}", "Steps of training that the budget allowed."
+    ),
+    "each seed": Column(
+        lambda entry: entry.seeds if len(entry.seeds) > 1 else None,
+        lambda seeds: ", ".join(f"{100 * each:.1f}" for each in seeds),
+        "Test accuracy of each seed, %: how much the training itself varies.",
+    ),
+}
 
 
 def write_report(folder: Path, comparison: Comparison) -> None:
     """Write ``comparison.json``, ``report.html``, which needs no other file, ``report.md`` and its pictures."""
-    write_json(folder / RESULTS, _plain(comparison))
+    write_json(folder / RESULTS, plain(comparison))
+    fews = _fews(comparison)
     summary = Picture(
         SUMMARY,
         "Test accuracy against peak memory and against time, a point a method; the table has the numbers",
-        "Test accuracy with its 95 % interval against what a method costs; methods that never stay above the target, "
-        "unless those are most, are in the table alone.",
+        "Test accuracy with its 95 % interval against what a method costs; methods that never stay above the target "
+        "have no time.",
         png(summary_figure(comparison)),
     )
     learning = Picture(
         LEARNING,
-        "Validation accuracy against outer steps and against seconds, a line a method",
+        "Validation accuracy against seconds of meta-steps, a line a method",
         "Validation accuracy, the mean of the seeds, and the band from lowest to highest.",
-        png(panels([_curves(comparison, few, by) for few in _fews(comparison) for by in ("step", "seconds")])),
+        png(panels([_curves(comparison, few) for few in fews])),
     )
-    pictures = [summary, learning]
-    if any(entry.memory_at for entry in comparison.entries):
-        alt = "Peak memory of a meta-step against the number of inner steps, a line a method"
-        pictures.append(Picture(MEMORY, alt, "", png(panels([_memory(few) for few in _fews(comparison)]))))
-    for each in pictures:
-        write_bytes(folder / each.file, each.png)
-    title, parts = f"Comparison: {comparison.tasks}", _parts(comparison, *pictures)
-    write_text(folder / PAGE, markdown(title, parts))
-    write_text(folder / HTML, html(title, parts))
-
-
-def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory: Picture) -> list[Part]:
+    memory = Picture(
+        MEMORY,
+        "Peak memory of a meta-step against the number of inner steps, a line a method",
+        png=png(panels([_memory(few) for few in fews])),
+    )
+    for each in (summary, learning, memory):
+        write(folder / each.file, each.png)
     found, shown = recommend(comparison), table(comparison)
-    return [
+    parts: list[Part] = [
         comparison.first_line,
         Box(found.first, found.rest),
         Gallery([summary]),
@@ -106,100 +157,41 @@ def _parts(comparison: Comparison, summary: Picture, learning: Picture, *memory:
         Facts(_facts(comparison)),
         Heading("What was measured"),
         shown,
-        *_baselines(comparison),
-        *_rates(comparison),
+        *_by_name(comparison, "Without adaptation", _baselines),
+        *_by_name(comparison, "Outer rates tried", _rates, "Bold: the one trained with."),
         Heading("Learning"),
         Gallery([learning]),
-        *(part for part in (Heading("Memory"), Gallery(memory)) if memory),
-        Heading("Settings that differ"),
-        _settings(comparison),
+        Heading("Memory"),
+        Gallery([memory]),
+        *_by_name(comparison, "Settings that differ", _settings, "All other settings are the same.", prose=True),
         Heading("How it was measured"),
-        Facts({name: MEASURES[name] for name in shown.head if name in MEASURES}),
+        Facts({name: column.meaning for name, column in COLUMNS.items() if name in shown.head}),
         *how_made(comparison.made),
     ]
+    title = f"Comparison: {comparison.tasks}"
+    write(folder / PAGE, markdown(title, parts))
+    write(folder / HTML, html(title, parts))
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:
     return {
         "tasks": f"{comparison.tasks}; {comparison.test_tasks:,} test tasks a seed",
         "budget": f"{comparison.budget} for each of {len(comparison.entries)} methods",
-        "target": f"{_target(comparison)} validation accuracy, {100 * comparison.share:g} % of the best of all methods",
+        "target": f"{_target(comparison)} validation accuracy, {100 * SHARE:g} % of the best of all methods",
         "nearest neighbour on raw pixels": percent(comparison.nearest_neighbour),
         **{f"{name} could not be trained": why for name, why in comparison.failed.items()},
         **({"notes": "; ".join(comparison.notes)} if comparison.notes else {}),
     }
 
 
-def read(path: Path) -> Comparison:
-    """The comparison of a ``comparison.json``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not what `write_report` writes.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; innerloop compare writes it")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Comparison(
-            **values
-            | {
-                "nearest_neighbour": _floats(Estimate, values["nearest_neighbour"]),
-                "entries": [_entry(each) for each in values["entries"]],
-            }
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no comparison ({error}); write it anew with innerloop compare") from error
-
-
-def _plain(value: Any) -> Any:
-    """Named tuples as objects, and NaN, which JSON has not, as null."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return _plain(value._asdict())
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _entry(values: dict[str, Any]) -> Entry:
-    parts = dict.fromkeys(("transductive", "inductive", "behind"), Estimate)
-    found = {name: values[name] and _floats(kind, values[name]) for name, kind in parts.items()}
-    found |= {name: _floats(Timing, values[name]) for name in ("meta_step", "adaptation")}
-    found["curve"] = [_floats(Point, point) for point in values["curve"]]
-    found["memory_at"] = {int(steps): memory for steps, memory in values["memory_at"].items()}
-    found["baselines"] = {
-        name: Baseline(*(_floats(Estimate, each) for each in known.values()))
-        for name, known in values.get("baselines", {}).items()
-    }
-    return Entry(**values | found)
-
-
-def _floats(kind: Callable[..., T], values: dict[str, float | None]) -> T:
-    return kind(**{name: math.nan if value is None else value for name, value in values.items()})
-
-
 def summary_figure(comparison: Comparison) -> Figure:
-    """Test accuracy against memory and against seconds to the target, the frontier and the recommendation marked.
-
-    Where most methods never reach the target, the time of a meta-step stands in place of the seconds.
-    """
-    entries = comparison.entries
-    memory = [float(max(entry.memory, 1)) for entry in entries]
-    steps = [entry.meta_step.median for entry in entries]
-    if 2 * sum(entry.reached is None for entry in entries) > len(entries):
-        times, label = list[float | None](steps), "time of a meta-step"
-    else:
-        # nothing is reached before the end of the first step; and 0 has no place on this axis
-        times = [
-            e.reached if e.reached is None else max(e.reached, step) for e, step in zip(entries, steps, strict=True)
-        ]
-        label = f"meta-steps to {_target(comparison)} validation accuracy, time"
+    """Test accuracy against memory and against seconds to the target, the frontier and the recommendation marked."""
+    memory = [float(max(entry.memory, 1)) for entry in comparison.entries]
+    label = f"meta-steps to {_target(comparison)} validation accuracy, time"
     return panels(
         [
             _costs(comparison, memory, "peak memory of a meta-step", size),
-            _costs(comparison, times, label, duration),
+            _costs(comparison, [entry.reached for entry in comparison.entries], label, duration),
         ]
     )
 
@@ -237,34 +229,29 @@ def _references(comparison: Comparison) -> dict[str, tuple[float, dict[str, str]
     return levels | ({"chance": (100 / int(ways[1]), dict(DOTTED))} if ways else {})
 
 
-def _curves(comparison: Comparison, few: Sequence[Entry], by: str) -> Panel:
+def _curves(comparison: Comparison, few: Sequence[Entry]) -> Panel:
     lines = {}
     for entry in few:
-        x = [getattr(point, by) for point in entry.curve]
+        x = [point.seconds for point in entry.curve]
         mean, low, high = 100 * np.array([point[2:] for point in entry.curve]).reshape(-1, 3).T
         look = {"marker": OWN, "markersize": 5, "markevery": max(1, len(x) // 6)}
         lines[entry.title] = Line(x, mean, look, low, high)
-    label = "outer step" if by == "step" else "seconds of meta-steps"
-    axes = {"xlabel": label, "ylabel": "validation accuracy, %"}
+    axes = {"xlabel": "seconds of meta-steps", "ylabel": "validation accuracy, %"}
     levels = {f"target, {_target(comparison)}": (100 * comparison.target, {}), **_references(comparison)}
     return Panel(lines, axes, levels)
 
 
 def _memory(few: Sequence[Entry]) -> Panel:
-    lines = {}
-    for place, entry in enumerate(few):
-        steps = sorted(entry.memory_at)
-        # where lines coincide the lower ones look out from under the upper ones
-        width = 4 - 2.6 * (place + 1) / len(few)
-        look = {"marker": OWN, "linewidth": width, "markersize": 4 + width}
-        lines[entry.title] = Line(steps, [max(entry.memory_at[each], 1) for each in steps], look)
-    limits = _limits([max(memory, 1) for entry in few for memory in entry.memory_at.values()])
-    axes: dict[str, Any] = {
-        "yscale": "log",
-        "ylim": limits,
-        "xlabel": "inner steps",
-        "ylabel": "peak memory of a meta-step",
+    lines = {
+        entry.title: Line(
+            sorted(entry.memory_at),
+            [max(entry.memory_at[steps], 1) for steps in sorted(entry.memory_at)],
+            {"marker": OWN},
+        )
+        for entry in few
     }
+    limits = _limits([max(memory, 1) for entry in few for memory in entry.memory_at.values()])
+    axes = {"yscale": "log", "ylim": limits, "xlabel": "inner steps", "ylabel": "peak memory of a meta-step"}
     axes["xticks"] = sorted({steps for entry in few for steps in entry.memory_at})
     return Panel(lines, axes, ticks={"y": size})
 
@@ -285,87 +272,54 @@ def table(comparison: Comparison) -> Table:
     """The methods and what was measured of each, the best of a column marked."""
     entries = comparison.entries
     columns: dict[str, list[Cell]] = {}
-
-    def column(name: str, value: Callable[[Entry], float | None], text: Callable[[Entry], str], sign: int) -> None:
-        """``sign`` -1 where less is better."""
-        known = [(sign * found, text(entry)) for entry in entries if (found := value(entry)) is not None]
-        best = max(known)[1] if known and len(entries) > 1 else None
-        columns[name] = [Cell(each, each == best) for each in map(text, entries)]
-
-    def cost(name: str, value: Callable[[Entry], float | None], form: Callable[[float], str], none: str = "") -> None:
-        column(name, value, lambda entry: none if (found := value(entry)) is None else form(found), -1)
-
-    for name in ("transductive", "inductive") if any(entry.transductive for entry in entries) else ("inductive",):
-        column(name, partial(_mean, name), partial(_estimate, name), 1)
-    if len(entries) > 1:
-        columns["below the best"] = [Cell(points(each.behind) if each.behind.mean else "–") for each in entries]
-    cost("to target", attrgetter("reached"), duration, "never")
-    cost("meta-step", attrgetter("meta_step.median"), duration)
-    cost("memory", attrgetter("memory"), size)
-    cost("products", attrgetter("products"), digits)
-    cost("adaptation", attrgetter("adaptation.median"), duration)
-    columns["outer steps"] = [Cell(f"{entry.steps:,}") for entry in entries]
-    if any(len(entry.seeds) > 1 for entry in entries):
-        columns["each seed"] = [Cell(", ".join(f"{100 * each:.1f}" for each in entry.seeds)) for entry in entries]
+    for name, column in COLUMNS.items():
+        values = [column.value(entry) for entry in entries]
+        known = [value for value in values if value is not None]
+        if known:
+            best = column.text(column.best(known)) if column.best and len(entries) > 1 else None
+            texts = [column.none if value is None else column.text(value) for value in values]
+            columns[name] = [Cell(text, text == best) for text in texts]
     names = [Cell(entry.title, link=_link(entry.paper)) for entry in entries]
     rows = [list(row) for row in zip(names, *columns.values(), strict=True)]
     return Table(["method", *columns], rows, "Bold: the best of a column.")
 
 
-def _baselines(comparison: Comparison) -> list[Part]:
-    """What stands beside the adapted model, on each method's own features and on pixels, where that was measured."""
-    names = list(dict.fromkeys(name for entry in comparison.entries for name in entry.baselines))
-    rows = [
-        [
-            entry.title,
-            percent(entry.accuracy),
-            *(percent(found[name].accuracy) if name in found else "–" for name in names),
-        ]
-        for entry in comparison.entries
-        for found in [entry.baselines]
-    ]
-    return [Heading("Without adaptation"), Table(["method", "adapted", *names], rows)] if names else []
+def _by_name(
+    comparison: Comparison,
+    title: str,
+    cells: Callable[[Entry], Mapping[str, Cell | str]],
+    caption: str = "",
+    prose: bool = False,
+) -> list[Part]:
+    """A section with a table whose columns are what the methods have by name; none where no method has any."""
+    found = {entry.title: cells(entry) for entry in comparison.entries}
+    names = list(dict.fromkeys(name for mine in found.values() for name in mine))
+    rows = [[method, *(mine.get(name, "–") for name in names)] for method, mine in found.items() if mine]
+    return [Heading(title), Table(["method", *names], rows, caption, prose)] if rows else []
 
 
-def _rates(comparison: Comparison) -> list[Part]:
-    """The outer rates that were tried for each method, lowest first, and how each did in validation."""
-    rows: list[list[Cell | str]] = []
-    for entry in (each for each in comparison.entries if each.rates):
-        best = max((found for found in entry.rates.values() if found is not None), default=math.nan)
-        cells = [
-            Cell(f"{rate}: {'diverged' if found is None else f'{100 * found:.1f} %'}", found == best)
-            for rate, found in entry.rates.items()
-        ]
-        rows.append([entry.title, *cells])
-    head = ["method", *(f"rate {place}" for place in range(1, max(map(len, rows), default=1)))]
-    return [Heading("Outer rates tried"), Table(head, rows, "Bold: the one trained with.")] if rows else []
+def _baselines(entry: Entry) -> dict[str, Cell | str]:
+    """What stands beside the adapted model, on a method's own features and on pixels, where that was measured."""
+    found: dict[str, Cell | str] = {name: percent(each.accuracy) for name, each in entry.baselines.items()}
+    return found and {"adapted": percent(entry.accuracy), **found}
 
 
-def _mean(name: str, entry: Entry) -> float | None:
-    estimate = getattr(entry, name)
-    return estimate and float(estimate.mean)
+def _rates(entry: Entry) -> dict[str, Cell | str]:
+    """The outer rates that were tried for a method, lowest first, and how each did in validation."""
+    best = max((found for found in entry.rates.values() if found is not None), default=math.nan)
+    return {
+        f"rate {place}": Cell(f"{rate}: {'diverged' if found is None else f'{100 * found:.1f} %'}", found == best)
+        for place, (rate, found) in enumerate(entry.rates.items(), 1)
+    }
 
 
-def _estimate(name: str, entry: Entry) -> str:
-    estimate = getattr(entry, name)
-    return percent(estimate) if estimate else "–"
+def _settings(entry: Entry) -> dict[str, Cell | str]:
+    """Where a method comes from and the settings in which it differs from others."""
+    paper = Cell(re.sub(rf"^{ARXIV}$", r"arXiv \g<0>", entry.paper), link=_link(entry.paper))
+    return {"source": paper, **entry.differs}
 
 
 def _link(paper: str) -> str | None:
     """Where to read a paper, if its text holds an arXiv number."""
     number = re.search(ARXIV, paper)
     return number and f"https://arxiv.org/abs/{number[0]}"
-
-
-def _settings(comparison: Comparison) -> Table:
-    """Where methods come from and the settings in which they differ, a row a method."""
-    names = list(dict.fromkeys(name for entry in comparison.entries for name in entry.differs))
-    rows: list[list[Cell | str]] = [
-        [
-            entry.title,
-            *(entry.differs.get(name, "–") for name in names),
-            Cell(re.sub(rf"^{ARXIV}$", r"arXiv \g<0>", entry.paper), link=_link(entry.paper)),
-        ]
-        for entry in comparison.entries
-    ]
-    return Table(["method", *names, "source"], rows, "All other settings are the same.", prose=True)

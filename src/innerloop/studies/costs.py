@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
@@ -22,6 +21,7 @@ from innerloop.training.build import arithmetic, build_learner, build_tasks
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import Settings
+from innerloop.trees import tree_leaves, tree_map
 
 SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, something is repeated to be timed
 
@@ -42,13 +42,9 @@ class Cost(NamedTuple):
     products: float
     adaptation: Timing
 
-    def as_json(self) -> dict[str, Any]:
-        """For a file."""
-        return self._asdict()
-
     @classmethod
     def of(cls, found: dict[str, Any]) -> Cost:
-        """The cost that `as_json` made, after a file."""
+        """The cost that was written to a file as `_asdict`."""
         memory_at = {int(number): size for number, size in found["memory_at"].items()}
         return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
 
@@ -113,8 +109,6 @@ def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict
         everything: and not peak memory alone.
     """
     chosen = Settings(**settings)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     stored = load_checkpoint(Path(tasks))
     shape = stored["shape"]
     learner = _learner(chosen, shape)
@@ -135,9 +129,10 @@ def _measure(
     learner: MetaLearner, batch: Task, short: MetaLearner, settings: Settings, everything: bool
 ) -> dict[str, Any]:
     """Memory is that of the dearest meta-step; seconds are the mean where the first ones have the multi-step loss."""
-    device = pytree.tree_leaves(batch)[0].device
+    device = tree_leaves(batch)[0].device
     first = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_steps else None
-    short.meta_step(_first(batch))  # libraries load their kernels on first use; that is not the method's memory
+    few: Task = tree_map(lambda each: each[:2], batch)  # which are computed at once where more are
+    short.meta_step(few)  # libraries load their kernels on first use; that is not the method's memory
     short.zero_grad(set_to_none=True)
     products: list[Tensor] = []
 
@@ -146,7 +141,7 @@ def _measure(
 
     found: dict[str, Any] = {"memory": peak_memory(partial(meta_step, first), device)}
     if everything:
-        inputs, targets = pytree.tree_map(lambda each: each[0], batch.support)
+        inputs, targets = tree_map(lambda each: each[0], batch.support)
         share = min(1.0, (settings.multi_step_steps or 0) / settings.steps)
         dear = _timed(partial(meta_step, first), device) if share else Timing(0.0, 0.0, 0.0)
         plain = _timed(meta_step, device)
@@ -157,12 +152,6 @@ def _measure(
         learner.eval()
         found["adaptation"] = _timed(lambda: learner.adapt(inputs, targets), device)
     return found
-
-
-def _first(batch: Task) -> Task:
-    """A batch of the first two tasks, which are computed at once where more are."""
-    first: Task = pytree.tree_map(lambda each: each[:2], batch)
-    return first
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> Timing:

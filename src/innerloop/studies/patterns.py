@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from innerloop.adapts import Blocks
 from innerloop.adapts._blocks import blocks_for
-from innerloop.batch_norm import affine_names
 from innerloop.blocks import parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
-from innerloop.problem import Task
 from innerloop.reporting import (
     Cell,
     Gallery,
@@ -43,16 +42,18 @@ from innerloop.reporting import (
     in_turns,
     markdown,
     percent,
+    plain,
     points,
-    write_text,
+    write,
 )
 from innerloop.reporting.figures import BLUE, DOTS, DOTTED, GREY, ORANGE, Line, Panel, frontier, panels, save
 from innerloop.tasks import TaskSource
-from innerloop.training.evaluation import Estimate
+from innerloop.training.evaluation import Estimate, evaluate, key_of
 from innerloop.training.runs import save_results
+from innerloop.training.store import resumable
 
 EXHAUSTIVE = 8  # blocks up to which all patterns are tried
-BATCH = 32  # tasks evaluated at once
+SUPPORTS = 32  # support sets that timed adaptations go through
 WARM_UP = 10  # adaptations before the clock starts
 CHOICE, RESULTS, PAGE, PICTURE = "pattern.json", "patterns.json", "patterns.md", "patterns.png"
 
@@ -97,15 +98,12 @@ class Section(NamedTuple):
         rows: the first is full adaptation, the last none at all.
         chosen: the row that was chosen.
         test: what became of the choice on test tasks.
-        forward: time of as many passes of the support set through the whole model, without any gradient; no adaptation
-            that computes everything in every step can be faster.
     """
 
     steps: int
     rows: list[Row]
     chosen: Row
     test: Confirmation
-    forward: Timing
 
 
 def patterns_for(movable: Sequence[bool]) -> list[str]:
@@ -125,7 +123,7 @@ def patterns_for(movable: Sequence[bool]) -> list[str]:
     return sorted(masked, key=lambda row: (-row.count("1"), row))
 
 
-def movable_blocks(learner: MetaLearner, batch_norm: bool = True, parts: Sequence[str] = ()) -> list[bool]:
+def movable_blocks(learner: MetaLearner, parts: Sequence[str] = ()) -> list[bool]:
     """For each block of the learner's model whether it can move.
 
     A block cannot where all of it is frozen, nor where a learned rate is missing: rates exist only for what moved in
@@ -133,7 +131,6 @@ def movable_blocks(learner: MetaLearner, batch_norm: bool = True, parts: Sequenc
 
     Args:
         learner: any.
-        batch_norm: batch norm's scale and shift move with their block.
         parts: names of the model's blocks, where it does not declare them; see `innerloop.Blocks`.
 
     Raises:
@@ -147,8 +144,6 @@ def movable_blocks(learner: MetaLearner, batch_norm: bool = True, parts: Sequenc
         )
     blocks = blocks_for(learner.model, parts)
     trainable = {name for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
-    if not batch_norm:
-        trainable -= affine_names(learner.model)
     names = [trainable.intersection(parameter_names(learner.model, block)) for block in blocks]
     movable = [bool(each) and (not learner.rates or each <= set(learner.adapted)) for each in names]
     if sum(movable) < 2:
@@ -197,35 +192,19 @@ def with_pattern(learner: MetaLearner, blocks: Blocks, reuse_prefix: bool = True
 
 
 def multiply_adds(model: nn.Module, inputs: Tensor, parts: Sequence[str] = ()) -> list[int]:
-    """Multiply-adds of each block's convolutions and linear layers in one forward pass, for one example.
+    """Multiply-adds of each block in one forward pass, for one example.
 
     Args:
         model: a chain of blocks.
         inputs: some examples, on the model's device.
         parts: names of its blocks, where it does not declare them.
     """
-    counts = []
-    handles = []
-    for place, block in enumerate(blocks_for(model, parts)):
-        counts.append(0)
-
-        def count(module: nn.Module, _: Any, output: Tensor, place: int = place) -> None:
-            assert isinstance(module.weight, Tensor)
-            counts[place] += output.numel() // len(inputs) * module.weight[0].numel()
-
-        layers = {layer for part in block for layer in part.modules()}
-        handles += [
-            layer.register_forward_hook(count)
-            for layer in layers
-            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-        ]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
+    names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs)
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    blocks = blocks_for(model, parts)
+    return [sum(counts.get(names[part], 0) for part in block) // (2 * len(inputs)) for block in blocks]
 
 
 def predicted_cost(forward: Sequence[int], pattern: str, steps: int, reuse_prefix: bool) -> int:
@@ -265,25 +244,21 @@ def times_of(
     return list(found.values())
 
 
-def choose(rows: Sequence[Row], tolerance: float, best_quality: bool = False) -> Row:
-    """The fastest row (with reuse) that is within the tolerance, or the most accurate row.
+def choose(rows: Sequence[Row], tolerance: float) -> Row:
+    """The fastest row (with reuse) that is within the tolerance.
 
-    Ties go to the higher accuracy (for the most accurate: to the faster), then to fewer moving weights, then to the
-    pattern that comes first in order. Full adaptation is always within the tolerance; no adaptation is never chosen.
+    Ties go to the higher accuracy, then to fewer moving weights, then to the pattern that comes first in order. Full
+    adaptation is always within the tolerance; no adaptation is never chosen.
 
     Args:
         rows: of one number of steps.
         tolerance: accuracy that may be lost against full adaptation, in percentage points, 0 or more.
-        best_quality: choose the most accurate instead.
 
     Raises:
         ValueError: a tolerance that is no number of 0 or more.
     """
     _check_tolerance(tolerance)
-    rows = [row for row in rows if "1" in row.pattern]
-    if best_quality:
-        return min(rows, key=lambda row: (-row.accuracy.mean, row.time_reusing.median, row.weights, row.pattern))
-    within = [row for row in rows if 100 * row.difference.mean >= -tolerance]
+    within = [row for row in rows if "1" in row.pattern and 100 * row.difference.mean >= -tolerance]
     return min(within, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern))
 
 
@@ -305,13 +280,12 @@ def study(
     steps: Sequence[int] = (1, 5, 10),
     *,
     tolerance: float = 1.0,
-    best_quality: bool = False,
     count: int = 600,
     repetitions: int = 100,
     inductive: bool = False,
-    batch_norm: bool = True,
     parts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
+    kept: Path | None = None,
 ) -> list[Section]:
     """Judge and time every pattern on a trained learner, which stays as it is.
 
@@ -322,13 +296,13 @@ def study(
         tasks: where validation and test tasks come from.
         steps: numbers of adaptation steps.
         tolerance: accuracy that may be lost against full adaptation, in percentage points.
-        best_quality: choose the most accurate pattern instead of the fastest within the tolerance.
         count: validation tasks, and test tasks.
         repetitions: adaptations timed for each pattern.
         inductive: predict each query without seeing the others, as ``innerloop adapt`` does unless told otherwise.
-        batch_norm: batch norm's scale and shift move with their block; False leaves them out in every pattern.
         parts: names of the model's blocks, where it does not declare them; see `innerloop.Blocks`.
         progress: called with a line for each pattern done.
+        kept: file to which each result is appended, and from which those of the same study, interrupted before, are
+            taken.
 
     Returns:
         A section for each number of steps, in order.
@@ -345,17 +319,18 @@ def study(
         raise ValueError(f"{tasks.name} is regression; patterns are chosen by accuracy, so they need classes")
     steps = sorted(set(steps))
     place = next(learner.model.parameters())
-    batch = tasks.batch("validation", 0, min(count, BATCH)).to(place.device, place.dtype)
+    batch = tasks.batch("validation", 0, min(count, SUPPORTS)).to(place.device, place.dtype)
     supports = list(zip(*batch.support, strict=True))
     forward = multiply_adds(learner.model, supports[0][0], parts)
 
     def accuracies(learner: MetaLearner, split: str, steps: int) -> Tensor:
-        batches = (tasks.batch(split, start, min(BATCH, count - start)) for start in range(0, count, BATCH))
-        return torch.cat([_accuracy(learner, batch, steps, inductive) for batch in batches])
+        found = evaluate(learner, tasks, split, count, steps=steps, inductive=inductive, kept=kept).accuracies
+        assert found is not None
+        return found.double()
 
-    patterns = patterns_for(movable_blocks(learner, batch_norm, parts))
+    patterns = patterns_for(movable_blocks(learner, parts))
     # the last pattern moves nothing: it is no step, of whatever could move
-    moving = [Blocks(pattern, batch_norm, parts) for pattern in (*patterns[:-1], patterns[0])]
+    moving = [Blocks(pattern, parts=parts) for pattern in (*patterns[:-1], patterns[0])]
     patterned, plain = ([with_pattern(learner, blocks, reuse) for blocks in moving] for reuse in (True, False))
 
     sections = []
@@ -370,7 +345,13 @@ def study(
             for learners in (plain, patterned)
             for each, some in zip(learners, taken, strict=True)
         ]
-        *times, forward_time = times_of([*runs, partial(_passes, learner, number)], supports, repetitions)
+        timed = ("validation", number, repetitions, moving, place.device, torch.get_num_threads())
+        with resumable(kept, key_of(learner, tasks, timed)) as (before, keep):
+            if not before:
+                measured = times_of(runs, supports, repetitions)
+                before[0] = {"seconds": torch.tensor(measured, dtype=torch.float64)}
+                keep(0, before[0])
+        times = [Timing(*seconds) for seconds in before[0]["seconds"].tolist()]
         rows = [
             Row(
                 pattern=pattern,
@@ -386,25 +367,12 @@ def study(
                 patterns, patterned, taken, values, times[: len(patterns)], times[len(patterns) :], strict=True
             )
         ]
-        chosen = choose(rows, tolerance, best_quality)
+        chosen = choose(rows, tolerance)
         both = patterned[0], patterned[rows.index(chosen)]
         reference, found = (accuracies(each, "test", number) for each in both)
         test = Confirmation(Estimate.of(reference), Estimate.of(found), Estimate.of(found - reference))
-        sections.append(Section(number, rows, chosen, test, forward_time))
+        sections.append(Section(number, rows, chosen, test))
     return sections
-
-
-@torch.no_grad()
-def _passes(learner: MetaLearner, number: int, inputs: Tensor, targets: Tensor) -> None:
-    """As much forward computation as an adaptation in so many steps has."""
-    for _ in range(number):
-        learner.loss(learner.model(inputs), targets)
-
-
-def _accuracy(learner: MetaLearner, batch: Task, steps: int, inductive: bool) -> Tensor:
-    accuracy = learner.evaluate(batch, steps=steps, inductive=inductive).accuracy
-    assert accuracy is not None
-    return accuracy.double().cpu()
 
 
 def deployed(sections: Sequence[Section], steps: int) -> Section:
@@ -419,7 +387,7 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
         folder: of the run.
         sections: as `study` returns them.
         steps: the learner's own adaptation steps, with which the choice is to be used.
-        notes: how they were measured; ``tolerance`` and ``batch_norm_affine``, a boolean, among them.
+        notes: how they were measured; ``tolerance`` and ``parts`` of `study` among them.
 
     Returns:
         The section whose choice was written.
@@ -434,7 +402,7 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
     made = {key: results[key] for key in (*notes, "command", "time", "commit", "versions", "machine")}
     tables = [part for each in sections for part in (Heading(_title(each)), table(each), confirmation(each))]
     parts = [Gallery([Picture(PICTURE, "Accuracy over adaptation time")]), *tables, *how_made(made)]
-    write_text(folder / PAGE, markdown("Patterns", parts))
+    write(folder / PAGE, markdown("Patterns", parts))
     return section
 
 
@@ -449,25 +417,13 @@ def read_choice(path: Path) -> tuple[Blocks, int]:
         raise FileNotFoundError(f"{path} does not exist; innerloop patterns RUN writes it into the run folder")
     try:
         choice = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(choice["batch_norm_affine"], bool):
-            raise ValueError(f"batch_norm_affine is {choice['batch_norm_affine']!r}, not true or false")
-        parts = tuple(choice.get("parts", ()))
-        return Blocks(str(choice["pattern"]), choice["batch_norm_affine"], parts), int(choice["steps"])
+        return Blocks(str(choice["pattern"]), parts=tuple(choice["parts"])), int(choice["steps"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no pattern ({error}); write it anew with innerloop patterns RUN") from error
 
 
 def _json(section: Section) -> dict[str, Any]:
-    rows = [
-        row._asdict() | {"time": row.time._asdict(), "time_reusing": row.time_reusing._asdict()} for row in section.rows
-    ]
-    return {
-        "steps": section.steps,
-        "chosen": section.chosen.pattern,
-        "test": section.test._asdict(),
-        "forward": section.forward._asdict(),
-        "rows": rows,
-    }
+    return {**plain(section), "chosen": section.chosen.pattern}
 
 
 def _title(section: Section) -> str:
@@ -478,45 +434,39 @@ def table(section: Section) -> Table:
     """A section's rows. Predicted and measured ratios are how many times faster than full adaptation."""
     full = section.rows[0]
     within = {row.pattern for row in best_trades(section.rows[:-1])}
-    rows: list[list[Cell | str]] = []
-    for row in section.rows:
-        cells = [
+
+    def speed(row: Row, time: str, cost: str) -> list[str]:
+        mine, cheap = getattr(row, time).median, getattr(row, cost)
+        ratios = (getattr(full, time).median / mine, getattr(full, cost) / cheap) if cheap else ()
+        return [f"{1000 * mine:.3g}", *(f"{ratio:.3g}" for ratio in ratios), *([] if ratios else ["", ""])]
+
+    rows = [
+        [
+            Cell(row.pattern, row is section.chosen),
             "yes" if row.pattern in within else "",
             percent(row.accuracy, unit=""),
             percent(row.difference, "+", ""),
             f"{row.weights:,}",
-            *(f"{1000 * row.time.median:.3g}", _ratio(full.time.median, row.time.median), _ratio(full.cost, row.cost)),
-            f"{1000 * row.time_reusing.median:.3g}",
-            _ratio(full.time_reusing.median, row.time_reusing.median),
-            _ratio(full.cost_reusing, row.cost_reusing),
+            *speed(row, "time", "cost"),
+            *speed(row, "time_reusing", "cost_reusing"),
         ]
-        shown = cells if "1" in row.pattern else [*cells[:5], "", "", cells[7], "", ""]
-        rows.append([Cell(row.pattern, row is section.chosen), *shown])
+        for row in section.rows
+    ]
     head = ["pattern", "frontier", "accuracy, %", "against full, points", "weights", "ms", "faster", "predicted"]
     return Table([*head, "ms, reusing", "faster", "predicted"], rows, "Bold: chosen.")
 
 
 def confirmation(section: Section) -> str:
     """What became of a section's choice, in a sentence."""
-    full, chosen, test = section.rows[0], section.chosen, section.test
-    plain, reusing = (
-        _ratio(full.time.median, chosen.time.median),
-        _ratio(full.time_reusing.median, chosen.time_reusing.median),
-    )
+    full, chosen, test, none = section.rows[0], section.chosen, section.test, section.rows[-1]
+    plainly, reusing = (getattr(full, time).median / getattr(chosen, time).median for time in ("time", "time_reusing"))
     text = (
-        f"{chosen.pattern} is {plain} times as fast as full adaptation, {reusing} times with reuse; on test tasks "
-        f"{percent(test.chosen)} against {percent(test.full)}, {points(test.difference, '+')}. Full "
-        f"adaptation takes {_ratio(full.time.median, section.forward.median)} times as long as its forward passes "
-        "alone: without reuse no pattern can be that many times as fast here."
+        f"{chosen.pattern} is {plainly:.3g} times as fast as full adaptation, {reusing:.3g} times with reuse; on test "
+        f"tasks {percent(test.chosen)} against {percent(test.full)}, {points(test.difference, '+')}."
     )
-    none = section.rows[-1]
     if none.difference.mean >= chosen.difference.mean:
         text += f" No adaptation at all is as good on validation tasks ({percent(none.accuracy)})."
     return text
-
-
-def _ratio(full: float, part: float) -> str:
-    return f"{full / part:.3g}" if part else ""
 
 
 def plot(path: Path, sections: Sequence[Section], tolerance: float) -> None:

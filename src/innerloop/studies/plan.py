@@ -11,9 +11,8 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from innerloop.errors import Failed
 from innerloop.files import write
-from innerloop.studies.compare import COSTS, Plan, conclude, prepare, read_plan, trainings_of
+from innerloop.studies.compare import COSTS, Plan, begun, conclude, known_costs, measure, read_plan, trainings_of
 from innerloop.studies.comparison import Comparison
 from innerloop.studies.trainings import Training, steps_done, write_config
 from innerloop.training.runs import RESULTS
@@ -36,10 +35,9 @@ def write_plan(plan: Plan, folder: Path, progress: bool = True) -> list[str]:
         ValueError: the folder holds another study.
         Failed: no method could be measured.
     """
-    costs, failed = prepare(plan, folder, progress)
-    if not costs:
-        raise Failed("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    commands = [_command(each) for each in trainings_of(plan, folder, costs).values()]
+    with begun(plan, folder, progress) as console:
+        measure(plan, folder, console)
+    commands = [_command(each) for each in trainings_of(plan, folder).values()]
     write(folder / COMMANDS, "".join(f"{command}\n" for command in commands))
     return commands
 
@@ -51,15 +49,15 @@ def collect(folder: Path) -> Comparison:
         FileNotFoundError: the folder holds no study, or no training is finished.
     """
     plan = read_plan(folder)
-    costs, failed = prepare(plan, folder, progress=False, measure=False)
-    trainings = trainings_of(plan, folder, costs)
+    failed = dict.fromkeys(plan.methods.keys() - known_costs(plan, folder), "its costs are not measured")
+    trainings = trainings_of(plan, folder)
     missing = {each.folder: _missing(each) for each in trainings.values() if not (each.folder / RESULTS).exists()}
     if len(missing) == len(trainings):
         raise FileNotFoundError(f"no training in {folder} is finished; run the lines of {folder / COMMANDS} first")
     timed = Counter(_machine(file) for file in (folder / COSTS).glob("*.json"))
     trained = Counter(_machine(each.folder / RESULTS) for each in trainings.values() if each.folder not in missing)
     notes = [f"timed on {_counted(timed)}; trained on {_counted(trained)}"]
-    return conclude(plan, folder, trainings, costs, failed, missing, notes)
+    return conclude(plan, folder, trainings, failed, missing, notes)
 
 
 def _command(training: Training) -> str:

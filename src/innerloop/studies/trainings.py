@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from innerloop.children import tied
 from innerloop.errors import Failed
 from innerloop.training.runs import RESULTS
 from innerloop.training.settings import SETTINGS, Settings
-from innerloop.training.signals import heeded, tied
+from innerloop.training.signals import heeded
 from innerloop.training.store import METRICS, last_step
 
 DIVERGED, OURS = 1, "innerloop: "  # how the command ends where training diverges
@@ -32,14 +34,14 @@ class Training(NamedTuple):
     seconds: float
 
 
-def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[Path, str]:
+def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dict[Path, str]:
     """Train all that are not trained yet, so many at once; those that were interrupted are continued.
 
     Args:
         trainings: what to train.
         jobs: processes at once.
-        bar: in its only row the seconds of meta-steps still to do become the rest of the total, and advance; where
-            there is no terminal, its console gets a line whenever a training ends.
+        console: gets a line whenever a training ends and, where it is a terminal, a bar over the seconds of meta-steps
+            that are left.
 
     Returns:
         By the folder of each training that diverged: why.
@@ -51,8 +53,10 @@ def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[P
     failed: dict[Path, str] = {}
     waiting = [each for each in trainings if not (each.folder / RESULTS).exists()]
     running: dict[Training, subprocess.Popen[bytes]] = {}
-    show = _display(trainings, waiting, bar)
-    with _stopped(running):
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn()
+    total = _left(waiting)
+    with _stopped(running), Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task("", total=total)
         while waiting or running:
             while waiting and len(running) < jobs:
                 each = waiting.pop(0)
@@ -65,7 +69,12 @@ def train_all(trainings: Sequence[Training], jobs: int, bar: Progress) -> dict[P
                     failed[each.folder] = words.removeprefix(OURS)
                 elif status:
                     raise Failed(f"training {each.name} failed: {words} (all of it: {_log(each)})")
-            show(waiting, running)
+                console.print(
+                    f"{'diverged' if status else 'trained'}: {each.name}; {len(waiting) + len(running)} to go",
+                    markup=False,
+                )
+            names = ", ".join(each.name for each in running)
+            bar.update(row, completed=total - _left([*waiting, *running]), description=names)
     return failed
 
 
@@ -113,30 +122,6 @@ def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[No
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _display(
-    trainings: Sequence[Training], waiting: Sequence[Training], bar: Progress
-) -> Callable[[Collection[Training], Collection[Training]], None]:
-    """What shows how far the trainings are, given those that wait and those that run.
-
-    ``waiting`` are those that wait before any runs: what is left of them is what the bar has still to cover.
-    """
-    (row,) = bar.tasks
-    end = row.completed + _left(waiting)
-    bar.update(row.id, total=end)
-    told: set[Path] = set()
-
-    def show(waiting: Collection[Training], running: Collection[Training]) -> None:
-        names = ", ".join(each.name for each in running)
-        bar.update(row.id, completed=end - _left([*waiting, *running]), description=names)
-        if not bar.console.is_terminal:
-            for number, each in enumerate(trainings, 1):
-                if each.folder not in told and (each.folder / RESULTS).exists():
-                    told.add(each.folder)
-                    bar.console.print(f"trained {each.name} ({number} of {len(trainings)})")
-
-    return show
 
 
 def _left(trainings: Sequence[Training]) -> float:

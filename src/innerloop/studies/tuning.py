@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from innerloop.errors import Diverged
 from innerloop.reporting import in_fresh_process
 from innerloop.tasks import TaskSource
@@ -51,8 +49,6 @@ def search_here(settings: dict[str, Any], tried: list[float], steps: int) -> lis
     """As `search`, in this process, which should be a fresh one."""
     keep_freed_memory()  # such a process is slow otherwise
     chosen = Settings(**settings)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
     tasks = build_tasks(chosen, ["train", "validation"])
     chosen = with_inner_rate(chosen, tasks)
     return [_accuracy(replace(chosen, outer_lr=rate, steps=steps), tasks) for rate in tried]

@@ -228,7 +228,9 @@ def choose_threads(trial: Callable[[], object], most: int) -> int:
 
 
 def arithmetic(settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """The context in which the learner of the settings computes: autocast to bfloat16, or nothing special."""
+    """The context in which the learner of the settings computes: their threads, from here on, and bfloat16 or not."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     if settings.precision == "bf16-autocast":
         return torch.autocast(choose_device(settings).type, torch.bfloat16)
     return contextlib.nullcontext()

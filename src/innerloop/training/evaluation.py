@@ -177,7 +177,7 @@ def evaluate(
         keep: Callable[[int, dict[str, Tensor]], None] | None = None
         if kept is not None and processes.world() == 1:
             asked = (split, size, steps, inductive, curve)
-            before, keep = stack.enter_context(resumable(kept, _key(learner, tasks, asked)))
+            before, keep = stack.enter_context(resumable(kept, key_of(learner, tasks, asked)))
         for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
             number = min(size, count - start)
             if start in before and all(len(value) == number for value in before[start].values()):
@@ -223,8 +223,8 @@ def evaluate(
     )
 
 
-def _key(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:
-    """A hash of all that the results of an evaluation follow from, but for the data beyond the first task."""
+def key_of(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:
+    """A hash of all that results follow from but the data beyond the first task; ``asked`` begins with the split."""
     digest = hashlib.sha256(repr((asked, learner)).encode())
     for value in (*learner.state_dict().values(), *tensors(draw(tasks, learner, asked[0], 0, 1))):
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

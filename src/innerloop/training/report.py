@@ -30,7 +30,7 @@ from innerloop.reporting import (
     markdown,
     percent,
     provenance,
-    write_text,
+    write,
 )
 from innerloop.reporting.figures import (
     BLUE,
@@ -128,7 +128,7 @@ def write_report(
         *how_made(provenance()),
         Code(json.dumps(asdict(settings), indent=2)),
     ]
-    write_text(folder / REPORT, markdown(task_words(settings), parts))
+    write(folder / REPORT, markdown(task_words(settings), parts))
     # Last, because a run that has results counts as done.
     results = {"training": fitted._asdict(), "warnings": list(warnings)}
     results |= {"test": summary(assessment), "curve": summary(curve)}

@@ -1,21 +1,17 @@
-"""What stops a process or asks it to save: signals, and the end of the process that started it."""
+"""What stops a process or asks it to save."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import FrameType
-from typing import Any
 
 from innerloop.errors import Stopped
 
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 SAVE = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-LIFELINE = "INNERLOOP_LIFELINE"  # set for a child whose standard input closes when its parent ends
 
 
 class Signals:
@@ -66,32 +62,3 @@ def heeded(at_once: bool) -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def tied(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Arguments of ``subprocess.Popen`` for a child that ends with this process, on SIGKILL too: see `end_with_parent`.
-
-    The child's standard input is a pipe that only this process could write to, and never does.
-    """
-    return {"stdin": _pipe()[0], "env": {**environment, LIFELINE: "1"}}
-
-
-@cache
-def _pipe() -> tuple[int, int]:
-    return os.pipe()
-
-
-def end_with_parent() -> None:
-    """In a child that was started with `tied`: be sent SIGTERM when its parent ends."""
-
-    def watch() -> None:
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if has_parent():
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def has_parent() -> bool:
-    """Whether this process ends with the one that started it."""
-    return LIFELINE in os.environ

@@ -192,13 +192,16 @@ def read_records(path: Path) -> list[Record]:
 
 
 @contextmanager
-def resumable(path: Path, key: str) -> Iterator[tuple[dict[int, Parts], Callable[[int, Parts], None]]]:
+def resumable(path: Path | None, key: str) -> Iterator[tuple[dict[int, Parts], Callable[[int, Parts], None]]]:
     """For a computation in parts: those that an interrupted process has left, and a function that keeps one more.
 
     Args:
-        path: a file of records, to which several computations may write.
+        path: a file of records, to which several computations may write; None keeps nothing.
         key: names the computation: a hash of all that its results follow from.
     """
+    if path is None:
+        yield {}, lambda step, parts: None
+        return
     there = read_records(path) if path.exists() else []
     before = {
         record["step"]: {
