@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step
+EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step fields
 
 .PHONY: setup train test test-long experiments-quick bench-quick clean
 
@@ -26,7 +26,7 @@ test: setup
 test-long: setup
 	OMP_NUM_THREADS=1 INNERLOOP_KILLS=200 INNERLOOP_FLIPS=2000 $(BIN)/pytest tests/test_reliability.py
 
-# The claims of the five papers, each in the direction that it has on a small task.
+# The claims of the papers, each in the direction that it has on a small task.
 experiments-quick: setup
 	set -e; for each in $(EXPERIMENTS); do OMP_NUM_THREADS=1 $(BIN)/python experiments/$$each/run.py --quick; done
 

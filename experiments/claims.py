@@ -20,6 +20,7 @@ PAPERS = {
     "imaml": "iMAML (1909.04630)",
     "lambda_patterns": "Lambda patterns (2206.05930)",
     "multi_step": "multi-step (2006.04298)",
+    "fields": "GradNCP (2302.00617)",
 }
 OWN = "(ours)", "(our derivation)", "third party"  # claims that are not the paper's
 # Omniglot 5-way 1-shot, transductive: the tables of the iMAML paper and, of MAML++, of arXiv 1810.09502

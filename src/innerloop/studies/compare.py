@@ -40,7 +40,7 @@ from innerloop.training.settings import Settings, flag
 from innerloop.training.store import BEST, METRICS, locked, read_records
 
 METHODS = (
-    "maml", "fomaml", "anil", "imaml", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
+    "maml", "fomaml", "anil", "imaml-head", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
     "proto-maml", "ridge", "pretrained", "mamf",
 )  # fmt: skip
 STUDY, COSTS, TUNING, RUNS, TASKS = "study.json", "costs", "tuning", "runs", "tasks.safetensors"
