@@ -243,7 +243,7 @@ def main() -> None:
             print({name: value for name, value in rows[-1].items() if not isinstance(value, list)}, flush=True)
             record |= reporting.provenance()
             reporting.write_json(path, record, indent=None)
-    reporting.write_text(args.out / "README.md", page(record))
+    reporting.write(args.out / "README.md", page(record))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,11 @@ COLOUR = "pretrained, adapted"
 DEFAULT = {"glyphs": "proto-anil", "omniglot": "proto-anil", "cifar-fs": COLOUR, "folder": COLOUR}
 
 CONCLUSION = """\
-So `innerloop train` begins at class means and adapts the head from there in five plain steps. Where nothing of a method
-is typed, colour pictures are learned by `pretrained`. "default" in these tables is the first edition's recipe."""
+So `innerloop train` begins at class means and adapts the head from there in five plain steps. Colour pictures are
+learned otherwise where nothing of a method is typed: by `pretrained`, mirrored and shifted, and a new task adapts the
+head in twenty small steps from the class means by the cosine. On test tasks of all four sets no classifier on the same
+features is ahead of the default by more than the interval, nor is a ProtoNet. "default" in these tables is the first
+edition's."""
 
 
 def measured(data: str, candidate: str, seed: int, seconds: float, count: int) -> dict[str, Any]:
@@ -154,29 +157,28 @@ def tested(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| | " + " | ".join(sets) + " |"
     yield "| --- " * (1 + len(sets)) + "|"
 
-    def of(data: str, candidate: str) -> list[dict[str, Any]]:
-        return [row["test"] for row in rows if (row["data"], row["candidate"]) == (data, candidate) and "test" in row]
+    def of(data: str, candidate: str) -> dict[int, dict[str, Any]]:
+        mine = (row for row in rows if (row["data"], row["candidate"]) == (data, candidate) and "test" in row)
+        return {row["seed"]: row["test"] for row in mine}
+
+    def line(title: str, cells: Iterator[list[list[float]]]) -> str:
+        return f"| {title} | " + " | ".join(combined(each) if each else "–" for each in cells) + " |"
 
     default = {data: of(data, DEFAULT[data]) for data in sets}
-    yield (
-        "| **the default**, | "
-        + " | ".join(combined([row["accuracy"] for row in default[data]]) for data in sets)
-        + " |"
-    )
-    for name in next(iter(default.values()))[0]["baselines"]:
-        cells = (combined([row["baselines"][name][1:] for row in default[data]]) for data in sets)
-        yield f"| less {name} on the same run | " + " | ".join(cells) + " |"
+    yield line("**the default**", ([row["accuracy"] for row in default[data].values()] for data in sets))
+    for name in next(row["test"] for row in rows if "test" in row)["baselines"]:
+        apart = ([row["baselines"][name][1:] for row in default[data].values()] for data in sets)
+        yield line(f"less {name} on the same run", apart)
     for name in dict.fromkeys(row["candidate"] for row in rows):
-        cells = []
-        for data in sets:
-            other = of(data, name)
-            pairs = zip(default[data], other, strict=True) if other and name != DEFAULT[data] else ()
-            apart = [
-                [mine["accuracy"][0] - each["accuracy"][0], math.hypot(mine["accuracy"][1], each["accuracy"][1])]
-                for mine, each in pairs
-            ]
-            cells.append(combined(apart) if apart else "–")
-        yield f"| less a run of {name} | " + " | ".join(cells) + " |"
+        pairs = (
+            [(default[data][seed]["accuracy"], each["accuracy"]) for seed, each in of(data, name).items()]
+            if name != DEFAULT[data]
+            else []
+            for data in sets
+        )
+        yield line(
+            f"less a run of {name}", ([[a[0] - b[0], math.hypot(a[1], b[1])] for a, b in each] for each in pairs)
+        )
 
 
 def page(record: dict[str, Any]) -> str:
@@ -204,8 +206,7 @@ def page(record: dict[str, Any]) -> str:
     lines += [
         f"5-shot; Conv4 with 32 filters; {record['count']} tasks a seed. The folder holds {EACH} photographs of each"
     ]
-    lines += ["of CIFAR-FS's 20 test classes: ten to train on, five to choose by, five to test. `make_weights.py` and"]
-    lines += ["all choices left it alone.", ""]
+    lines += ["of CIFAR-FS's 20 test classes: ten to train on, five to choose by, five to test.", ""]
     made = f"Made by `{record['command']}` at commit {record['commit']}, torch {record['versions']['torch']}, "
     return "\n".join([*lines, made + f"{record['machine']['processor']}."]) + "\n"
 

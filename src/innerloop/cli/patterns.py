@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             if not learner.rates and learner.few_shot.start is None:
                 raise
-            still = " --inner-steps 5 --meta-gradient unrolled --batch-norm batch" if not learner.inner.steps else ""
+            plain = learner.meta_gradient.joint or not learner.inner.steps
+            still = " --inner-steps 5 --meta-gradient unrolled --batch-norm batch" if plain else ""
             again = (
                 f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none{still} --out NEW"
             )
