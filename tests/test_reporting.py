@@ -146,6 +146,7 @@ def test_seeds_that_differ_widen_the_interval_and_one_leaves_it_open() -> None:
     assert reporting.verdict(tasks, [3.0, -1.0, 1.0], 0.0) == "open"
     assert reporting.verdict(tasks, [1.01, 0.99, 1.0], 0.0) == "shown"
     assert reporting.paired(tasks, [3.0, -1.0, 1.0]) == pytest.approx((1.0, 4.303 * 2 / math.sqrt(3)))
+    assert reporting.verdict([1.0, -math.inf], [1.0, 2.0]) == "open"
     assert reporting.verdict([5.0]) == "open"
     for differences, seeds, margin in (([], None, 1.0), ([1.0], [], 1.0), ([1.0], None, -1.0), ([1.0], None, math.nan)):
         with pytest.raises(ValueError, match="give"):

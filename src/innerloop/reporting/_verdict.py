@@ -12,10 +12,13 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97
 
 def student(values: Sequence[float]) -> float:
     """Half-width of the 95 % interval of the mean of a few values, by Student's t; NaN of a single one."""
-    if len(values) < 2:
-        return math.nan
-    quantile = STUDENT[min(len(values) - 2, len(STUDENT) - 1)]
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = STUDENT[max(0, min(len(values) - 2, len(STUDENT) - 1))]
+    return quantile * _deviation(values) / math.sqrt(len(values))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """NaN of a single value, and where one is not finite."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 def paired(differences: Sequence[float], per_seed: Sequence[float] | None = None) -> tuple[float, float]:
@@ -31,8 +34,7 @@ def paired(differences: Sequence[float], per_seed: Sequence[float] | None = None
     values = [float(each) for each in differences]
     if not values or (per_seed is not None and not len(per_seed)):
         raise ValueError("there are no differences; give one a task, and where seeds are given one a seed")
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    half = 1.96 * deviation / math.sqrt(len(values))
+    half = 1.96 * _deviation(values) / math.sqrt(len(values))
     if per_seed is not None:
         over_seeds = student([float(each) for each in per_seed])
         half = over_seeds if math.isnan(over_seeds) else max(half, over_seeds)
