@@ -227,7 +227,9 @@ METHODS: dict[str, Method] = {
         f"class means by the cosine are the paper's; optimiser and augmentation are not: {OWN_RATE}",
         Head(), STILL, Supervised(), OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
     ),
-    "default": Method("Proto-ANIL", "1903.03096", "the default recipe of innerloop train: experiments/recipe"),
+    "default": Method(
+        "Proto-ANIL", "1903.03096", "the default recipe of innerloop train but for colour pictures: experiments/recipe"
+    ),
 }  # fmt: skip
 
 
