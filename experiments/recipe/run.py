@@ -148,7 +148,13 @@ def searched(rows: list[dict[str, Any]]) -> Iterator[str]:
                 statistics.mean(row["baselines"][b][0] for row in good) for b in good[0]["baselines"] if b != "pixels"
             )
             cells.append(f"{100 * statistics.mean(row['accuracy'][0] for row in good):.1f} / {100 * best:.1f}")
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        yield f"| {name}{_fewer(name, rows)} | " + " | ".join(cells) + " |"
+
+
+def _fewer(name: str, rows: list[dict[str, Any]]) -> str:
+    """How many seeds a candidate has, where others have more."""
+    seeds = len({row["seed"] for row in rows if row["candidate"] == name})
+    return "" if seeds == len({row["seed"] for row in rows}) else f" ({seeds} seed{'s' * (seeds > 1)})"
 
 
 def tested(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -170,15 +176,15 @@ def tested(rows: list[dict[str, Any]]) -> Iterator[str]:
         apart = ([row["baselines"][name][1:] for row in default[data].values()] for data in sets)
         yield line(f"less {name} on the same run", apart)
     for name in dict.fromkeys(row["candidate"] for row in rows):
-        pairs = (
+        pairs = [
             [(default[data][seed]["accuracy"], each["accuracy"]) for seed, each in of(data, name).items()]
             if name != DEFAULT[data]
             else []
             for data in sets
-        )
-        yield line(
-            f"less a run of {name}", ([[a[0] - b[0], math.hypot(a[1], b[1])] for a, b in each] for each in pairs)
-        )
+        ]
+        if any(pairs):
+            apart = ([[a[0] - b[0], math.hypot(a[1], b[1])] for a, b in each] for each in pairs)
+            yield line(f"less a run of {name}{_fewer(name, rows)}", apart)
 
 
 def page(record: dict[str, Any]) -> str:
