@@ -58,7 +58,15 @@ EQUAL = {"cifar-fs-5-shot": 100, "cifar-fs-1-shot": 100, "sinusoid": 200}  # out
 # What a network of three layers on a line takes in place of a method's own.
 LINE: dict[str, Row] = {"reptile": {"train_shots": None}, "lambda": {"adapts": "blocks:001"}, "cavia": {"context": 5}}
 REFERENCE, TRIAL, MARGIN = "maml", 10, 1.0
-NAMES = [{"moml": "moml:100"}.get(name, name) for name in METHODS if name != "default"] + ["mixed"]
+# What has no name of its own: a method and what differs. Of MAML++, each of its parts left out.
+VARIANTS: dict[str, tuple[str, Row]] = {
+    "mixed": ("truncated", {"meta_gradient": "mixed:1=0.5,5=0.5"}),
+    "maml++ less batch norm a step": ("maml++", {"batch_norm": "batch"}),
+    "maml++ less learned rates": ("maml++", {"inner": "sgd"}),
+    "maml++ less multi-step loss": ("maml++", {"multi_step_loss": None}),
+    "maml++ less first order": ("maml++", {"first_order": None}),
+}
+NAMES = [{"moml": "moml:100"}.get(name, name) for name in METHODS if name != "default"] + list(VARIANTS)
 
 
 SHARED = "memory", "steps", "tried", "outer_lr"
@@ -73,10 +81,8 @@ Pictures are seen by Conv4 of 16 filters with strides, lines by an MLP."""
 def settings_of(data: str, method: str, seed: int) -> Settings:
     """What all share wins over what a method sets."""
     dataset = SETS[data]["dataset"]
-    if method == "mixed":
-        own = method_settings("truncated", dataset) | {"meta_gradient": "mixed:1=0.5,5=0.5"}
-    else:
-        own = method_settings(method, dataset)
+    name, other = VARIANTS.get(method, (method, {}))
+    own = method_settings(name, dataset) | other
     own |= LINE.get(method, {}) if data == "sinusoid" else {}
     return Settings(**{**own, **SETS[data], "seed": seed, "threads": 1, "schedule": "constant"})
 
