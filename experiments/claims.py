@@ -21,6 +21,7 @@ PAPERS = {
     "lambda_patterns": "Lambda patterns (2206.05930)",
     "multi_step": "multi-step (2006.04298)",
     "fields": "GradNCP (2302.00617)",
+    "neighbours": "RaT-BPTT (2311.07025), B-SMALL (2101.00203)",
 }
 OWN = "(ours)", "(our derivation)", "third party"  # claims that are not the paper's
 # Omniglot 5-way 1-shot, transductive: the tables of the iMAML paper and, of MAML++, of arXiv 1810.09502
