@@ -182,7 +182,7 @@ def judged(rows: list[Row], reference: list[Row], point: str) -> list[str]:
 
 def section(rows: list[Row]) -> Iterator[str]:
     """The lines on one set at one length, the best first."""
-    good = [row for row in rows if "failed" not in row]
+    good = [row for row in rows if "failed" not in row and math.isfinite(math.fsum(row["time"] + row["tasks"]))]
     of = {name: [row for row in good if row["method"] == name] for name in dict.fromkeys(row["method"] for row in good)}
     reached = {name: statistics.mean(itertools.chain(*(row["time"] for row in found))) for name, found in of.items()}
     *own, shared = good[0]["beside"] if good else [""]
@@ -201,8 +201,12 @@ def section(rows: list[Row]) -> Iterator[str]:
     if good:
         known = statistics.mean(row["beside"][shared] for row in of.get(REFERENCE, good))
         yield f"\nThe baseline that learns nothing, {shared}: {known:.3g}.\n"
-    for name, seed, reason in dict.fromkeys((r["method"], r["seed"], r["failed"]) for r in rows if "failed" in r):
-        yield f"* {name}, seed {seed}: no number. {reason}"
+    missing = [row for row in rows if row not in good]
+    for name in dict.fromkeys(row["method"] for row in missing):
+        mine = [row for row in missing if row["method"] == name]
+        seeds = ", ".join(str(row["seed"]) for row in mine)
+        reason = mine[0].get("failed", "a loss that is not finite").partition("; ")[0]
+        yield f"* {name}, seed{'s' * (len(mine) > 1)} {seeds}: no number. {reason}"
 
 
 def page(record: Row) -> str:
