@@ -334,3 +334,21 @@ def test_a_subclass_of_the_users_own_has_no_text() -> None:
 
     with pytest.raises(ValueError, match=r"Mine\(.*\) has no name that can be typed: the command takes everything"):
         text(Mine(lr=0.1, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("implicit", True), ("memory-reduced:iterations=5", True), ("unrolled", False)]
+)
+def test_a_run_of_the_first_edition_whose_estimator_brought_a_term_is_refused(
+    tmp_path: Path, name: str, refused: bool
+) -> None:
+    Settings(meta_gradient=name).save(tmp_path / "settings.json")
+    assert Settings.load(tmp_path / "settings.json").meta_gradient == name
+    first = json.loads((tmp_path / "settings.json").read_text())
+    del first["start"], first["carry"]
+    (tmp_path / "settings.json").write_text(json.dumps(first))
+    if not refused:
+        assert Settings.load(tmp_path / "settings.json") == Settings(meta_gradient=name)
+        return
+    with pytest.raises(ValueError, match=r"is of the first edition.*--proximal 2 or --weight-decay"):
+        Settings.load(tmp_path / "settings.json")

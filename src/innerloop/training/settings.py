@@ -362,11 +362,17 @@ class Settings:
         """The settings that ``save`` wrote.
 
         Raises:
-            ValueError: as `read_config`, or some are missing.
+            ValueError: as `read_config`; some are missing; or they are of the first edition, whose implicit estimators
+                brought a term of their own.
         """
         found = read_config(path)
         if missing := [flag(name) for name in NEEDED if name not in found]:
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}: it is damaged; restore it from a copy, or train in another folder"
+            )
+        if "carry" not in found and str(found["meta_gradient"]).startswith(("implicit", "memory-reduced")):
+            raise ValueError(
+                f"{path} is of the first edition, whose {found['meta_gradient']} brought a term that is the inner "
+                "loop's now: train again, with --proximal 2 or --weight-decay 0.05"
             )
         return cls(**found)
