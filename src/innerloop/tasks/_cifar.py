@@ -93,7 +93,7 @@ def cifar_fs(
         ConnectionError: the download failed.
     """
     splits = {split: names.split() for split, names in CIFAR_FS.items()}
-    return _episodes("cifar_fs", splits, ways, shots, queries, seed, data, augment)
+    return Episodes(_image_set("cifar_fs", splits, data), ways, shots, queries, seed, augment)
 
 
 @recorded
@@ -110,24 +110,15 @@ def fc100(
     Arguments and errors are those of `cifar_fs`.
     """
     splits = {split: [c for s in names.split() for c in CLASSES[s].split()] for split, names in FC100.items()}
-    return _episodes("fc100", splits, ways, shots, queries, seed, data, augment)
+    return Episodes(_image_set("fc100", splits, data), ways, shots, queries, seed, augment)
 
 
-def _episodes(
-    name: str,
-    held_out: dict[str, list[str]],
-    ways: int,
-    shots: int,
-    queries: int,
-    seed: int,
-    data: str | PathLike[str] | None,
-    augment: str | None,
-) -> Episodes:
+def _image_set(name: str, held_out: dict[str, list[str]], data: str | PathLike[str] | None) -> ImageSet:
     images = torch.from_numpy(_load(data))
     held_out = {"train": sorted(set(NAMES).difference(*held_out.values())), **held_out}
     splits = {split: tuple(sorted(map(NAMES.index, names))) for split, names in held_out.items()}
     counts = (sum(PARTS.values()),) * len(NAMES)
-    return Episodes(ImageSet(name, images, counts, NAMES, splits), ways, shots, queries, seed, augment)
+    return ImageSet(name, images, counts, NAMES, splits)
 
 
 def _load(data: str | PathLike[str] | None) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from innerloop.tasks._episodes import Episodes, recorded
+from innerloop.tasks._episodes import Episodes, ImageSet, recorded
 from innerloop.tasks._files import Files, read_table
 from innerloop.tasks._images import Layout, image_set, split_folders
 from innerloop.tasks._pictures import is_image
@@ -53,7 +53,7 @@ def mini_imagenet(
         ValueError: another layout, a damaged archive, an unreadable image, or tasks too large for the images.
     """
     source = "the split lists are in github.com/twitter-research/meta-learning-lstm under data/miniImagenet"
-    return _episodes("mini_imagenet", source, ways, shots, queries, seed, data, augment)
+    return Episodes(_image_set("mini_imagenet", source, data), ways, shots, queries, seed, augment)
 
 
 @recorded
@@ -71,19 +71,10 @@ def tiered_imagenet(
     are mapped into memory rather than loaded. Reading them the first time takes about half an hour on two cores.
     """
     source = "its classes are listed in github.com/renmengye/few-shot-ssl-public"
-    return _episodes("tiered_imagenet", source, ways, shots, queries, seed, data, augment)
+    return Episodes(_image_set("tiered_imagenet", source, data), ways, shots, queries, seed, augment)
 
 
-def _episodes(
-    name: str,
-    source: str,
-    ways: int,
-    shots: int,
-    queries: int,
-    seed: int,
-    data: str | PathLike[str] | None,
-    augment: str | None,
-) -> Episodes:
+def _image_set(name: str, source: str, data: str | PathLike[str] | None) -> ImageSet:
     if data is None:
         raise FileNotFoundError(
             f"{name} cannot be downloaded, because ImageNet's licence forbids handing its images on: ask for them at "
@@ -94,7 +85,7 @@ def _episodes(
     layout = _listed(files) if LISTS.keys() <= files.stamps.keys() else split_folders(images)
     if layout is None or layout.keys() != set(LISTS.values()):
         raise ValueError(f"{files.root} is not laid out as {name}; {LAYOUT}")
-    return Episodes(image_set(name, files, layout, SIZE, 3, crop=False), ways, shots, queries, seed, augment)
+    return image_set(name, files, layout, SIZE, 3, crop=False)
 
 
 def _listed(files: Files) -> Layout:
