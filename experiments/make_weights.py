@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from innerloop.reporting import write_json
+
 WEIGHTS = Path(__file__).parents[1] / "src" / "innerloop" / "weights"
 RECIPES = {
     "glyphs": "--shots 5 --start prototypes --inner sgd --inner-lr 0.1 --inner-steps 10 --steps 4000",
@@ -30,7 +32,7 @@ def keep(run: Path, name: str) -> None:
     settings, results = (json.loads((run / file).read_text("utf-8")) for file in ("settings.json", "results.json"))
     results = {key: results[key] for key in ("training", "test", "time", "versions")}
     for file, content in (("settings.json", settings | {"data": None, "threads": None}), ("results.json", results)):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        write_json(folder / file, content)
 
 
 def main() -> None:

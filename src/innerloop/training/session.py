@@ -133,19 +133,22 @@ class Session:
         first = step * self.tasks_per_batch + self.mine.start
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
         batch = draw(self.tasks, self.learner, "train", first, len(self.mine))
-        if not self.looked and not self.skips:  # a source that gives no numbers is not a matter of rates
-            self.looked = True
-            for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
-                where = (
-                    f" of the batch from task {first} on" if isinstance(batch, Task) else f" of task {first + place}"
-                )
-                for part, examples in task._asdict().items():
-                    check_finite(part, examples, f"{where} of the training stream")
+        if not self.looked and not self.skips:
+            self._look(batch, first)
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
         annealed = self.multi_step_loss
         weights = multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
         return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
+
+    def _look(self, batch: Task | Sequence[Task], first: int) -> None:
+        """Check the first batch: a source that gives no numbers is not a matter of rates."""
+        self.looked = True
+        stacked = isinstance(batch, Task)
+        for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
+            where = f" of the batch from task {first} on" if stacked else f" of task {first + place}"
+            for part, examples in task._asdict().items():
+                check_finite(part, examples, f"{where} of the training stream")
 
     def step(self, flags: list[float]) -> tuple[str, Record, list[float]]:
         """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
