@@ -142,9 +142,10 @@ def test_a_browser_drops_photographs_on_the_page(site: Site, tmp_path: Path) -> 
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(f"http://127.0.0.1:{site.port}/")
         page.set_input_files("#files", files[:1])
-        page.wait_for_function("document.querySelector('#answers figcaption')?.textContent.includes('%')")
+        caption = page.locator("#answers figcaption")  # locators, as the page's own rules forbid to wait by eval
+        caption.filter(has_text="%").wait_for()
         first, share = probabilities(picture(), site.model, NOTES)[0]
-        assert page.inner_text("#answers figcaption").startswith(f"{first} {share * 100:.0f} %")  # text, not markup
+        assert caption.inner_text().startswith(f"{first} {share * 100:.0f} %")  # text, not markup
         assert page.evaluate("document.querySelector('#answers img').naturalWidth") == 20
         # a real drop, of a file that is no image
         page.evaluate("""() => {
@@ -152,7 +153,7 @@ def test_a_browser_drops_photographs_on_the_page(site: Site, tmp_path: Path) -> 
             data.items.add(new File(["no image"], "two.png", { type: "image/png" }));
             document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
         }""")
-        page.wait_for_function("document.querySelectorAll('#answers figcaption').length == 2")
-        page.wait_for_function("document.querySelector('#answers figcaption').textContent.includes('cannot read')")
+        caption.filter(has_text="cannot read").wait_for()
+        assert ["cannot read" in each for each in caption.all_inner_texts()] == [True, False]
         assert not faults
         browser.close()
