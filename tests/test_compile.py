@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import innerloop as il
+from innerloop import compiled
+from innerloop.cli import train
 from innerloop.compiled import proposal
+from innerloop.training.build import build_learner, build_tasks
+from innerloop.training.settings import Settings
 
 TRACED = "eager"  # runs the graph as it is
 
@@ -113,6 +117,22 @@ def test_equal_on_a_convolution(choices):
         assert_same(compiled, eager, images(seed=seed))
     assert compiled.compiler is not None
     assert compiled.compiler.compilations == 1
+
+
+@pytest.mark.parametrize("start", [il.Prototypes(), il.Ridge()], ids=["prototypes", "ridge"])
+def test_a_start_that_reads_the_support_set_is_compiled_task_by_task(start):
+    choices = {"adapts": "head", "start": start, "batch_norm": "task"}
+    batch = images()
+    fewer = batch.support[1][0] % 2
+    unequal = [il.Task(*((x[0], y[0]) for x, y in batch)), il.Task(*((x[1], fewer) for x, _ in batch))]
+    for tasks, given in ((batch, {"chunk_size": 1}), (unequal, {})):
+        eager = convolution(**choices).double()  # a bias before batch norm has the gradient 0 but for rounding
+        compiled = convolution(**choices, **given, compile=TRACED).double()
+        for _ in range(2):
+            assert_same(compiled, eager, tasks)
+        assert compiled.compiler is not None
+        assert compiled.compiler.active
+        torch.testing.assert_close(eager.evaluate(tasks).loss, compiled.evaluate(tasks).loss)
 
 
 def test_weights_of_steps_and_tasks_are_arguments():
@@ -309,3 +329,14 @@ def test_equal_by_kernels(tmp_path, monkeypatch):
         assert_same(compiled, eager, sinusoids(seed=seed))
     assert compiled.compiler is not None
     assert compiled.compiler.compilations == 1
+
+
+def test_the_first_trial_of_a_training_does_not_compile(monkeypatch):
+    settings = Settings(dataset="glyphs", filters=2, steps=1, tasks_per_batch=2, compile=True)
+    tasks = build_tasks(settings)
+    learner = build_learner(settings, tasks.input_shape, tasks.output_size)
+    trial = train._trial(settings, learner, tasks)
+    monkeypatch.setattr(compiled.Compiler, "__call__", lambda *_: pytest.fail("a lone task is compiled"))
+    trial()
+    with pytest.raises(pytest.fail.Exception, match="a lone task"):
+        learner.meta_step(tasks.batch("train", 0, 1))

@@ -304,9 +304,11 @@ class Bilevel(nn.Module):
             return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
 
         def run(computed: Callable[..., Any], arguments: tuple[Any, ...], about: tuple[int, bool, int]) -> Any:
+            nonlocal ways
             place, alone, step = about
             if isinstance(tasks, list):  # each of its own size
                 self._way([tasks[place]], 1, starts[place])
+                ways = self._ways([tasks[place]])
             if self.compiler is None:
                 return computed(*arguments)
             # Bound methods are equal where the objects are one.
@@ -407,7 +409,6 @@ class Bilevel(nn.Module):
         tasks, count = self._checked(batch)
         meta, learned = self.meta_tree(), self.learned()
         starts, _ = self._starts(count, task_ids, begin)
-        ways = self._ways(tasks)
         found: dict[int, str] = {}
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
             for place in range(count):
@@ -415,9 +416,8 @@ class Bilevel(nn.Module):
 
                 def estimate(task: Task = one, start: End | None = starts[place]) -> Result:
                     # in place of the learner's own way, which may keep graphs and take no product
-                    return self._estimate(
-                        task, meta, learned, start, step_weights, fresh_seed(), None, ways, self.meta_gradient
-                    )
+                    ways, own = self._ways([task]), self.meta_gradient
+                    return self._estimate(task, meta, learned, start, step_weights, fresh_seed(), None, ways, own)
 
                 if reason := fault(estimate, one, self.inner.steps):
                     found[place] = reason
@@ -448,11 +448,12 @@ class Bilevel(nn.Module):
         steps = self._steps(steps)
         tasks, count = self._checked(batch)
         meta, learned = self.meta_tree(), self.learned()
-        ways = self._ways(tasks)
+        ways, alone = self._ways(tasks), isinstance(tasks, list)
 
         def one(given: Any, task: Task, start: End | None, seed: int, rows: Tensor | None) -> Any:
             meta, learned = given
-            stated = self._posed(task, meta, ways, inductive=inductive, differentiate=False)
+            mine = self._ways([task]) if alone else ways
+            stated = self._posed(task, meta, mine, inductive=inductive, differentiate=False)
             problem = stated.problem if stated.problem.seed is not None else replace(stated.problem, seed=seed)
             loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows, steps)
             if isinstance(task.query, Steps):
@@ -472,7 +473,6 @@ class Bilevel(nn.Module):
             judge(steps, loop.run(steps, judge if curve else None).params)
             return torch.stack(losses), [torch.stack(accuracies)] if accuracies else [], found[0]
 
-        alone = isinstance(tasks, list)
         with second_order_kernels(self.recurrent, self.engine):
             begin: list[End | None] = [None] * count
             base, chunk = fresh_seed(), self._chunk(tasks, count, begin)

@@ -16,7 +16,7 @@ from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
 from innerloop.blocks import call, twin
 from innerloop.choices import choice
-from innerloop.curvature import in_transform, second_order_kernels
+from innerloop.curvature import second_order_kernels
 from innerloop.data_checks import check_finite, check_labels, classes_of
 from innerloop.engine import Products
 from innerloop.errors import BadData
@@ -242,8 +242,6 @@ class MetaLearner(Bilevel):
         self, task: Task, meta: Tree, ways: int, *, inductive: bool = False, reuse: bool = True, differentiate: bool
     ) -> Stated:
         transductive = not inductive and self.batch_norm != "task"
-        if self.few_shot.start is not None and not in_transform():
-            ways = self._ways([task])  # of tasks in a list, each has its own
         # a minibatch has statistics of its own
         reuse = reuse and self.inner.minibatch is None
         return self.few_shot.state(

@@ -244,6 +244,7 @@ def _trial(settings: Settings, learner: MetaLearner, tasks: TaskSource) -> Calla
     """Takes an outer step on one task, so that what does not go together is refused before there is a folder."""
     weights = multi_step_weights(learner.inner.steps, 0, 1) if settings.multi_step_loss else None
     mine, batch = copy.deepcopy(learner), tasks.batch("train", 0, 1)
+    mine.compiler = None  # which takes half a minute, and a lone task has a shape that the run does not see again
     optimizer, _ = build_optimizer(settings, mine)
 
     def trial() -> None:
