@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,11 +38,13 @@ class Part(NamedTuple):
         draw: makes the figure of the results; None for a part without one.
         quick: the same on a small task in seconds; asserts the direction of the claim and returns results alike. None
             for a part whose claim another one shows as well.
+        grows: whether `measure` adds what is missing to a file that is there, by `collect`.
     """
 
     measure: Callable[[argparse.Namespace], Results]
     draw: Callable[[Results], Figure] | None
     quick: Callable[[argparse.Namespace], Results] | None
+    grows: bool = False
 
 
 def run(doc: str, folder: Path, parts: dict[str, Part], page: Callable[[dict[str, Results]], str]) -> None:
@@ -62,12 +64,15 @@ def run(doc: str, folder: Path, parts: dict[str, Part], page: Callable[[dict[str
     parser.add_argument("--data", type=Path, default=there, help=f"folder of the data sets [{there or 'downloaded'}]")
     parser.add_argument("--out", type=Path, help="where results go [the experiment's folder; --quick: nowhere]")
     parser.add_argument("--threads", type=int, help="CPU threads [what torch takes]")
+    if any(part.grows for part in parts.values()):
+        parser.add_argument("--seeds", type=int, default=3, help="seeds of the parts that are measured row by row [3]")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with TemporaryDirectory() as scratch:
         out = arguments.out or (Path(scratch) if arguments.quick else folder)
         out.mkdir(parents=True, exist_ok=True)
+        arguments.out = out
         for name in arguments.only:
             _measure(name, parts[name], arguments, out)
         found = {
@@ -81,7 +86,9 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
     measure = part.quick if arguments.quick else part.measure
     if measure is None:
         return
-    if file.exists() and not arguments.fresh:
+    if arguments.fresh:
+        file.unlink(missing_ok=True)
+    if file.exists() and not (part.grows and not arguments.quick):
         print(f"{name}: {file} is there; --fresh measures it again", flush=True)
         results = json.loads(file.read_text("utf-8"))
     else:
@@ -92,6 +99,29 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
         print(f"{name}: done in {time.monotonic() - began:.0f} s", flush=True)
     if part.draw:
         save(out / f"{name}.png", part.draw(results))
+
+
+def collect(
+    file: Path, wanted: Iterable[Results], measure: Callable[[Results], Results], about: Results | None = None
+) -> Results:
+    """A results file that grows by rows, so that a long experiment can be interrupted.
+
+    Args:
+        file: written after each row; what it has is not measured again.
+        wanted: what tells one row from another; it stands in the row.
+        measure: from this to the rest of the row.
+        about: what the file says beside its rows.
+    """
+    record = json.loads(file.read_text("utf-8")) if file.exists() else {"rows": []}
+    record |= about or {}
+    for key in wanted:
+        if not any(key.items() <= row.items() for row in record["rows"]):
+            row = key | measure(key)
+            print({name: value for name, value in row.items() if not isinstance(value, (list, dict))}, flush=True)
+            record["rows"].append(row)
+            made = reporting.provenance() | {"seconds": round(time.process_time(), 1)}
+            reporting.write_json(file, record | {"made": made}, indent=None)
+    return record
 
 
 def in_turns(functions: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:
