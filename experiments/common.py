@@ -94,33 +94,30 @@ def _measure(name: str, part: Part, arguments: argparse.Namespace, out: Path) ->
     else:
         began = time.monotonic()
         results = measure(arguments)
-        made = reporting.provenance() | {"seconds": round(time.monotonic() - began, 1)}
-        reporting.write_json(file, results | {"made": made}, indent=1)
+        if not (part.grows and file.exists()):
+            results["made"] = reporting.provenance() | {"seconds": round(time.monotonic() - began, 1)}
+            reporting.write_json(file, results, indent=1)
         print(f"{name}: done in {time.monotonic() - began:.0f} s", flush=True)
     if part.draw:
         save(out / f"{name}.png", part.draw(results))
 
 
-def collect(
-    file: Path, wanted: Iterable[Results], measure: Callable[[Results], Results], about: Results | None = None
-) -> Results:
+def collect(file: Path, wanted: Iterable[Results], measure: Callable[[Results, list[Results]], Results]) -> Results:
     """A results file that grows by rows, so that a long experiment can be interrupted.
 
     Args:
         file: written after each row; what it has is not measured again.
         wanted: what tells one row from another; it stands in the row.
-        measure: from this to the rest of the row.
-        about: what the file says beside its rows.
+        measure: from this, and the rows that there are, to the rest of the row.
     """
     record = json.loads(file.read_text("utf-8")) if file.exists() else {"rows": []}
-    record |= about or {}
     for key in wanted:
         if not any(key.items() <= row.items() for row in record["rows"]):
-            row = key | measure(key)
+            row = key | measure(key, record["rows"])
             print({name: value for name, value in row.items() if not isinstance(value, (list, dict))}, flush=True)
             record["rows"].append(row)
-            made = reporting.provenance() | {"seconds": round(time.process_time(), 1)}
-            reporting.write_json(file, record | {"made": made}, indent=None)
+            record["made"] = reporting.provenance()
+            reporting.write_json(file, record, indent=None)
     return record
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import DATA
+from common import DATA, collect
 
 from innerloop import reporting
 from innerloop.errors import Diverged, Failed
@@ -219,7 +218,7 @@ def page(record: Row) -> str:
         what = "mean squared error" if data == "sinusoid" else "accuracy in percent"
         lines += [f"## {data}: {what}, {seconds:g} s or {equal} steps, {seeds} seed{'s' * (seeds > 1)}", ""]
         lines += [*section(rows), ""]
-    return "\n".join([*lines, "Made by " + reporting.made(record) + "."]) + "\n"
+    return "\n".join([*lines, "Made by " + reporting.made(record["made"]) + "."]) + "\n"
 
 
 def main() -> None:
@@ -236,23 +235,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    path = args.out / "family.json"
-    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    rows = record["rows"]
+    asked = [] if args.page else itertools.product(args.seeds, args.sets, args.methods)
     with TemporaryDirectory() as folder:
-        for seed, data, method in [] if args.page else itertools.product(args.seeds, args.sets, args.methods):
-            row = {"data": data, "method": method, "seconds": args.seconds, "equal": args.equal or EQUAL[data]}
-            alike = [each for each in rows if row.items() <= each.items()]
-            if any(each["seed"] == seed for each in alike):
-                continue
-            shared = next(({name: each[name] for name in SHARED} for each in alike if "outer_lr" in each), None)
-            file = Path(folder) / f"{data}.safetensors"
+
+        def measure(key: Row, rows: list[Row]) -> Row:
+            file = Path(folder) / f"{key['data']}.safetensors"
             if not file.exists():
-                costs.save_tasks(file, settings_of(data, REFERENCE, seed))
-            rows.append(measured(row | {"seed": seed}, shared, args.count, file))
-            print({name: value for name, value in rows[-1].items() if not isinstance(value, list)}, flush=True)
-            record |= reporting.provenance()
-            reporting.write_json(path, record, indent=None)
+                costs.save_tasks(file, settings_of(key["data"], REFERENCE, key["seed"]))
+            alike = key | {"seed": None}
+            known = (row for row in rows if alike.items() <= (row | {"seed": None}).items() and "outer_lr" in row)
+            return measured(key, next(({name: row[name] for name in SHARED} for row in known), None), args.count, file)
+
+        wanted = (
+            {"data": data, "method": method, "seconds": args.seconds, "equal": args.equal or EQUAL[data], "seed": seed}
+            for seed, data, method in asked
+        )
+        record = collect(args.out / "family.json", wanted, measure)
     reporting.write(args.out / "README.md", page(record))
 
 

@@ -196,7 +196,7 @@ def trained(
 
 
 def accuracy(name: str, source: Callable[..., TaskSource], arguments: Namespace) -> Results:
-    def measured(key: Results) -> Results:
+    def measured(key: Results, _: list[Results]) -> Results:
         tasks = source(ways=WAYS, shots=5, queries=5, seed=key["seed"], data=arguments.data)
         return trained(COMPARED[key["method"]], tasks, key["seed"])
 

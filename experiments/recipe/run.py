@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import DATA
+from common import DATA, collect
 
 from innerloop import reporting
 from innerloop.errors import Diverged
@@ -96,7 +95,7 @@ def measured(data: str, candidate: str, seed: int, seconds: float, count: int) -
         taken.append(time.process_time() - began)
     steps = max(20, int(seconds / statistics.median(taken[2:])))
     learner, optimizer, scheduler = built(Settings(**{**given, "steps": steps}))
-    row = {"data": data, "candidate": candidate, "seed": seed, "steps": steps, "seconds": seconds}
+    row: dict[str, Any] = {"steps": steps}
     try:
         fit(
             learner, tasks, steps=steps, tasks_per_batch=settings.tasks_per_batch, optimizer=optimizer,
@@ -209,12 +208,10 @@ def page(record: dict[str, Any]) -> str:
             ]
     lines += [CONCLUSION, ""]
     lines += ["Inductive accuracy, with 95 % intervals over tasks. Glyphs and Omniglot 5-way 1-shot, the others 5-way"]
-    lines += [
-        f"5-shot; Conv4 with 32 filters; {record['count']} tasks a seed. The folder holds {EACH} photographs of each"
-    ]
+    count = record["rows"][0]["count"]
+    lines += [f"5-shot; Conv4 with 32 filters; {count} tasks a seed. The folder holds {EACH} photographs of each"]
     lines += ["of CIFAR-FS's 20 test classes: ten to train on, five to choose by, five to test.", ""]
-    made = f"Made by `{record['command']}` at commit {record['commit']}, torch {record['versions']['torch']}, "
-    return "\n".join([*lines, made + f"{record['machine']['processor']}."]) + "\n"
+    return "\n".join([*lines, "Made by " + reporting.made(record["made"]) + "."]) + "\n"
 
 
 def main() -> None:
@@ -230,22 +227,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    path = args.out / "recipe.json"
-    record = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    wanted = [] if args.page else itertools.product(args.seeds, args.candidates, args.sets)
+    asked = [] if args.page else itertools.product(args.seeds, args.candidates, args.sets)
     with TemporaryDirectory() as folder:
         if not args.page and "folder" in args.sets:
             photographs(Path(folder))
             SETS["folder"]["data"] = folder
-        for seed, candidate, data in wanted:
-            key = data, candidate, seed, args.seconds
-            if any((row["data"], row["candidate"], row["seed"], row["seconds"]) == key for row in record["rows"]):
-                continue
-            row = measured(*key, args.count)
-            print(json.dumps(row), flush=True)
-            record["rows"].append(row)
-            record |= {"count": args.count, "command": "python experiments/recipe/run.py", **reporting.provenance()}
-            reporting.write_json(path, record)
+        wanted = (
+            {"data": data, "candidate": candidate, "seed": seed, "seconds": args.seconds, "count": args.count}
+            for seed, candidate, data in asked
+        )
+        record = collect(args.out / "recipe.json", wanted, lambda key, _: measured(**key))
     reporting.write(args.out / "README.md", page(record))
 
 
