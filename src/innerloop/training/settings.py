@@ -8,7 +8,7 @@ import re
 import sys
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_type_hints
@@ -44,11 +44,10 @@ def option(
     help: str,
     otherwise: str = "",
     *,
-    names: Iterable[str] = (),
+    names: Collection[str] = (),
     code: bool = False,
     arguments: bool = False,
-    at_least: float = -math.inf,
-    above: float = -math.inf,
+    at_least: int | None = None,
     at_most: float = sys.float_info.max,
 ) -> Any:
     """A field of settings, with what the command line says about it and what it may be.
@@ -60,13 +59,10 @@ def option(
         names: allowed names.
         code: a function of the user's own will do as well, ``file.py:name``.
         arguments: a name may have a colon behind it, and more.
-        at_least: smallest allowed number.
-        above: number that it must exceed.
+        at_least: smallest allowed number; None is 1 for a whole number, and for another all above 0.
         at_most: largest allowed number.
     """
-    limits = {"names": tuple(names), "code": code, "arguments": arguments}
-    limits |= {"at_least": at_least, "above": above, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "otherwise": otherwise, **limits})
+    return field(default=default, metadata=locals())
 
 
 def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
@@ -87,11 +83,12 @@ def _checked(each: Field[Any], hint: Any, value: Any) -> Any:
         return absolute(value)
     if limits["names"]:
         check_name(what, value.partition(":")[0] if limits["arguments"] else value, limits["names"])
-    elif kind in (int, float) and not (value >= limits["at_least"] and value > limits["above"]):
-        least = f"above {limits['above']}" if math.isfinite(limits["above"]) else f"{limits['at_least']} or more"
-        raise ValueError(f"{what} is {value}; it must be {least}")
-    elif kind in (int, float) and not -math.inf < value <= limits["at_most"]:
-        raise ValueError(f"{what} is too large a number; it must be {limits['at_most']:g} or less")
+    elif kind in (int, float):
+        least = 1 if kind is int and limits["at_least"] is None else limits["at_least"]
+        if not (value > 0 if least is None else value >= least):
+            raise ValueError(f"{what} is {value}; it must be {'above 0' if least is None else f'{least} or more'}")
+        if value > limits["at_most"]:
+            raise ValueError(f"{what} is too large a number; it must be {limits['at_most']:g} or less")
     return value
 
 
@@ -183,22 +180,18 @@ class Settings:
     dataset: str = option("glyphs", "where tasks come from, or your own: file.py:name", names=SOURCES, code=True)
     data: str | None = option(None, "folder or file of a data set", "what is rendered, downloaded or cached")
     ways: int | None = option(None, "classes of a task", "5 for images", at_least=2)
-    shots: int | None = option(
-        None, "support examples: of a class, or in all for regression", "1 for images", at_least=1
-    )
-    train_shots: int | None = option(
-        None, "support examples of a class in training alone", "as in evaluation", at_least=1
-    )
-    queries: int | None = option(None, "query examples, likewise", "5 for images", at_least=1)
+    shots: int | None = option(None, "support examples: of a class, or in all for regression", "1 for images")
+    train_shots: int | None = option(None, "support examples of a class in training alone", "as in evaluation")
+    queries: int | None = option(None, "query examples, likewise", "5 for images")
     recurring: int | None = option(
-        None, "training tasks: the first so many of the stream, over and over", "ever new ones", at_least=1
+        None, "training tasks: the first so many of the stream, over and over", "ever new ones"
     )
     rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes", "false")
     class_split: str | None = option(
         None, "omniglot: background, 1200 or vinyals; folder: how classes are split", "background; 0.6,0.2,0.2"
     )
-    size: int | None = option(None, "folder: side of the images", "as they are, at most 84", at_least=1, at_most=4096)
-    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", "3", at_least=1)
+    size: int | None = option(None, "folder: side of the images", "as they are, at most 84", at_most=4096)
+    channels: int | None = option(None, "folder: 1 for grey images, 3 for colour", "3")
 
     group: str | None = option(
         None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN", "every image alone"
@@ -214,22 +207,20 @@ class Settings:
         None, "safetensors file with pretrained weights of the model", "first weights by the seed"
     )
     filters: int | None = option(
-        None, "channels of the model's blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40", at_least=1
+        None, "channels of the model's blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40"
     )
     downsample: str | None = option(
         None, "conv4: how a block halves the image", "stride for grey images, pool for colour", names=("pool", "stride")
     )
     spatial_mean: bool | None = option(None, "conv4: average over positions instead of flattening", "false")
-    context: int | None = option(
-        None, "conv4, mlp: size of the context vector that CAVIA adapts", "no such vector", at_least=1
-    )
+    context: int | None = option(None, "conv4, mlp: size of the context vector that CAVIA adapts", "no such vector")
 
     adapts: str = option(
         "head", "what moves in the inner loop: blocks:00011, named:block4.*, lora:8", names=ADAPTS, arguments=True
     )
     inner: str = option("sgd", "how it moves: learned-rates:layer-step, newton-cg", names=INNER, arguments=True)
     inner_lr: float | str | None = option(
-        None, "inner rate; auto: one over the measured curvature", f"0.1 for {', '.join(TUNED)}, else auto", above=0
+        None, "inner rate; auto: one over the measured curvature", f"0.1 for {', '.join(TUNED)}, else auto"
     )
     inner_steps: int = option(5, "inner steps in training; 0 with a start alone", at_least=0)
     test_steps: int | None = option(None, "inner steps in evaluation", "as in training", at_least=0)
@@ -252,43 +243,41 @@ class Settings:
         "none", "begin where the task in this place (slot), or the task, was left", names=("none", "slot", "task")
     )
     multi_step_loss: float | None = option(
-        None, "outer steps, or below 1 a share, over which MAML++'s multi-step loss is annealed", "not used", above=0
+        None, "outer steps, or below 1 a share, over which MAML++'s multi-step loss is annealed", "not used"
     )
     first_order: float | None = option(
-        None, "outer steps, or below 1 a share, that begin with the first-order meta-gradient", "not used", above=0
+        None, "outer steps, or below 1 a share, that begin with the first-order meta-gradient", "not used"
     )
     batch_norm: str = option(
         "batch", "batch norm: its statistics, or step: scales a step", names=("batch", "task", "frozen", "step")
     )
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, arguments=True)
-    outer_lr: float = option(3e-3, "outer rate", above=0)
+    outer_lr: float = option(3e-3, "outer rate")
     schedule: str = option(
         "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, arguments=True
     )
-    steps: int = option(9000, "outer steps", at_least=1)
-    tasks_per_batch: int = option(4, "tasks of an outer step", at_least=1)
-    clip: float | None = option(10.0, "largest norm of the meta-gradient", above=0)
-    validate_every: int = option(500, "outer steps between validations", at_least=1)
-    validation_tasks: int = option(200, "tasks of a validation", at_least=1)
-    patience: int | None = option(None, "stop after so many validations without a better one", "never", at_least=1)
+    steps: int = option(9000, "outer steps")
+    tasks_per_batch: int = option(4, "tasks of an outer step")
+    clip: float | None = option(10.0, "largest norm of the meta-gradient")
+    validate_every: int = option(500, "outer steps between validations")
+    validation_tasks: int = option(200, "tasks of a validation")
+    patience: int | None = option(None, "stop after so many validations without a better one", "never")
     minutes: float | None = option(
-        None, "stop after so many minutes, over which the schedule runs", "when all steps are done", above=0
+        None, "stop after so many minutes, over which the schedule runs", "when all steps are done"
     )
-    test_tasks: int = option(1000, "tasks of the final test", at_least=1)
+    test_tasks: int = option(1000, "tasks of the final test")
     on_nonfinite: str = option("stop", "at a loss that is not finite; skip:N leaves out at most N batches in a row")
     checkpoint_every: str = option("10m", "steps, such as 500, or time, such as 90s, between checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept", at_least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, or one of several GPUs, cuda:1; auto takes a GPU where there is one")
     threads: int | None = option(
-        None, "CPU threads", "1, or as many as are free where that is much faster", at_least=1, at_most=1024
+        None, "CPU threads", "1, or as many as are free where that is much faster", at_most=1024
     )
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
-    chunk_size: int | None = option(
-        None, "tasks computed at once; fewer take less memory", "by the bytes of a task", at_least=1
-    )
+    chunk_size: int | None = option(None, "tasks computed at once; fewer take less memory", "by the bytes of a task")
     products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)
     compile: bool = option(False, "compile the meta-step: pays for small models and long runs")
     memory: int | None = option(
