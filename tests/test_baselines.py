@@ -45,9 +45,9 @@ def test_features_are_those_that_enter_the_head_in_the_run(mode):
     learner = il.MetaLearner(model(), il.Head(), il.SGD(lr=0.1, steps=1), batch_norm=mode)
     batch = TASKS.batch("test", 0, 2)
     stored = {name: value.clone() for name, value in learner.state_dict().items()}
-    together, alone = baselines.features(learner, batch)
     weight, bias = (learner.model.get_parameter(f"3.{name}") for name in ("weight", "bias"))
-    for inductive, (_, query) in ((False, together), (True, alone)):
+    for inductive in (False, True):
+        _, query = baselines.features(learner, batch, inductive)
         # before any inner step the head is the model's own
         scores = learner.evaluate(batch, steps=0, inductive=inductive or mode == "task").outputs
         if not (mode == "task" and not inductive):
@@ -71,13 +71,12 @@ def test_class_means_are_a_proto_net_that_ranks_by_the_cosine():
 def test_differences_are_paired_and_go_into_the_json():
     learner = il.MetaLearner(model(), il.Head(), il.SGD(lr=0.1, steps=3))
     found = assess(learner, TASKS, "validation", 33)
-    with torch.no_grad():
-        each, reason = baselines.accuracies(learner.eval(), TASKS, "validation", 33)
-    assert not reason
+    assert not found.no_features
     for scores in found.protocols:
-        pixels = scores.baselines[baselines.PIXELS]
-        expected = Estimate.of(scores.accuracies - each[scores.inductive][baselines.PIXELS])
-        assert pixels.difference == expected
+        batch = TASKS.batch("validation", 0, 33)
+        each, _ = baselines.accuracies(learner.eval(), batch, 3, scores.inductive)
+        for name, mine in scores.baselines.items():
+            assert mine.difference == Estimate.of(scores.accuracies - each[name])
     written = summary(found)
     assert written["inductive"]["baselines"]["linear probe"].keys() == {"accuracy", "difference"}
     text = describe(found, Settings(), "validation").splitlines()
@@ -127,7 +126,7 @@ def test_inputs_may_be_a_tree():
         inputs = {name: torch.randn(2, examples, 4) for name in ("first", "second")}
         return inputs, torch.arange(2).repeat(2, examples // 2)
 
-    learner = il.MetaLearner(Words(), il.Head(), il.SGD(lr=0.1, steps=1))
-    together, alone = baselines.features(learner, Task(part(4), part(6)))
+    learner, task = il.MetaLearner(Words(), il.Head(), il.SGD(lr=0.1, steps=1)), Task(part(4), part(6))
+    together, alone = (baselines.features(learner, task, inductive) for inductive in (False, True))
     assert together[0].shape == alone[0].shape == (2, 4, 6)
     torch.testing.assert_close(together[1], alone[1])

@@ -120,7 +120,8 @@ def try_out(learner: MetaLearner, images: Tensor, labels: Tensor) -> Trial:
         support, query = (images[~held], labels[~held]), (images[held], labels[held])
         guesses = predict(learner.adapt(*support, inductive=True), query[0]).argmax(-1)
         shares = {ADAPTED: _share(guesses, query[1])}
-        _, (known, asked) = features(learner, Task(*(tuple(part[None] for part in pair) for pair in (support, query))))
+        task = Task(*(tuple(part[None] for part in pair) for pair in (support, query)))
+        known, asked = features(learner, task, inductive=True)
         for name, recipe in RECIPES.items():
             scores = recipe(known, support[1][None].to(known.device), asked, int(labels.max()) + 1)
             shares[name] = _share(scores[0].argmax(-1).cpu(), query[1])

@@ -21,12 +21,10 @@ from innerloop.batch_norm import statistics_from_first
 from innerloop.blocks import call
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
-from innerloop.tasks import TaskSource, nearest_neighbour
-from innerloop.training import processes
+from innerloop.tasks import nearest_neighbour
 from innerloop.trees import tree_leaves, tree_map
 
 MEAN, PROBE, PIXELS = "nearest class mean", "linear probe", "pixels"
-BATCH = 32  # tasks at once
 WEIGHT = 10.0  # of the losses of the linear probe
 
 WHAT = {
@@ -84,55 +82,37 @@ def linear_probe(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> T
 RECIPES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {MEAN: nearest_class_mean, PROBE: linear_probe}
 
 
-def accuracies(
-    learner: MetaLearner, tasks: TaskSource, split: str, count: int
-) -> tuple[dict[bool, dict[str, Tensor]], str]:
-    """The accuracy of every baseline on each of the first tasks of a split, ``[tasks]``.
-
-    Several processes share the work and all get the same.
+def accuracies(learner: MetaLearner, batch: Task, ways: int, inductive: bool) -> tuple[dict[str, Tensor], str]:
+    """The accuracy of every baseline on each task of a batch, ``[tasks]``, by name.
 
     Args:
         learner: whose features are used, in evaluation mode.
-        tasks: of classification.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        count: number of tasks.
+        batch: tasks of classification.
+        ways: classes of a task.
+        inductive: whether queries are predicted alone.
 
     Returns:
-        Accuracies by name, under True for queries predicted alone and under False for queries predicted together; and
-        why there are none on features, empty where there are.
+        The accuracies; and why there are none on features, empty where there are.
     """
-    found: list[tuple[int, dict[bool, dict[str, Tensor]]]] = []
-    reason = ""
-    for start in range(processes.rank() * BATCH, count, processes.world() * BATCH):
-        batch = tasks.batch(split, start, min(BATCH, count - start))
-        each: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
-        try:
-            together, alone = features(learner, batch)
-        except ValueError as error:
-            reason = str(error)
-        else:
-            for inductive, (support, query) in ((False, together), (True, alone)):
-                for name, recipe in RECIPES.items():
-                    scores = recipe(support, batch.support[1].to(support.device), query, tasks.ways or 0)
-                    each[inductive][name] = (scores.argmax(-1).cpu() == batch.query[1]).float().mean(-1)
-        for way in each.values():
-            way[PIXELS] = nearest_neighbour(batch)
-        found.append((start, each))
-    parts = [part for _, part in sorted(processes.gather(found), key=lambda pair: pair[0])]
-    names = parts[0][True]
-    return {
-        way: {name: torch.cat([part[way][name] for part in parts]) for name in names} for way in (False, True)
-    }, reason
+    found, reason = {}, ""
+    try:
+        support, query = features(learner, batch, inductive)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        for name, recipe in RECIPES.items():
+            scores = recipe(support, batch.support[1].to(support.device), query, ways)
+            found[name] = (scores.argmax(-1).cpu() == batch.query[1]).float().mean(-1)
+    return found | {PIXELS: nearest_neighbour(batch)}, reason
 
 
-Pair = tuple[Tensor, Tensor]
-
-
-def features(learner: MetaLearner, batch: Task) -> tuple[Pair, Pair]:
+def features(learner: MetaLearner, batch: Task, inductive: bool) -> tuple[Tensor, Tensor]:
     """What enters the head for a batch of tasks, ``[tasks, examples, width]`` of support and query.
 
-    Returns:
-        With the queries normalised together, and by the support set's statistics.
+    Args:
+        learner: whose features they are.
+        batch: of tasks.
+        inductive: queries are normalised by the support set's statistics; otherwise together.
 
     Raises:
         ValueError: the model has no head, or none that a tensor enters.
@@ -140,17 +120,16 @@ def features(learner: MetaLearner, batch: Task) -> tuple[Pair, Pair]:
     model = learner.model
     head = head_of(model)[0]
     like = next(model.parameters())
-    together, alone = [], []
+    found = []
     for place in range(len(tree_leaves(batch)[0])):
         task = tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)
         support, query = task.support[0], task.query[0]
         rows = len(tree_leaves(support)[0])
         with statistics_from_first(model, rows):
             both = _entering(model, head, tree_map(lambda *pair: torch.cat(pair), support, query))
-        alone.append((both[:rows], both[rows:]))
-        together.append((both[:rows], _entering(model, head, query)))
-    stacked = [tuple(torch.stack(part) for part in zip(*pairs, strict=True)) for pairs in (together, alone)]
-    return stacked[0], stacked[1]  # type: ignore[return-value]  # pairs
+        found.append((both[:rows], both[rows:] if inductive else _entering(model, head, query)))
+    supports, queries = zip(*found, strict=True)
+    return torch.stack(supports), torch.stack(queries)
 
 
 def _entering(model: nn.Module, head: nn.Module, inputs: object) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -107,7 +107,7 @@ class Scores(NamedTuple):
 
     Curves hold one estimate for each number of adaptation steps, from 0 on; ``accuracies`` that of every task,
     ``[tasks]``, by which two learners are compared task by task; ``answers`` the label and the guess of every query,
-    ``[tasks, queries, 2]``; ``losses`` the loss of every task, ``[tasks]``. ``baselines`` are filled by `assess`, by
+    ``[tasks, queries, 2]``; ``losses`` the loss of every task, ``[tasks]``; ``baselines`` those asked for, by
     name.
     """
 
@@ -144,6 +144,7 @@ def evaluate(
     steps: int | None = None,
     inductive: bool = False,
     curve: bool = False,
+    beside: bool = False,
     label: str = "",
     kept: Path | None = None,
 ) -> Scores:
@@ -161,6 +162,7 @@ def evaluate(
         steps: adaptation steps; None takes the inner solver's.
         inductive: predict each query without seeing the others.
         curve: score after every adaptation step as well.
+        beside: score the `innerloop.training.baselines` on the same tasks as well, which must be of classification.
         label: what a terminal shows beside a progress bar; empty shows none.
         kept: file to which each batch's results are appended, and from which those of the same evaluation, interrupted
             before, are taken; not with several processes.
@@ -171,56 +173,53 @@ def evaluate(
     if count < 1 or tasks_per_batch < 1:
         raise ValueError(f"evaluation needs at least 1 task and 1 task a batch, not {count} and {tasks_per_batch}")
     size = tasks_per_batch if learner.stacked else 1
-    results: list[tuple[int, dict[str, Tensor]]] = []
-    with contextlib.ExitStack() as stack:
-        before: dict[int, dict[str, Tensor]] = {}
-        keep: Callable[[int, dict[str, Tensor]], None] | None = None
-        if kept is not None and processes.world() == 1:
-            asked = (split, size, steps, inductive, curve)
-            before, keep = stack.enter_context(resumable(kept, key_of(learner, tasks, asked)))
+    kept = kept if processes.world() == 1 else None
+    key = key_of(learner, tasks, (split, size, steps, inductive, curve, beside)) if kept else ""
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    with resumable(kept, key) as (before, keep), evaluation_mode(learner):
         for start in tracked(range(processes.rank() * size, count, processes.world() * size), label):
             number = min(size, count - start)
-            if start in before and all(len(value) == number for value in before[start].values()):
-                results.append((start, before[start]))
-                continue
-            batch = draw(tasks, learner, split, start, number)
-            with evaluation_mode(learner):
-                found = learner.evaluate(batch, steps=steps, inductive=inductive, curve=curve)._asdict()
-            outputs = scores(found.pop("outputs"))
-            if (
-                found["accuracy"] is not None
-                and isinstance(batch, Task)
-                and isinstance(outputs, Tensor)
-                and outputs.ndim == 3
-            ):
-                found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
-            part = {key: value.cpu() for key, value in found.items() if value is not None}
-            results.append((start, part))
-            if keep is not None:
+            part = before.get(start)
+            if part is None or any(len(value) != number for value in part.values()):
+                batch = draw(tasks, learner, split, start, number)
+                part = _part(learner, batch, steps=steps, inductive=inductive, curve=curve)
+                if beside:
+                    part |= baselines.accuracies(learner, batch, tasks.ways, inductive)[0]  # type: ignore[arg-type, attr-defined]
                 keep(start, part)
-    parts = [part for _, part in sorted(processes.gather(results), key=lambda result: result[0])]
-
-    def values(key: str) -> Tensor | None:
-        return torch.cat([part[key] for part in parts]) if key in parts[0] else None
-
-    def estimates(key: str) -> list[Estimate] | None:
-        found = values(key)
-        return None if found is None else [Estimate.of(column) for column in found.T]
-
-    loss, accuracies = values("loss"), values("accuracy")
-    assert loss is not None
+            found.append((start, part))
+    parts = [part for _, part in sorted(processes.gather(found), key=lambda each: each[0])]
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    accuracies = values.get("accuracy")
+    others = {name: values[name] for name in baselines.WHAT if name in values}
     return Scores(
         tasks=count,
         steps=learner.inner.adaptation_steps if steps is None else steps,
         inductive=inductive,
-        loss=Estimate.of(loss),
+        loss=Estimate.of(values["loss"]),
         accuracy=None if accuracies is None else Estimate.of(accuracies),
-        loss_curve=estimates("loss_curve"),
-        accuracy_curve=estimates("accuracy_curve"),
+        loss_curve=_curve(values.get("loss_curve")),
+        accuracy_curve=_curve(values.get("accuracy_curve")),
         accuracies=accuracies,
-        answers=values("answers"),
-        losses=loss,
+        answers=values.get("answers"),
+        losses=values["loss"],
+        baselines={
+            name: Baseline(Estimate.of(each), Estimate.of(values["accuracy"] - each)) for name, each in others.items()
+        },
     )
+
+
+def _part(learner: Bilevel, batch: Task | Sequence[Task], **asked: Any) -> dict[str, Tensor]:
+    """What is found of a batch of tasks, on the CPU; label and guess of every query where it is stacked."""
+    found = learner.evaluate(batch, **asked)._asdict()
+    outputs = scores(found.pop("outputs"))
+    stacked = isinstance(outputs, Tensor) and outputs.ndim == 3
+    if stacked and isinstance(batch, Task) and found["accuracy"] is not None:
+        found["answers"] = torch.stack([batch.query[1].cpu(), outputs.argmax(-1).cpu()], dim=-1)
+    return {name: value.cpu() for name, value in found.items() if value is not None}
+
+
+def _curve(values: Tensor | None) -> list[Estimate] | None:
+    return None if values is None else [Estimate.of(column) for column in values.T]
 
 
 def key_of(learner: Bilevel, tasks: Source, asked: tuple[Any, ...]) -> str:
@@ -249,14 +248,18 @@ class Assessment(NamedTuple):
     Attributes:
         transductive: queries predicted together; None where the learner predicts each alone anyway.
         inductive: each query predicted without seeing the others.
-        nearest_neighbour: accuracy of `innerloop.tasks.nearest_neighbour`; None for regression.
         no_features: why there are no baselines on features; empty where there are.
     """
 
     transductive: Scores | None
     inductive: Scores
-    nearest_neighbour: Estimate | None
     no_features: str = ""
+
+    @property
+    def nearest_neighbour(self) -> Estimate | None:
+        """Accuracy of `innerloop.tasks.nearest_neighbour`; None for regression."""
+        found = self.inductive.baselines.get(baselines.PIXELS)
+        return found and found.accuracy
 
     @property
     def protocols(self) -> list[Scores]:
@@ -296,19 +299,11 @@ def assess(
     mixes = learner.batch_norm in ("batch", "step") and any(
         isinstance(module, TaskBatchNorm) for module in learner.modules()
     )
-    asked: dict[str, Any] = dict(steps=steps, curve=curve, label=label, kept=kept)
+    first, reason = tasks.batch(split, 0, 1), ""
+    beside = tasks.ways is not None and isinstance(first.query[0], Tensor)
+    if tasks.ways is not None and beside:
+        with evaluation_mode(learner):
+            _, reason = baselines.accuracies(learner, first, tasks.ways, inductive=True)
+    asked: dict[str, Any] = dict(steps=steps, curve=curve, beside=beside, label=label, kept=kept)
     transductive = evaluate(learner, tasks, split, count, **asked) if mixes else None
-    inductive = evaluate(learner, tasks, split, count, inductive=True, **asked)
-    if tasks.ways is None or not isinstance(tasks.batch(split, 0, 1).query[0], Tensor):
-        return Assessment(transductive, inductive, None)
-    with evaluation_mode(learner):
-        others, no_features = baselines.accuracies(learner, tasks, split, count)
-
-    def beside(scores: Scores) -> Scores:
-        mine, found = scores.accuracies, others[scores.inductive]
-        assert mine is not None
-        each = {name: Baseline(Estimate.of(value), Estimate.of(mine.cpu() - value)) for name, value in found.items()}
-        return scores._replace(baselines=each)
-
-    inductive, transductive = beside(inductive), transductive and beside(transductive)
-    return Assessment(transductive, inductive, inductive.baselines[baselines.PIXELS].accuracy, no_features)
+    return Assessment(transductive, evaluate(learner, tasks, split, count, inductive=True, **asked), reason)
