@@ -159,11 +159,7 @@ def wait() -> None:
 
 def agree(item: T) -> T:
     """What rank 0 was given."""
-    items = [item]
-    if joined():
-        with _others():
-            dist.broadcast_object_list(items, 0)
-    return items[0]
+    return gather([item])[0]
 
 
 @contextmanager

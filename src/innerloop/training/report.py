@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.learner import MetaLearner
+from innerloop.problem import Task
 from innerloop.reporting import (
     Code,
     Gallery,
@@ -258,44 +259,40 @@ def plot_tasks(
     if not images and tasks.input_shape != (1,):
         return False
     batch = tasks.batch(split, 0, EXAMPLES)
-    called = tasks.class_names(split, 0, EXAMPLES) or [[str(label) for label in range(tasks.ways or 0)]] * EXAMPLES
-    (support, labels), (query, targets) = batch
     guesses = [learner.evaluate(batch, steps).outputs.float().cpu() for steps in (0, None)] if learner else []
+    if not images:
+        save(path, _numbers(split, batch, guesses))
+        return True
+    called = tasks.class_names(split, 0, EXAMPLES) or [list(map(str, range(tasks.ways or 0)))] * EXAMPLES
+    (support, labels), (query, targets) = batch
+    width, height = _grid_size(labels[0], targets[0])
     with rc_context(STYLE):
-        if images:
-            width, height = _grid_size(labels[0], targets[0])
-            figure = Figure(figsize=(0.6 * width + 0.2, EXAMPLES * (0.6 * height + 0.45)), layout="constrained")
-        else:
-            figure = Figure(figsize=(11, 3.6), layout="constrained")
-        shape = (EXAMPLES, 1) if images else (1, EXAMPLES)
-        for index, axes in enumerate(figure.subplots(*shape)):
-            title = f"{split} task {index}"
+        figure = Figure(figsize=(0.6 * width + 0.2, EXAMPLES * (0.6 * height + 0.45)), layout="constrained")
+        for index, axes in enumerate(figure.subplots(EXAMPLES)):
+            title, found = f"{split} task {index}", None
+            if guesses:
+                found = guesses[-1][index].argmax(-1)
+                title += f": {int((found == targets[index]).sum())} of {len(found)} queries right"
             shown, asked = (support[index], labels[index]), (query[index], targets[index])
-            before, after = (each[index] for each in guesses) if guesses else (None, None)
-            if not images:
-                _draw_numbers(axes, shown, asked, before, after)
-            elif after is None:
-                _draw_images(axes, shown, asked, None, ink, called[index])
-            else:
-                right = int((after.argmax(-1) == asked[1]).sum())
-                title = f"{split} task {index}: {right} of {len(after)} queries right"
-                _draw_images(axes, shown, asked, after.argmax(-1), ink, called[index])
+            _draw_images(axes, shown, asked, found, ink, called[index])
             axes.set_title(title, loc="left", fontsize=10)
-        if not images:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
         save(path, figure)
     return True
 
 
-def _draw_numbers(axes: Axes, support: Pair, query: Pair, before: Tensor | None, after: Tensor | None) -> None:
-    """Targets over inputs, ``[examples, 1]`` both, and lines through what is predicted for the queries."""
-    x, order = torch.cat([support[0], query[0]]).flatten().sort()
-    axes.plot(x, torch.cat([support[1], query[1]]).flatten()[order], color=GREY, label="truth")
-    x, order = query[0].flatten().sort()
-    for values, style, name in ((before, ":", "before adaptation"), (after, "-", "after adaptation")):
-        if values is not None:
-            axes.plot(x, values.flatten()[order], style, color=BLUE, label=name)
-    axes.plot(support[0].flatten(), support[1].flatten(), "o", color="black", label="support")
+def _numbers(split: str, batch: Task, guesses: Sequence[Tensor]) -> Figure:
+    """Targets over inputs, and lines through what is predicted for the queries before and after adaptation."""
+    shown = []
+    for index in range(EXAMPLES):
+        (support, known), (query, targets) = ([part[index].flatten() for part in pair] for pair in batch)
+        x, order = torch.cat([support, query]).sort()
+        lines = {"truth": Line(x, torch.cat([known, targets])[order], {"color": GREY})}
+        x, order = query.sort()
+        for values, style, name in zip(guesses, ":-", ("before adaptation", "after adaptation"), strict=False):
+            lines[name] = Line(x, values[index].flatten()[order], {"color": BLUE, "linestyle": style})
+        lines["support"] = Line(support, known, DOTS | {"color": "black", "markersize": 6})
+        shown.append(Panel(lines, {"title": f"{split} task {index}"}))
+    return panels(shown, columns=EXAMPLES, width=3.7)
 
 
 def _draw_images(
