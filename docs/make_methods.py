@@ -1,7 +1,11 @@
-"""Write methods.md, the table of the named methods: ``python docs/make_methods.py``."""
+"""Write the table of the named methods in methods.md: ``python docs/make_methods.py``.
+
+What follows the table there, where the hyper-parameters come from, is written by hand.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from innerloop.training.build import INK
@@ -57,7 +61,7 @@ this page.
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([INTRO, *_settings(), "", *_sources(), ""])
+    return "\n".join([INTRO, *_settings(), "", PAGE.read_text(encoding="utf-8")[_sources() :]])
 
 
 def _settings() -> list[str]:
@@ -107,14 +111,14 @@ def _outer(settings: Settings, rest: list[str]) -> str:
     )
 
 
-def _sources() -> list[str]:
-    return [
-        "## Where the hyper-parameters come from",
-        "",
-        "| name | source |",
-        "| --- | --- |",
-        *(f"| `{name}` | {each.source} |" for name, each in METHODS.items()),
-    ]
+def _sources() -> int:
+    """Where the part that is written by hand begins; it has a row for each method."""
+    text = PAGE.read_text(encoding="utf-8")
+    begin = text.index("## Where the hyper-parameters come from")
+    named = re.findall(r"^\| `([^`]+)`", text[begin:], flags=re.MULTILINE)
+    if named != list(METHODS):
+        raise ValueError(f"{PAGE.name} tells the sources of {named}, and the methods are {list(METHODS)}")
+    return begin
 
 
 if __name__ == "__main__":

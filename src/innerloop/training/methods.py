@@ -1,5 +1,7 @@
 """Methods by name: the choices and the hyper-parameters of their papers, for `train --method` and `compare`.
 
+Where each number comes from is told in docs/methods.md.
+
 A method sets what adapts, how, by which meta-gradient, and at which inner and outer rates. What a comparison must hold
 equal is not its business: tasks, model, tasks a batch, schedule and clipping of the outer loop.
 """
@@ -40,7 +42,6 @@ class Method:
     Attributes:
         title: its name as people write it.
         paper: arXiv number of the paper that it comes from.
-        source: where the hyper-parameters come from.
         adapts: what moves in the inner loop.
         inner: how; a pair where that differs: for glyphs and Omniglot, and for all other tasks.
         meta_gradient: how the outer gradient is found.
@@ -51,7 +52,6 @@ class Method:
 
     title: str
     paper: str
-    source: str
     adapts: Adapts | None = None
     inner: InnerSolver | tuple[InnerSolver, InnerSolver] | None = None
     meta_gradient: MetaGradient | None = None
@@ -65,171 +65,94 @@ MAML = SGD(lr=0.4, steps=1), PICTURES
 SEVERAL = SGD(lr=0.1, steps=5), PICTURES  # of MAML for 20-way Omniglot, where a method is about several inner steps
 ANIL = SGD(lr=0.1, steps=5)
 INNER_ADAM = Adam(lr=1e-3, steps=5, test_steps=50, betas=(0.0, 0.999), minibatch=10)
+STILL = SGD(lr=0.1, steps=0)
 OUTER = {"outer_lr": 1e-3}
-MAML_SOURCE = "authors' code: Omniglot 5-way inner rate 0.4, one step; miniImageNet 0.01, five steps; Adam 1e-3 outside"
-LEARN2LEARN = "learn2learn's FC100 example: inner rate 0.1, five steps, Adam 1e-3 outside"
-STOCBIO = "stocBiO's FC100 setting: inner rate 0.1, 20 steps, Adam 1e-3 outside"
-STILL, OWN_RATE = SGD(lr=0.1, steps=0), "Adam 1e-3 outside, as for the methods above"
-ALFA_SOURCE = (
-    "authors' code: rates from 0.01, decays from 5e-4, five steps, Adam 1e-3 outside; theirs for characters are not "
-    "known, so MAML's rate for 20-way Omniglot: 0.1"
-)
 IMAML_OUTER = {"outer_lr": 1e-3, "optimizer": "adam:eps=1e-3"}
 
 METHODS: dict[str, Method] = {
-    "maml": Method("MAML", "1703.03400", MAML_SOURCE, Everything(), MAML, Unrolled(), OUTER),
-    "fomaml": Method("first-order MAML", "1703.03400", MAML_SOURCE, Everything(), MAML, FirstOrder(), OUTER),
+    "maml": Method("MAML", "1703.03400", Everything(), MAML, Unrolled(), OUTER),
+    "fomaml": Method("first-order MAML", "1703.03400", Everything(), MAML, FirstOrder(), OUTER),
     "reptile": Method(
-        "Reptile", "1803.02999",
-        "authors' README: inner Adam without first moment, 1e-3, minibatches of 10, five steps (Omniglot 5-way) or "
-        "eight (miniImageNet), 50 at test, outer step from 1 falling linearly to 0, 10 training shots (15 for "
-        "miniImageNet, here 10 as well); their batch of 5 tasks is not set",
-        Everything(),
-        (INNER_ADAM, replace(INNER_ADAM, steps=8)),
-        Reptile(),
+        "Reptile", "1803.02999", Everything(), (INNER_ADAM, replace(INNER_ADAM, steps=8)), Reptile(),
         {"optimizer": "sgd", "outer_lr": 1.0, "schedule": "linear", "train_shots": 10},
     ),
-    "anil": Method("ANIL", "1909.09157", LEARN2LEARN, Head(), ANIL, Unrolled(), OUTER),
-    "fo-anil": Method(
-        "first-order ANIL", "1909.09157", LEARN2LEARN + ", with the exact gradient there", Head(), ANIL, FirstOrder(),
-        OUTER,
-    ),
-    "boil": Method(
-        "BOIL", "2008.08882", "authors' code: one inner step at 0.5, Adam 1e-3 outside",
-        Body(), SGD(lr=0.5, steps=1), Unrolled(), OUTER,
-    ),
+    "anil": Method("ANIL", "1909.09157", Head(), ANIL, Unrolled(), OUTER),
+    "fo-anil": Method("first-order ANIL", "1909.09157", Head(), ANIL, FirstOrder(), OUTER),
+    "boil": Method("BOIL", "2008.08882", Body(), SGD(lr=0.5, steps=1), Unrolled(), OUTER),
     "lambda": Method(
-        "Lambda pattern", "2206.05930",
-        "the paper's are not known; those of a related code of its author: inner rate 0.01, five steps, ten at test, "
-        "Adam 1e-3 outside. Here the pattern holds in training as well",
-        Blocks("00011"), SGD(lr=0.01, steps=5, test_steps=10), Unrolled(), OUTER, ("adapts", "blocks:{}"), "00011",
+        "Lambda pattern", "2206.05930", Blocks("00011"), SGD(lr=0.01, steps=5, test_steps=10), Unrolled(), OUTER,
+        ("adapts", "blocks:{}"), "00011",
     ),
     "imaml": Method(
-        "iMAML", "1909.04630",
-        "Omniglot as published: lambda 2, five CG steps, 16 inner steps (at 0.1, and Adam with eps 1e-3, in the "
-        "authors' README); miniImageNet by two re-implementations: lambda 0.5, ten inner steps, 0.1. Beware: where all "
-        "of a network adapts to few images, its solves meet negative curvature and it trains poorly; use imaml-head",
-        Everything(), (SGD(lr=0.1, steps=16, proximal=2.0), SGD(lr=0.1, steps=10, proximal=0.5)), Implicit(CG(5)),
-        IMAML_OUTER,
+        "iMAML", "1909.04630", Everything(),
+        (SGD(lr=0.1, steps=16, proximal=2.0), SGD(lr=0.1, steps=10, proximal=0.5)), Implicit(CG(5)), IMAML_OUTER,
     ),
     "imaml-head": Method(
-        "iMAML on the head", "1909.04630",
-        "ours: the head alone, whose inner loss is convex; lambda 0.5 and 0.1 as in re-implementations for "
-        "miniImageNet, 16 inner and five CG steps as published for Omniglot",
-        Head(), SGD(lr=0.1, steps=16, proximal=0.5), Implicit(CG(5)), OUTER,
+        "iMAML on the head", "1909.04630", Head(), SGD(lr=0.1, steps=16, proximal=0.5), Implicit(CG(5)), OUTER
     ),
     "imaml-damped": Method(
-        "iMAML, damped", "1909.04630",
-        "authors' released code, which solves another, damped system than the paper's: lambda 2, damping 1, five CG "
-        "steps, 16 inner steps at 0.1, Adam with eps 1e-3. The same for pictures is ours",
-        Everything(), SGD(lr=0.1, steps=16), ReleasedIMAML(), IMAML_OUTER,
+        "iMAML, damped", "1909.04630", Everything(), SGD(lr=0.1, steps=16), ReleasedIMAML(), IMAML_OUTER
     ),
     "imaml-hf": Method(
-        "iMAML, Hessian-free", "1909.04630",
-        "as iMAML; the number of Newton steps is not published and ours: three, of five CG steps and a line search",
-        Everything(), (NewtonCG(steps=3, proximal=2.0), NewtonCG(steps=3, proximal=0.5)), Implicit(CG(5)), IMAML_OUTER,
+        "iMAML, Hessian-free", "1909.04630", Everything(),
+        (NewtonCG(steps=3, proximal=2.0), NewtonCG(steps=3, proximal=0.5)), Implicit(CG(5)), IMAML_OUTER,
     ),
     "memory-reduced": Method(
-        "memory-reduced", "2412.12030",
-        "authors' code for CIFAR-FS and FC100: inner rate 0.1, 20 steps, 20 CG steps, Adam 1e-4 outside; the L2 weight "
-        "is not published and ours (the authors' code has none)",
-        Head(), SGD(lr=0.1, steps=20, weight_decay=0.05), MemoryReduced(CG(20)), {"outer_lr": 1e-4},
+        "memory-reduced", "2412.12030", Head(), SGD(lr=0.1, steps=20, weight_decay=0.05), MemoryReduced(CG(20)),
+        {"outer_lr": 1e-4},
     ),
-    "itd-bio": Method(
-        "ITD-BiO", "2010.07962", STOCBIO, Head(), SGD(lr=0.1, steps=20), Unrolled(learn_start=False), OUTER
-    ),
+    "itd-bio": Method("ITD-BiO", "2010.07962", Head(), SGD(lr=0.1, steps=20), Unrolled(learn_start=False), OUTER),
     "window": Method(
-        "window gradient reuse", "2006.04298",
-        "the paper's are not known; MAML's for 20-way Omniglot: inner rate 0.1, five steps; for miniImageNet: 0.01, "
-        "five steps; Adam 1e-3 outside",
-        Everything(), SEVERAL, Window(2), OUTER, ("meta_gradient", "window:{}"), "5",
+        "window gradient reuse", "2006.04298", Everything(), SEVERAL, Window(2), OUTER,
+        ("meta_gradient", "window:{}"), "5",
     ),
     "binomial": Method(
-        "BinomMAML", "2604.13263",
-        "authors' code: inner rate 0.01, five steps, Adam 1e-3 outside; theirs for characters are not known, so "
-        "MAML's for 20-way Omniglot: 0.1, five steps",
-        Everything(), SEVERAL, Binomial(2), OUTER, ("meta_gradient", "binomial:{}"), "2",
+        "BinomMAML", "2604.13263", Everything(), SEVERAL, Binomial(2), OUTER, ("meta_gradient", "binomial:{}"), "2"
     ),
     "truncated": Method(
-        "truncated MAML", "1703.03400",
-        "not published for truncation; MAML's for 20-way Omniglot: inner rate 0.1, five steps; for miniImageNet: 0.01, "
-        "five steps; Adam 1e-3 outside",
-        Everything(), SEVERAL, Truncated(2), OUTER, ("meta_gradient", "truncated:{}"), "2",
+        "truncated MAML", "1703.03400", Everything(), SEVERAL, Truncated(2), OUTER,
+        ("meta_gradient", "truncated:{}"), "2",
     ),
-    "meta-sgd": Method(
-        "Meta-SGD", "1707.09835", "one inner step at learned rates; their start and the outer rate are ours",
-        Everything(), LearnedRates(lr=0.1, steps=1), Unrolled(), OUTER,
-    ),
+    "meta-sgd": Method("Meta-SGD", "1707.09835", Everything(), LearnedRates(lr=0.1, steps=1), Unrolled(), OUTER),
     "maml++": Method(
-        "MAML++", "1810.09502",
-        "authors' configurations: five steps at learned rates that start at 0.1 (Omniglot) or 0.01 (miniImageNet), "
-        "Adam 1e-3 outside, multi-step loss in the first 15 % of training. First order in the first half is ours, and "
-        "no running statistics are kept. Leave a part out by its option: batch-norm batch, inner sgd, multi-step-loss "
-        "none, first-order none",
-        Everything(),
+        "MAML++", "1810.09502", Everything(),
         (LearnedRates(lr=0.1, steps=5, per="layer-step"), LearnedRates(lr=0.01, steps=5, per="layer-step")),
-        Unrolled(), {"outer_lr": 1e-3, "multi_step_loss": 0.15, "first_order": 0.5, "batch_norm": "step"},
+        Unrolled(), OUTER | {"multi_step_loss": 0.15, "first_order": 0.5, "batch_norm": "step"},
     ),
     "alfa": Method(
-        "ALFA", "2011.00209", ALFA_SOURCE, Everything(), (ALFA(lr=0.1, steps=5), ALFA(lr=0.01, steps=5)), Unrolled(),
-        OUTER,
+        "ALFA", "2011.00209", Everything(), (ALFA(lr=0.1, steps=5), ALFA(lr=0.01, steps=5)), Unrolled(), OUTER
     ),
     "alfa-l2f": Method(
-        "ALFA with L2F's attenuation", "2011.00209", ALFA_SOURCE + ". The first of six steps is the attenuation",
-        Everything(), (ALFA(lr=0.1, steps=6, attenuate=True), ALFA(lr=0.01, steps=6, attenuate=True)), Unrolled(),
-        OUTER,
+        "ALFA with L2F's attenuation", "2011.00209", Everything(),  # the first of six steps is the attenuation
+        (ALFA(lr=0.1, steps=6, attenuate=True), ALFA(lr=0.01, steps=6, attenuate=True)), Unrolled(), OUTER,
     ),
     "cavia": Method(
-        "CAVIA", "1810.03642",
-        "authors' code for miniImageNet: 100 numbers of context in the third layer, two inner steps at 1, Adam 1e-3 "
-        "outside; the same for all other tasks is ours (for regression give a smaller context)",
-        Named("*.context"), SGD(lr=1.0, steps=2), Unrolled(learn_start=False), OUTER | {"context": 100},
+        "CAVIA", "1810.03642", Named("*.context"), SGD(lr=1.0, steps=2), Unrolled(learn_start=False),
+        OUTER | {"context": 100},
     ),
     "meta-rkhs": Method(
-        "Meta-RKHS, version I", "2102.03909",
-        "ten steps at test as published; the paper's regulariser is not known, so that of MAML's rates and five steps, "
-        "0.1 for characters and 0.01 for pictures; Adam 1e-3 outside is ours",
-        Everything(), (SGD(lr=0.1, steps=5, test_steps=10), SGD(lr=0.01, steps=5, test_steps=10)), MetaRKHS(), OUTER,
+        "Meta-RKHS, version I", "2102.03909", Everything(),
+        (SGD(lr=0.1, steps=5, test_steps=10), SGD(lr=0.01, steps=5, test_steps=10)), MetaRKHS(), OUTER,
     ),
     "moml": Method(
-        "MOML", "2106.04911",
-        "authors' code for Omniglot and CIFAR-100: beta 0.3, inner rate 0.01, Adam 1e-3 outside; one step and 1,000 "
-        "tasks are ours, and 0.4, MAML's rate, for characters",
-        Everything(), (MAML[0], SGD(lr=0.01, steps=1)), MOML(), OUTER | {"carry": "task", "recurring": 1000},
-        ("recurring", "{}"), "100",
+        "MOML", "2106.04911", Everything(), (MAML[0], SGD(lr=0.01, steps=1)), MOML(),
+        OUTER | {"carry": "task", "recurring": 1000}, ("recurring", "{}"), "100",
     ),
     "mamf": Method(
-        "MAMF, no bilevel part", "2203.04904",
-        "plain fine-tuning on sampled tasks, one after the other (reconstructed): Reptile that goes all the way, the "
-        "mean of a batch of tasks. Eight epochs a task as in the authors' code; its rates are CLIP's, so MAML's: 0.1 "
-        "for characters and 0.01 for pictures",
-        Everything(), (SGD(lr=0.1, steps=8), SGD(lr=0.01, steps=8)), Reptile(), {"optimizer": "sgd", "outer_lr": 1.0},
+        "MAMF, no bilevel part", "2203.04904", Everything(), (SGD(lr=0.1, steps=8), SGD(lr=0.01, steps=8)), Reptile(),
+        {"optimizer": "sgd", "outer_lr": 1.0},
     ),
-    "protonet": Method(
-        "ProtoNet", "1703.05175", f"no inner step; the outer rate is ours: {OWN_RATE}",
-        Head(), STILL, Unrolled(), OUTER | {"start": "prototypes"},
-    ),
-    "proto-anil": Method(
-        "Proto-ANIL", "1903.03096", "the start is the paper's; what adapts, how and the rates are ANIL's of this table",
-        Head(), ANIL, Unrolled(), OUTER | {"start": "prototypes"},
-    ),
+    "protonet": Method("ProtoNet", "1703.05175", Head(), STILL, Unrolled(), OUTER | {"start": "prototypes"}),
+    "proto-anil": Method("Proto-ANIL", "1903.03096", Head(), ANIL, Unrolled(), OUTER | {"start": "prototypes"}),
     "proto-maml": Method(
-        "Proto-MAML", "1903.03096", "the start is the paper's; how it adapts and the rates are MAML's, five steps at "
-        "0.01 or, for characters, at 0.1",
-        Everything(), SEVERAL, Unrolled(), OUTER | {"start": "prototypes"},
+        "Proto-MAML", "1903.03096", Everything(), SEVERAL, Unrolled(), OUTER | {"start": "prototypes"}
     ),
-    "ridge": Method(
-        "R2-D2", "1805.08136", f"no inner step; regularisation and scale are fixed and ours; {OWN_RATE}",
-        Head(), STILL, Unrolled(), OUTER | {"start": "ridge"},
-    ),
+    "ridge": Method("R2-D2", "1805.08136", Head(), STILL, Unrolled(), OUTER | {"start": "ridge"}),
     "pretrained": Method(
-        "pretrained, class means", "2003.04390",
-        f"class means by the cosine are the paper's; optimiser and augmentation are not: {OWN_RATE}",
-        Head(), STILL, Supervised(), OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
+        "pretrained, class means", "2003.04390", Head(), STILL, Supervised(),
+        OUTER | {"start": "prototypes:cosine=true", "batch_norm": "frozen"},
     ),
-    "default": Method(
-        "Proto-ANIL", "1903.03096", "the default recipe of innerloop train but for colour pictures: experiments/recipe"
-    ),
+    "default": Method("Proto-ANIL", "1903.03096"),  # the settings' own defaults
 }  # fmt: skip
 
 
