@@ -55,7 +55,7 @@ Window(size=5)
 
 `il.MetaLearner` takes the first three, `settings.start` and `settings.batch_norm`. An outer optimiser takes the rate.
 `il.compare(["anil", "window:5"], folder="study", minutes=10)` compares methods. The script `docs/make_methods.py` makes
-this page.
+the table.
 """
 
 

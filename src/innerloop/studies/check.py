@@ -300,7 +300,6 @@ def _spectrum(learner: Bilevel, loop: InnerLoop) -> tuple[float, float]:
         if not finite(places):
             return math.nan, math.nan
         seen = torch.cat([eigenvalues(loop, params) for params in places])
-    seen = seen + (0.0 if learner.inner.decoupled else learner.inner.weight_decay) + learner.inner.proximal
     return seen.min().item(), seen.abs().max().item()
 
 

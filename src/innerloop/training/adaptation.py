@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from innerloop.training.code import check_known, is_code
 from innerloop.training.settings import Settings
 
 WEIGHTS, NOTES = "adapted.safetensors", "adapted.json"
-
-Invert = Literal["auto", "yes", "no"]
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
@@ -83,7 +81,7 @@ def as_input(content: bytes, shape: Sequence[int], invert: bool | None) -> Tenso
     return torch.tensor(pixels if dark else 255 - pixels).float() / 255
 
 
-def inverts(settings: Settings, choice: Invert) -> bool | None:
+def inverts(settings: Settings, choice: str) -> bool | None:
     """For `read_images`: "auto" looks at each image where the training data has ink as 1, else leaves them alone."""
     if choice == "auto":
         return None if settings.dataset in INK else False

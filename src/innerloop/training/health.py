@@ -65,8 +65,7 @@ def _objective(loop: InnerLoop, params: Tree) -> Tensor:
 
 def curvature(learner: Bilevel, tasks: Source) -> float:
     """The largest curvature of what the inner loop lowers, where it begins, over the first training tasks."""
-    shift = (0.0 if learner.inner.decoupled else learner.inner.weight_decay) + learner.inner.proximal
-    found = [(eigenvalues(loop, loop.begin.params) + shift).abs().max() for loop in _loops(learner, tasks, "train")]
+    found = [eigenvalues(loop, loop.begin.params).abs().max() for loop in _loops(learner, tasks, "train")]
     return torch.stack(found).max().item()
 
 
@@ -143,7 +142,7 @@ def ailment(scores: Scores, ways: int | None, losses: Sequence[float]) -> str:
 
 
 def eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
-    """Ritz values of the Hessian of the inner loss at a point."""
+    """Ritz values, at a point, of the Hessian of what the inner loop lowers."""
     shapes = {name: value.shape for name, value in params.items()}
     sizes = [value.numel() for value in params.values()]
     like = next(iter(params.values()))
@@ -157,7 +156,8 @@ def eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
         return torch.cat([bent[name].reshape(-1) for name in shapes])
 
     first = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return lanczos(product, first.to(like), min(LANCZOS, sum(sizes)))
+    shift = (0.0 if loop.solver.decoupled else loop.solver.weight_decay) + loop.solver.proximal
+    return lanczos(product, first.to(like), min(LANCZOS, sum(sizes))) + shift
 
 
 def lanczos(product: Callable[[Tensor], Tensor], vector: Tensor, iterations: int) -> Tensor:

@@ -137,8 +137,7 @@ class Session:
             self._look(batch, first)
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
-        annealed = self.multi_step_loss
-        weights = multi_step_weights(self.learner.inner.steps, place, annealed) if annealed else None
+        weights = multi_step_weights(self.learner.inner.steps, place, self.multi_step_loss or 0)
         return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
 
     def _look(self, batch: Task | Sequence[Task], first: int) -> None:

@@ -183,9 +183,7 @@ class Settings:
     shots: int | None = option(None, "support examples: of a class, or in all for regression", "1 for images")
     train_shots: int | None = option(None, "support examples of a class in training alone", "as in evaluation")
     queries: int | None = option(None, "query examples, likewise", "5 for images")
-    recurring: int | None = option(
-        None, "training tasks: the first so many of the stream, over and over", "ever new ones"
-    )
+    recurring: int | None = option(None, "how many training tasks come again and again", "ever new ones")
     rotations: bool | None = option(None, "omniglot: quarter turns of the training classes as further classes", "false")
     class_split: str | None = option(
         None, "omniglot: background, 1200 or vinyals; folder: how classes are split", "background; 0.6,0.2,0.2"
@@ -196,19 +194,13 @@ class Settings:
     group: str | None = option(
         None, "folder: what is never in support and query: a regular expression, FILE.csv:COLUMN", "every image alone"
     )
-    augment: str | None = option(
-        None, "pictures: changes of training images: flip, crop or flip,crop; none", "no change"
-    )
+    augment: str | None = option(None, "pictures: flip, crop or flip,crop of training images; none", "no change")
 
     model: str = option(
         "conv4", "the model, or your own: file.py:name, package.module:name", names=MODEL, arguments=True, code=True
     )
-    weights: str | None = option(
-        None, "safetensors file with pretrained weights of the model", "first weights by the seed"
-    )
-    filters: int | None = option(
-        None, "channels of the model's blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40"
-    )
+    weights: str | None = option(None, "safetensors file of pretrained weights", "first weights by the seed")
+    filters: int | None = option(None, "channels of the blocks (mlp: hidden units)", "conv4 32, resnet12 64, mlp 40")
     downsample: str | None = option(
         None, "conv4: how a block halves the image", "stride for grey images, pool for colour", names=("pool", "stride")
     )
@@ -231,14 +223,12 @@ class Settings:
     )
     start: str | None = option(
         AUTO,
-        "where the inner loop begins; auto: at prototypes for a head",
+        "where the inner loop begins; auto: a head at prototypes",
         "at the model",
         names=STARTS,
         arguments=True,
     )
-    start_from: str | None = option(
-        None, "folder of another run, whose weights training begins with where they fit", "fresh weights"
-    )
+    start_from: str | None = option(None, "run whose weights training begins with, where they fit", "fresh weights")
     carry: str = option(
         "none", "begin where the task in this place (slot), or the task, was left", names=("none", "slot", "task")
     )
@@ -254,18 +244,14 @@ class Settings:
 
     optimizer: str = option("adam", "outer optimiser: sgd:momentum=0.9", names=OPTIMIZER, arguments=True)
     outer_lr: float = option(3e-3, "outer rate")
-    schedule: str = option(
-        "cosine", "outer rate over the steps: cosine:0.01 falls to a hundredth", names=SCHEDULE, arguments=True
-    )
+    schedule: str = option("cosine", "outer rate: cosine:0.01 falls to a hundredth", names=SCHEDULE, arguments=True)
     steps: int = option(9000, "outer steps")
     tasks_per_batch: int = option(4, "tasks of an outer step")
     clip: float | None = option(10.0, "largest norm of the meta-gradient")
     validate_every: int = option(500, "outer steps between validations")
     validation_tasks: int = option(200, "tasks of a validation")
     patience: int | None = option(None, "stop after so many validations without a better one", "never")
-    minutes: float | None = option(
-        None, "stop after so many minutes, over which the schedule runs", "when all steps are done"
-    )
+    minutes: float | None = option(None, "of training; the schedule runs over them", "until all steps are done")
     test_tasks: int = option(1000, "tasks of the final test")
     on_nonfinite: str = option("stop", "at a loss that is not finite; skip:N leaves out at most N batches in a row")
     checkpoint_every: str = option("10m", "steps, such as 500, or time, such as 90s, between checkpoints")
@@ -273,9 +259,7 @@ class Settings:
 
     seed: int = option(0, "fixes tasks, first weights and all else that is random", at_least=0, at_most=2**63 - 1)
     device: str = option("auto", "cpu, cuda, or one of several GPUs, cuda:1; auto takes a GPU where there is one")
-    threads: int | None = option(
-        None, "CPU threads", "1, or as many as are free where that is much faster", at_most=1024
-    )
+    threads: int | None = option(None, "CPU threads", "1, or all that are free where much faster", at_most=1024)
     precision: str = option("float32", "arithmetic", names=("float32", "float64", "bf16-autocast"))
     chunk_size: int | None = option(None, "tasks computed at once; fewer take less memory", "by the bytes of a task")
     products: str = option("auto", "how gradients and curvature products are computed", names=ENGINES)

@@ -178,17 +178,11 @@ class JsonLines:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a ``metrics.jsonl``; lines that cannot be read are left out, with one warning."""
-    found, lost = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        record = _record(line)
-        if record is None:
-            lost.append(number)
-        else:
-            found.append(record)
-    if lost:
+    found = [_record(line) for line in path.read_bytes().splitlines(keepends=True)]
+    if lost := [number for number, record in enumerate(found, 1) if record is None]:
         lines = "line" if len(lost) == 1 else "lines"
         warnings.warn(f"{path}: {len(lost)} {lines} left out, the first is {lost[0]}: unreadable", stacklevel=2)
-    return found
+    return [record for record in found if record is not None]
 
 
 @contextmanager
