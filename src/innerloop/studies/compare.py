@@ -33,7 +33,7 @@ from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Baseline, Estimate, verdict
-from innerloop.training.methods import method, method_settings
+from innerloop.training.methods import OF_METHOD, method, method_settings
 from innerloop.training.report import task_words
 from innerloop.training.runs import ACCURACIES, RESULTS, save_results
 from innerloop.training.settings import Settings, flag
@@ -50,11 +50,7 @@ VALIDATIONS = 12
 SMOOTHING, STAYS = 3, 5  # validations averaged, and validations after it for which a target must hold
 
 # What a method chooses; the comparison holds all else equal.
-CHOSEN = (
-    "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
-    "carry", "multi_step_loss", "first_order", "optimizer", "outer_lr", "schedule", "train_shots", "batch_norm",
-    "context", "recurring",
-)  # fmt: skip
+CHOSEN = (*OF_METHOD, "optimizer", "outer_lr", "schedule", "train_shots")
 
 # What the comparison sets itself, from its own numbers.
 OWN = ("seed", "validate_every")

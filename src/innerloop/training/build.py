@@ -30,6 +30,7 @@ from innerloop.training.health import fitting_rate
 from innerloop.training.settings import AUTO, Settings, flag
 
 SOURCE_OPTIONS = "data", "rotations", "class_split", "size", "channels", "group", "augment"  # what only some take
+OF_LEARNER = "batch_norm", "start", "carry", "chunk_size", "compile", "products"  # which takes them by the same names
 INK = "glyphs", "omniglot"  # image sets whose strokes are 1 on 0
 
 
@@ -84,22 +85,14 @@ def build_learner(settings: Settings, shape: tuple[int, ...], outputs: int, regr
             f"the run's choices or its loss have no text, and {short(settings.model)} gives a model alone: let it "
             "return the whole il.MetaLearner"
         )
-    adapts, inner, meta_gradient = settings.method()
     if settings.weights:
         load_pretrained(model, Path(settings.weights))
     learner = MetaLearner(
         model,
-        adapts=adapts,
-        inner=inner,
-        meta_gradient=meta_gradient,
-        loss=F.mse_loss if regression else F.cross_entropy,
-        batch_norm=settings.batch_norm,  # type: ignore[arg-type]  # checked with the settings
-        start=settings.start,
-        carry=settings.carry,  # type: ignore[arg-type]
-        chunk_size=settings.chunk_size,
-        compile=settings.compile,
-        products=settings.products,  # type: ignore[arg-type]
+        *settings.method(),
+        F.mse_loss if regression else F.cross_entropy,
         memory=None if settings.memory is None else settings.memory * 2**20,
+        **{name: getattr(settings, name) for name in OF_LEARNER},
     )
     return learner.to(choose_device(settings), dtype)
 

@@ -63,11 +63,7 @@ image = np.array(Image.open("new.jpg").convert("RGB"))
 print(notes["classes"][run(image[None])[0].argmax()])"""
 CHECK = """
 import json, sys
-class Refuse:
-    def find_spec(self, name, *rest):
-        if name.partition(".")[0] == "innerloop":
-            raise ImportError("innerloop is not there")
-sys.meta_path.insert(0, Refuse())
+sys.modules["innerloop"] = None  # an import of it fails
 import numpy as np
 RUN
 with np.load("asked.npz") as images:

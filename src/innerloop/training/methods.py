@@ -158,10 +158,11 @@ METHODS: dict[str, Method] = {
 
 COLOUR = "cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet", "folder"
 COLOURED = {"outer_lr": 3e-3, "inner": "sgd", "inner_lr": 0.01, "inner_steps": 20, "augment": "flip,crop"}
-OF_METHOD = {
+OF_METHOD = (
     "adapts", "inner", "inner_lr", "inner_steps", "test_steps", "weight_decay", "proximal", "meta_gradient", "start",
-    "carry", "batch_norm", "multi_step_loss", "first_order", "recurring", "context",
-}  # fmt: skip
+    "carry", "multi_step_loss", "first_order", "batch_norm", "context", "recurring",
+)  # fmt: skip
+"""Settings by which a method says what adapts and how; it may set the outer loop too."""
 
 
 def unasked(dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def unasked(dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     On those it was ahead of all that adapt, by four to ten points, and gains by mirrored and shifted pictures and by a
     few small steps of the head. For characters and all else the settings' own defaults hold. See experiments/recipe.
     """
-    if dataset in COLOUR and given.get("channels") in (None, 3, "3") and not OF_METHOD & given.keys():
+    if dataset in COLOUR and given.get("channels") in (None, 3, "3") and not given.keys() & set(OF_METHOD):
         return method_settings("pretrained", dataset) | COLOURED
     return {}
 
