@@ -133,7 +133,7 @@ def test_code_of_a_run_runs_only_if_the_user_has_typed_it_and_it_is_unchanged(
     (run / "settings.json").write_text(json.dumps(settings))
     code = ["--model", settings["model"], "--dataset", settings["dataset"]]
     evaluate = ["evaluate", str(run), "--tasks=4"]
-    strange = "not typed yet, or that has changed since: look at it, then add " + " ".join(code)
+    strange = "not typed yet, or that has changed: look at it, then add " + " ".join(code)
     assert strange in refused(capsys, *evaluate)
     main([*evaluate, *code])
     main(evaluate)

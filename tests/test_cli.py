@@ -243,7 +243,7 @@ def test_a_head_that_is_not_adapted_is_for_the_classes_of_training(place: Path, 
     main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *data, *TINY, *SHORT])
     settings = read_run(tmp_path / "run")
     for classes in (2, 4):
-        with pytest.raises(ValueError, match=f"does not adapt its head, which is for 3 classes, not {classes}"):
+        with pytest.raises(ValueError, match=f"does not adapt its head: give 3 classes, not {classes}"):
             load_learner(tmp_path / "run", settings, classes)
 
 
@@ -332,7 +332,7 @@ def test_tasks_are_carried_on_by_the_command(tmp_path: Path, capsys: pytest.Capt
     main(["train", f"--out={run}", "--dataset=sinusoid", *options])
     left = load_checkpoint(run / "last.safetensors")["carried"]
     assert {place: each["step"] for place, each in left.items()} == {0: 24, 1: 24}  # 12 outer steps of 2 inner ones
-    for given, cure in (("--carry=task", "carry 'task' takes up tasks that come again"),):
+    for given, cure in (("--carry=task", "carry 'task' needs tasks that come again"),):
         assert cure in refused(capsys, "train", f"--out={tmp_path / 'other'}", "--dataset=sinusoid", *options, given)
     assert not (tmp_path / "other").exists()
 
@@ -344,9 +344,7 @@ def test_check_refuses_to_change_what_a_run_has_learned(tmp_path: Path, capsys: 
     assert "--inner-lr changes nothing in a run that has learned its rates" in refused(
         capsys, "check", str(run), "--inner-lr=0.1"
     )
-    assert "has learned rates for the inner steps of its training alone" in refused(
-        capsys, "check", str(run), "--inner-steps=4"
-    )
+    assert "has learned rates for its own inner steps alone" in refused(capsys, "check", str(run), "--inner-steps=4")
 
 
 def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
@@ -405,7 +403,7 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         (["train", "--resume={run}", "--out=other"], "leave --out, --config and --method out"),
         (
             ["train", "--out={run}", "--dataset=sinusoid", "--model=mlp"],
-            "already holds a run; continue it with --resume",
+            "already holds a run; go on with --resume",
         ),
         (["train", "--out={images}", "--dataset=sinusoid", "--model=mlp"], "holds something that is not a run"),
         (["evaluate", "{images}"], "is no run folder (no settings.json)"),
@@ -449,7 +447,7 @@ def test_a_damaged_checkpoint_is_refused(place: Path, tmp_path: Path, capsys: py
     (tmp_path / "run" / "last-2.safetensors").unlink()
     assert "is damaged" in refused(capsys, "train", f"--resume={tmp_path / 'run'}")
     (tmp_path / "run" / "best.safetensors").unlink()
-    assert "was not validated yet; go on with" in refused(capsys, "evaluate", str(tmp_path / "run"))
+    assert "has no best.safetensors yet; go on with" in refused(capsys, "evaluate", str(tmp_path / "run"))
 
 
 def test_divergence_is_said_in_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

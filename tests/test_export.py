@@ -104,7 +104,7 @@ def test_a_file_that_differs_or_cannot_be_made_is_not_left(tmp_path: Path, monke
     # as if the program had given other numbers, or had died
     monkeypatch.setattr(module, "_write", lambda path, program, metadata: path.write_bytes(b"no program"))
     monkeypatch.setattr(module, "_fresh", lambda program, images: [np.full((len(each), 3), 9.0) for each in images])
-    with pytest.raises(Failed, match=r"^the exported model differs from the adapted one by \d"):
+    with pytest.raises(Failed, match=r"^the exported model differs by \d"):
         export(out / "a.pt2", adapted(1), notes, [file])
     monkeypatch.undo()
     monkeypatch.setattr(module, "_write", lambda path, program, metadata: path.write_bytes(b"no program"))

@@ -82,7 +82,7 @@ def test_one_process_says_what_is_wrong_once_they_are_joined(
     monkeypatch.setattr(processes, "AHEAD", 1.0)
     assert together(2, partial(main, [*RUN, "--tasks-per-batch=1", "--out=run"])) == [2, 2]
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("innerloop: "))
-    assert "tasks_per_batch is 1, fewer than the 2 processes: start 1" in line
+    assert "tasks_per_batch is 1, fewer than 2 processes: start 1" in line
     assert not list(tmp_path.iterdir())
 
 

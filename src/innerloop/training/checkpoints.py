@@ -95,9 +95,7 @@ def load_checkpoint(path: Path) -> dict[str, dict[Any, Any]]:
     """
     tensors, metadata = _read(path)
     if "state" not in metadata:
-        raise ValueError(
-            f"{path} holds weights but no training state; resume from a file that innerloop wrote as last.safetensors"
-        )
+        raise ValueError(f"{path} holds weights and no training state; resume from a last.safetensors")
     return {name: _unpack(tree, tensors) for name, tree in json.loads(metadata["state"]).items()}
 
 
@@ -116,9 +114,7 @@ def _pack(tree: Any, place: str, tensors: dict[str, Tensor]) -> Json:
             return {kind: [_pack(value, f"{place}/{index}", tensors) for index, value in enumerate(tree)]}
         case None | bool() | int() | float() | str():
             return tree
-    raise TypeError(
-        f"cannot store {place}, a {type(tree).__name__}, in a checkpoint, only tensors, numbers, strings and containers"
-    )
+    raise TypeError(f"cannot store {place}, a {type(tree).__name__}: only tensors, numbers, text and containers")
 
 
 def _unpack(tree: Json, tensors: Mapping[str, Tensor]) -> Any:

@@ -72,8 +72,7 @@ def check_known(folder: Path, named: Mapping[str, str]) -> None:
     if strange:
         options = " ".join(f"--{what} {text}" for what, text in strange.items())
         raise ValueError(
-            f"{folder} names code that you have not typed yet, or that has changed since: look at it, then add "
-            f"{options}"
+            f"{folder} names code that you have not typed yet, or that has changed: look at it, then add {options}"
         )
 
 
@@ -88,8 +87,7 @@ def load(text: str) -> Callable[..., Any]:
         module = _module(where)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ValueError(
-            f"{where} cannot be imported ({type(error).__name__}: {error}): name a file, path/to/file.py:name, or a "
-            "module, package.module:name"
+            f"{where} cannot be imported ({type(error).__name__}: {error}): name a file.py:name or package.module:name"
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

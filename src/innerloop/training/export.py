@@ -169,10 +169,7 @@ def export(path: Path, model: nn.Module, notes: dict[str, Any], files: Sequence[
         apart = max(np.abs(mine - theirs).max() for mine, theirs in zip(wanted, found, strict=True))
         apart /= max(1.0, *(np.abs(each).max() for each in wanted))
         if not apart <= TOLERANCE:
-            raise Failed(
-                f"the exported model differs from the adapted one by {apart:.1e} of the largest score: "
-                "use il.load_adapted"
-            )
+            raise Failed(f"the exported model differs by {apart:.1e} of the largest score: use il.load_adapted")
         made.replace(path)
 
 

@@ -176,25 +176,21 @@ def fit(
     mine = {id(parameter) for parameter in learner.parameters()}
     if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
-            f"the {type(optimizer).__name__} given holds none of the learner's parameters, so that training would "
-            "change nothing: make it over learner.parameters() (a learner trains a copy of the model that it was given)"
+            f"the {type(optimizer).__name__} given holds none of the learner's parameters, which are a copy of the "
+            "model's: make it over learner.parameters()"
         )
     if learner.carry == "task" and not hasattr(tasks, "ids"):
         raise ValueError(
-            "carry='task' resumes tasks that come again, and those of a training stream never do: choose 'slot' or "
-            "'none', take il.tasks.Recurring(tasks, 100), or call meta_step with task_ids in a loop of your own"
+            "carry='task' needs tasks that come again: take il.tasks.Recurring(tasks, 100), or carry='slot'"
         )
     if learner.carry == "task" and processes.world() > 1 and (count := getattr(tasks, "count", 0)) % tasks_per_batch:
         raise ValueError(
-            f"{count} tasks recur in batches of {tasks_per_batch}, and would change processes, each of which keeps its "
-            "own: let a multiple of the batch recur"
+            f"{count} tasks recur in batches of {tasks_per_batch}: with processes let a multiple of the batch recur"
         )
     if first_order:
         learner.accepts(FirstOrder())
         if not learner.meta_gradient.learn_start:
-            raise ValueError(
-                "first_order learns the start of the inner loop, and learn_start=False does not: leave one out"
-            )
+            raise ValueError("first_order learns the start, and learn_start=False does not: leave one out")
     tasks = learner.meta_gradient.trains_on(tasks)
     run = Session(
         learner=learner, tasks=tasks, optimizer=optimizer, scheduler=scheduler, steps=steps,
@@ -214,8 +210,7 @@ def fit(
         changes = run.restore(resume) if run.folder else []
         if len(found := set(processes.gather([run.progress.step]))) > 1:
             raise ValueError(
-                f"the processes found checkpoints of steps {sorted(found)} in {folder}: give a folder that all of them "
-                "read"
+                f"the processes found checkpoints of steps {sorted(found)}: give a folder that all of them read"
             )
         if start_from is not None and not run.saved:
             fresh = take_weights(learner, Path(start_from) / BEST)

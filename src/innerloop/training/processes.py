@@ -110,7 +110,7 @@ def check_batch(tasks: int) -> None:
     """Raise ValueError where a batch of so many tasks leaves a process without one."""
     if tasks < world():
         raise ValueError(
-            f"tasks_per_batch is {tasks}, fewer than the {world()} processes: start {tasks}, or give more tasks"
+            f"tasks_per_batch is {tasks}, fewer than {world()} processes: start {tasks}, or give more tasks"
         )
 
 

@@ -56,9 +56,7 @@ def new_folder(folder: Path) -> None:
         ValueError: it already holds a run, or something else.
     """
     if (folder / SETTINGS).exists():
-        raise ValueError(
-            f"{folder} already holds a run; continue it with --resume {folder}, or name another with --out"
-        )
+        raise ValueError(f"{folder} already holds a run; go on with --resume {folder}, or name another --out")
     if folder.exists():
         others = not folder.is_dir() or [file for file in folder.iterdir() if file.suffix != PARTIAL]
         if others and others != [folder / LOCK]:
@@ -90,8 +88,7 @@ def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool =
         text = getattr(settings, name)
         if text == PYTHON:
             raise ValueError(
-                f"{folder} was made in Python, and its {name} has no text: add --{name} path/to/file.py:name, "
-                f"{gives[name]}"
+                f"{folder} was made in Python, and its {name} has no text: add --{name} file.py:name, {gives[name]}"
             )
         if is_code(text) and name in (given or {}):
             remember(text)
@@ -123,9 +120,7 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
         ValueError: the weights are damaged or of another model, or the head cannot be fitted to so many outputs.
     """
     if not (folder / BEST).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {BEST}, it was not validated yet; go on with innerloop train --resume {folder}"
-        )
+        raise FileNotFoundError(f"{folder} has no {BEST} yet; go on with innerloop train --resume {folder}")
     try:
         weights, trained = load_weights(folder / BEST)
     except ValueError as error:
@@ -144,18 +139,14 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
         raise ValueError(f"{folder / BEST} does not fit {which}: only one of them has {some(odd)}")
     if changed := {name: own[name] for name, value in weights.items() if value.shape != own[name].shape}:
         if outputs in (None, ways):
-            raise ValueError(
-                f"{folder} has learned rates for the inner steps of its training alone; leave --inner-steps out"
-            )
+            raise ValueError(f"{folder} has learned rates for its own inner steps alone; leave --inner-steps out")
         if all(name.startswith("rates.") or name.removeprefix("model.") in learner.adapted for name in changed):
             weights |= {name: weights[name].mean(0).expand_as(tensor) for name, tensor in changed.items()}
             trained["head"] = (
                 f"trained on {ways} classes; each of {outputs} starts from the mean of the trained head's rows"
             )
         else:
-            raise ValueError(
-                f"{folder} does not adapt its head, which is for {ways} classes, not {outputs}: give {ways} classes"
-            )
+            raise ValueError(f"{folder} does not adapt its head: give {ways} classes, not {outputs}")
     if settings.start is not None:
         trained["head"] = f"the head begins at what the support set gives: start {settings.start}"
     learner.load_state_dict(weights)

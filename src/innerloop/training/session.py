@@ -236,8 +236,7 @@ class Session:
         if bad:
             raise Diverged(
                 f"validation at outer step {self.progress.step}: the loss of {len(bad)} of {scores.tasks} tasks is not "
-                f"finite, first that of task {bad[0]} of the validation stream ({scores.losses[bad[0]].item()}); look "
-                f"at its data, then lower the inner rate or the outer one{self.saved}"
+                f"finite, first that of task {bad[0]}; look at its data, then lower a rate, inner or outer{self.saved}"
             )
         at = self.progress
         better = scores.quality > at.best
@@ -313,8 +312,7 @@ class Session:
         self._refuse_another(states["identity"])
         if before is None and states["progress"]["step"] > self.steps:
             raise ValueError(
-                f"{self.folder} has done {states['progress']['step']} outer steps, more than the {self.steps} asked "
-                "for: ask for as many or more"
+                f"{self.folder} has done {states['progress']['step']} outer steps, more than {self.steps}: ask for more"
             )
         self.progress = Progress(**states["progress"])
         self.learner.load_state_dict(states["learner"])
@@ -342,8 +340,7 @@ class Session:
             if not same:
                 values = "" if name in ("data", "model") else f", {was[name]}, not {value}"
                 raise ValueError(
-                    f"{self.folder} was trained with another {name}{values}; resume it with the same, or train in "
-                    "another folder"
+                    f"{self.folder} was trained with another {name}{values}; resume it with the same, or name a new one"
                 )
 
     @cached_property

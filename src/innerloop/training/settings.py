@@ -282,9 +282,7 @@ class Settings:
         most_skips(self.on_nonfinite)
         interval(self.checkpoint_every)
         if self.carry == "task" and self.recurring is None and self.dataset in SOURCES:
-            raise ValueError(
-                "carry 'task' takes up tasks that come again: give --recurring 100, or choose --carry slot"
-            )
+            raise ValueError("carry 'task' needs tasks that come again: give --recurring 100, or --carry slot")
         if self.start == AUTO:
             plain = (self.adapts, self.inner, self.meta_gradient, self.carry) == ("head", "sgd", "unrolled", "none")
             images = self.dataset in SOURCES and "ways" in inspect.signature(SOURCES[self.dataset]).parameters
@@ -341,11 +339,11 @@ class Settings:
         found = read_config(path)
         if missing := [flag(name) for name in NEEDED if name not in found]:
             raise ValueError(
-                f"{path} lacks {', '.join(missing)}: it is damaged; restore it from a copy, or train in another folder"
+                f"{path} lacks {', '.join(missing)}: it is damaged; restore it, or train in another folder"
             )
         if "carry" not in found and str(found["meta_gradient"]).startswith(("implicit", "memory-reduced")):
             raise ValueError(
-                f"{path} is of the first edition, whose {found['meta_gradient']} brought a term that is the inner "
-                "loop's now: train again, with --proximal 2 or --weight-decay 0.05"
+                f"{path} is of the first edition, whose problem was another: train again, with --proximal 2 or "
+                "--weight-decay 0.05"
             )
         return cls(**found)
