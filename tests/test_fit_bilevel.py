@@ -260,7 +260,7 @@ def test_an_optimiser_of_other_parameters_is_refused() -> None:
 
 
 def test_tasks_that_recur_are_for_a_loop_of_ones_own() -> None:
-    with pytest.raises(ValueError, match="needs tasks that come again: take il.tasks.Recurring"):
+    with pytest.raises(ValueError, match="needs tasks that come again"):
         fit(make_learner("list", carry="task"), Lines("list"), steps=1, tasks_per_batch=1, **OPTIONS)
 
 

@@ -343,7 +343,7 @@ class Settings:
             )
         if "carry" not in found and str(found["meta_gradient"]).startswith(("implicit", "memory-reduced")):
             raise ValueError(
-                f"{path} is of the first edition, whose problem was another: train again, with --proximal 2 or "
-                "--weight-decay 0.05"
+                f"{path} is of the first edition, whose {found['meta_gradient']} brought a term that is the inner "
+                "loop's now: train again, with --proximal 2 or --weight-decay 0.05"
             )
         return cls(**found)
