@@ -88,7 +88,8 @@ def read_run(folder: Path, given: Mapping[str, Any] | None = None, tasks: bool =
         text = getattr(settings, name)
         if text == PYTHON:
             raise ValueError(
-                f"{folder} was made in Python, and its {name} has no text: add --{name} file.py:name, {gives[name]}"
+                f"{folder} was made in Python, and its {name} has no text: add --{name} path/to/file.py:name, "
+                f"{gives[name]}"
             )
         if is_code(text) and name in (given or {}):
             remember(text)
