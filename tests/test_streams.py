@@ -541,11 +541,29 @@ def test_minibatches_are_plain_autograd_and_no_matter_of_chunks(chunk):
     torch.manual_seed(10)
     learner.meta_step(batch)
     torch.manual_seed(10)
-    rows = learner._rows(batch, int(torch.randint(2**31, ())), 2, 3)
+    rows = learner._rows(batch, [None, None], int(torch.randint(2**31, ())), 3)
     gathered = il.Steps(tuple(torch.stack([value[t][rows[t]] for t in range(2)]) for value in batch.support))
     stream = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=3))
     stream.meta_step(il.Task(gathered, batch.query))
     assert relative_error(grads(learner), grads(stream)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_minibatches_of_a_list_are_those_of_a_batch(seed):
+    def fit(params, meta, batch):
+        return (params["w"] * batch[0] - meta["target"] * batch[1]).square().mean()
+
+    problem = il.Problem(lambda meta: {"w": torch.zeros(2).double()}, fit, fit, seed=seed)
+    batch = il.Task(*(tuple(torch.randn(3, 6, 2).double() for _ in range(2)) for _ in range(2)))
+    apart = [il.Task(*(tuple(value[place] for value in part) for part in batch)) for place in range(3)]
+    found = []
+    for given in (batch, apart):
+        meta = {"target": torch.ones(2).double()}
+        learner = il.Bilevel(problem, meta, il.SGD(lr=0.1, steps=3, minibatch=4), carry="slot", stacked=given is batch)
+        torch.manual_seed(10)
+        losses = [learner.meta_step(given).losses for _ in range(2)]
+        found.append([*losses, learner.meta["target"].grad, learner.evaluate(given).loss])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 def test_minibatches_go_on_beyond_the_steps_of_training():

@@ -34,7 +34,7 @@ class OverTasks:
         *,
         chunk: int,
         seed: int,
-        rows: Tensor | None,
+        rows: Sequence[Tensor] | Tensor | None,
         weights: Tensor | None = None,
         run: Callable[[Callable[..., Any], tuple[Any, ...], tuple[int, bool, int]], Any] | None = None,
     ) -> Iterator[tuple[list[int], Out]]:
@@ -98,7 +98,7 @@ def _chunk(
     starts: Sequence[End | None],
     places: list[int],
     seed: int,
-    rows: Tensor | None,
+    rows: Any,
     weights: Tensor | None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, bool, int]]:
     """The function of one chunk, by vmap, or of a lone task as it is; its arguments; and where and when it begins."""

@@ -321,7 +321,7 @@ class Bilevel(nn.Module):
         with second_order_kernels(self.recurrent, self.engine):
             given = meta, learned, None if step_weights is None else [float(weight) for weight in step_weights]
             base, chunk = fresh_seed(), self._chunk(tasks, count, starts)
-            rows = self._rows(tasks, base, count, self.inner.steps)
+            rows = self._rows(tasks, starts, base, self.inner.steps)
             for places, (mean, numbers, left) in self._over_tasks(
                 task_gradient, given, tasks, starts, chunk=chunk, seed=base, rows=rows, weights=weights, run=run
             ):
@@ -476,7 +476,7 @@ class Bilevel(nn.Module):
         with second_order_kernels(self.recurrent, self.engine):
             begin: list[End | None] = [None] * count
             base, chunk = fresh_seed(), self._chunk(tasks, count, begin)
-            rows = self._rows(tasks, base, count, steps)
+            rows = self._rows(tasks, begin, base, steps)
             found = [
                 (places, out[:2] if alone else out, out[2])
                 for places, out in self._over_tasks(
@@ -633,12 +633,19 @@ class Bilevel(nn.Module):
         problem = replace(stated.problem, seed=0)
         return bind(problem, stated.meta, stated.task.support, self.inner, self.learned(), begin)
 
-    def _rows(self, tasks: Task | list[Task], seed: int, count: int, steps: int) -> Tensor | None:
+    def _rows(
+        self, tasks: Task | list[Task], starts: Sequence[End | None], seed: int, steps: int
+    ) -> list[Tensor] | Tensor | None:
         """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""
-        if self.inner.minibatch is None or isinstance(tasks, list):
+        if self.inner.minibatch is None:
             return None
-        seeds = [seed + 1000 * place for place in range(count)]
-        return minibatches(self.inner, one_of(tasks, 0).support, seeds, steps).to(self._place())
+        rows = []
+        for place, start in enumerate(starts):
+            own = seed + 1000 * place if self.problem.seed is None else self.problem.seed
+            first = 0 if start is None else start.step
+            (drawn,) = minibatches(self.inner, one_of(tasks, place).support, [own], steps, first)
+            rows.append(drawn.to(self._place()))
+        return rows if isinstance(tasks, list) else torch.stack(rows)
 
     def _starts(
         self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End | None] | None
