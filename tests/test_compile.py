@@ -135,9 +135,14 @@ def test_a_start_that_reads_the_support_set_is_compiled_task_by_task(start):
         torch.testing.assert_close(eager.evaluate(tasks).loss, compiled.evaluate(tasks).loss)
 
 
-def test_weights_of_steps_and_tasks_are_arguments():
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"memory": 0}, {"meta_gradient": il.Mixed((1, 3), (0.5, 0.5))}, {"meta_gradient": il.Binomial(2)}],
+    ids=["recorded", "walked", "mixed", "binomial"],
+)
+def test_weights_of_steps_and_tasks_are_arguments(choices):
     inner = il.SGD(lr=0.01, steps=3)
-    eager, compiled = mlp(inner=inner), mlp(inner=inner, compile=TRACED)
+    eager, compiled = mlp(inner=inner, **choices), mlp(inner=inner, compile=TRACED, **choices)
     batch = sinusoids()
     for early in (0.3, 0.2, 0.1):
         shares = torch.rand(6)

@@ -11,6 +11,7 @@ so only the parameters before each step have to be kept, never activations.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,7 @@ def add(first: Any, second: Any) -> Any:
 
 def scale(tree: Any, weight: float) -> Any:
     """A tree times a number."""
-    return tree if weight == 1.0 else tree_map(partial(_each, partial(torch.mul, weight)), tree)
+    return tree if weight == 1.0 else tree_map(partial(_each, partial(operator.mul, weight)), tree)
 
 
 def _each(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
