@@ -212,6 +212,11 @@ def test_what_cannot_be_drawn_is_refused(arguments: dict[str, Any], message: str
         Episodes(labelled(), **arguments)
 
 
+def test_no_fewer_ways_are_proposed_to_a_split_of_one_class() -> None:
+    with pytest.raises(ValueError, match=r"the validation split has 1 classes.*give it more classes$"):
+        Episodes(replace(labelled(), splits={"validation": (0,)}), ways=2, shots=1, queries=1)
+
+
 def test_batches_that_do_not_exist_are_refused() -> None:
     source = Episodes(labelled(), ways=2, shots=1, queries=1)
     with pytest.raises(ValueError, match="labelled has no split 'exam'; it has train, validation, test"):

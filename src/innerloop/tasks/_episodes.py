@@ -223,7 +223,7 @@ class Episodes(TaskSource):
             if choices < ways:
                 raise ValueError(
                     f"{image_set.name}: the {split} split has {choices} classes, fewer than the {ways} ways asked; "
-                    "ask for fewer ways"
+                    f"give it more classes{', or ask for fewer ways' if choices > 1 else ''}"
                 )
             for index in classes:
                 if image_set.counts[index] < shots + queries:
