@@ -520,6 +520,13 @@ def test_task_weights_are_those_of_the_sum(chunk):
         learner.meta_step(batch, task_weights=[1, 2])
 
 
+def test_weights_of_tasks_that_are_numbers_keep_their_precision():
+    batch = il.Task(examples(2, 6), examples(2, 6))
+    learner = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=1))
+    metrics = learner.meta_step(batch, task_weights=[0.1, 0.9])
+    torch.testing.assert_close(metrics.loss, 0.1 * metrics.losses[0] + 0.9 * metrics.losses[1], rtol=1e-14, atol=0.0)
+
+
 # Minibatches.
 
 

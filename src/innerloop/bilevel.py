@@ -683,10 +683,10 @@ class Bilevel(nn.Module):
     def _weights(self, count: int, weights: Tensor | Sequence[float] | None) -> Tensor:
         if weights is None:
             return torch.full((count,), 1 / count, device=self._place(), dtype=torch.float64)
-        given = torch.as_tensor(weights, device=self._place()).detach()
+        given = torch.as_tensor(weights, dtype=torch.float64, device=self._place()).detach()
         if given.shape != (count,):
             raise ValueError(f"task_weights of shape {tuple(given.shape)} for {count} tasks: give one number a task")
-        return given.double()
+        return given
 
     def _accumulate(self, grad: Tree, learned_grad: Tree) -> None:
         for name, value in grad.items():
