@@ -23,7 +23,6 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def trained(settings: Settings, tasks: TaskSource, keep: tuple[int, ...] = ()) -
     return learner, clock, kept
 
 
-def prepared(settings: Settings, tasks: TaskSource, row: Row, count: int, file: Path) -> Row:
+def prepared(settings: Settings, tasks: TaskSource, row: Row, count: int) -> Row:
     """What the seeds of a method share: steps, outer rate, and peak memory."""
     _, clock, _ = trained(replace(settings, steps=TRIAL), tasks)
     steps = max(1, int(row["seconds"] * (TRIAL - 2) / (clock[-1] - clock[2])))
@@ -126,18 +125,18 @@ def prepared(settings: Settings, tasks: TaskSource, row: Row, count: int, file: 
         except Diverged:
             quality = math.nan
         found[str(rate)] = quality if math.isfinite(quality) else None
-    memory = None if tasks.ways is None else costs.peak(settings, file)
+    memory = None if tasks.ways is None else costs.peak(settings)
     return {"steps": steps, "tried": found, "outer_lr": tuning.best(found, settings.outer_lr), "memory": memory}
 
 
-def measured(row: Row, shared: Row | None, count: int, file: Path) -> Row:
+def measured(row: Row, shared: Row | None, count: int) -> Row:
     """The row of a training, tested at both points; or why there is none."""
     try:
         settings = settings_of(row["data"], row["method"], row["seed"])
         tasks = drawn(row["data"], row["seed"])
         tasks = tasks.with_train_shots(settings.train_shots) if settings.train_shots else tasks
         tasks = Recurring(tasks, settings.recurring) if settings.recurring else tasks
-        row |= shared or prepared(settings, tasks, row, count, file)
+        row |= shared or prepared(settings, tasks, row, count)
         points = row["steps"], row["equal"]
         settings = replace(settings, outer_lr=row["outer_lr"], steps=max(points))
         learner, clock, kept = trained(settings, tasks, keep=points)
@@ -236,21 +235,17 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     asked = [] if args.page else itertools.product(args.seeds, args.sets, args.methods)
-    with TemporaryDirectory() as folder:
 
-        def measure(key: Row, rows: list[Row]) -> Row:
-            file = Path(folder) / f"{key['data']}.safetensors"
-            if not file.exists():
-                costs.save_tasks(file, settings_of(key["data"], REFERENCE, key["seed"]))
-            alike = key | {"seed": None}
-            known = (row for row in rows if alike.items() <= (row | {"seed": None}).items() and "outer_lr" in row)
-            return measured(key, next(({name: row[name] for name in SHARED} for row in known), None), args.count, file)
+    def measure(key: Row, rows: list[Row]) -> Row:
+        alike = key | {"seed": None}
+        known = (row for row in rows if alike.items() <= (row | {"seed": None}).items() and "outer_lr" in row)
+        return measured(key, next(({name: row[name] for name in SHARED} for row in known), None), args.count)
 
-        wanted = (
-            {"data": data, "method": method, "seconds": args.seconds, "equal": args.equal or EQUAL[data], "seed": seed}
-            for seed, data, method in asked
-        )
-        record = collect(args.out / "family.json", wanted, measure)
+    wanted = (
+        {"data": data, "method": method, "seconds": args.seconds, "equal": args.equal or EQUAL[data], "seed": seed}
+        for seed, data, method in asked
+    )
+    record = collect(args.out / "family.json", wanted, measure)
     reporting.write(args.out / "README.md", page(record))
 
 

@@ -28,9 +28,10 @@ from innerloop.reporting import provenance, student
 from innerloop.studies import tuning
 from innerloop.studies.comparison import SHARE, Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
-from innerloop.studies.costs import Cost, cost, save_tasks
+from innerloop.studies.costs import Cost, cost
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
+from innerloop.training.build import build_tasks
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Baseline, Estimate, verdict
 from innerloop.training.methods import OF_METHOD, method, method_settings
@@ -43,7 +44,7 @@ METHODS = (
     "maml", "fomaml", "anil", "imaml-head", "memory-reduced", "window:2", "reptile", "boil", "protonet", "proto-anil",
     "proto-maml", "ridge", "pretrained", "mamf",
 )  # fmt: skip
-STUDY, COSTS, TUNING, RUNS, TASKS = "study.json", "costs", "tuning", "runs", "tasks.safetensors"
+STUDY, MEASURED, RUNS = "study.json", "measured", "runs"
 MINUTES = 5.0
 MEMORY_STEPS = (1, 5, 20)
 VALIDATIONS = 12
@@ -72,20 +73,15 @@ class Plan:
     methods: dict[str, Settings]
     minutes: float | None
     seeds: int
-    memory_steps: tuple[int, ...]
-    notes: tuple[str, ...] = ()
-    tune: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """For the study's folder, from which it can be continued."""
-        return {**vars(self), "methods": {name: asdict(settings) for name, settings in self.methods.items()}}
+    memory_steps: list[int]
+    notes: list[str]
+    tune: int
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Plan:
-        """The plan that `as_json` made."""
+        """The plan that was written to the study's folder, from which it can be continued."""
         methods = {name: Settings(**settings) for name, settings in found["methods"].items()}
-        lists = {name: tuple(found[name]) for name in ("memory_steps", "notes")}
-        return cls(**{**found, **lists, "methods": methods})
+        return cls(**{**found, "methods": methods})
 
 
 def plan(
@@ -161,12 +157,12 @@ def plan(
     start = settings.get("start_from")
     if start is not None and not (Path(start) / BEST).is_file():
         raise ValueError(f"start-from {start} holds no {BEST}: name a run folder that innerloop train has written")
-    notes = (
+    notes = [
         f"{flag(each)}={settings[each]} is set for all methods: they no longer are what their names say"
         for each in CHOSEN
         if each in overridden
-    )
-    return Plan(found, minutes, seeds, tuple(memory_steps), tuple(notes), tune)
+    ]
+    return Plan(found, minutes, seeds, list(memory_steps), notes, tune)
 
 
 def compare(
@@ -226,13 +222,12 @@ def begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Console]:
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)
     for note in plan.notes if progress else ():
         print(note, file=sys.stderr)
-    first = next(iter(plan.methods.values()))
-    # before the folder is taken, so that it stays free where the data cannot be read
-    if not (folder / TASKS).exists():
-        save_tasks(folder / TASKS, replace(first, train_shots=None), others=("validation", "test"))
+    if not (folder / STUDY).exists():  # the folder stays free where the data cannot be read
+        build_tasks(replace(next(iter(plan.methods.values())), train_shots=None))
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not (folder / STUDY).exists():
-            save_results(folder / STUDY, {"plan": plan.as_json()})
+            save_results(folder / STUDY, {"plan": asdict(plan)})
         console.print(
             f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False
         )
@@ -249,45 +244,44 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, str]:
         Failed: that is all of them.
     """
     failed = {}
+    (folder / MEASURED).mkdir(exist_ok=True)
     for name, settings in plan.methods.items():
-        costs, rates = (_file(folder, kind, name) for kind in (COSTS, TUNING))
-        costs.parent.mkdir(exist_ok=True)
-        if not costs.exists():
-            console.print(f"measuring {name}", markup=False)
-            try:
-                found = cost(settings, _tasks(folder, settings), plan.memory_steps)
-            except (Failed, ValueError) as error:
-                failed[name] = f"its costs could not be measured: {error}"
-                console.print(f"{name}: {failed[name]}", markup=False)
-                continue
-            save_results(costs, found._asdict())
-        if plan.tune and not rates.exists():
+        file = _file(folder, name)
+        if file.exists():
+            continue
+        console.print(f"measuring {name}", markup=False)
+        try:
+            found = cost(settings, plan.memory_steps)
+        except (Failed, ValueError) as error:
+            failed[name] = f"its costs could not be measured: {error}"
+            console.print(f"{name}: {failed[name]}", markup=False)
+            continue
+        if plan.tune:
             console.print(f"tuning {name}", markup=False)
-            tried = tuning.search(settings, plan.tune, _steps(plan, name, known_costs(plan, folder)[name]))
-            rates.parent.mkdir(exist_ok=True)
-            save_results(rates, {"rates": tried})
+            found = found._replace(rates=tuning.search(settings, plan.tune, _steps(plan, name, found)))
+        save_results(file, found._asdict())
     if len(failed) == len(plan.methods):
         raise Failed(_none_left(failed))
     return failed
 
 
 def known_costs(plan: Plan, folder: Path) -> dict[str, Cost]:
-    """What each method costs, as far as it has been measured."""
-    files = {name: _file(folder, COSTS, name) for name in plan.methods}
+    """What is known of each method, as far as it has been measured."""
+    files = {name: _file(folder, name) for name in plan.methods}
     return {name: Cost.of(_read(file)) for name, file in files.items() if file.exists()}
 
 
 def trainings_of(plan: Plan, folder: Path) -> dict[tuple[str, int], Training]:
     """The trainings of a study, by method and seed, at the outer rates found, of all methods that were measured."""
-    plan, _ = _tuned(folder, plan)
     found = {}
-    for name, mine in known_costs(plan, folder).items():
-        steps = _steps(plan, name, mine)
+    costs = known_costs(plan, folder)
+    for name, settings in _tuned(plan, costs).items():
+        steps = _steps(plan, name, costs[name])
+        often = math.ceil(steps / VALIDATIONS)
         for seed in range(plan.seeds):
             run = folder / RUNS / _folder_name(name) / f"seed-{seed}"
-            often = math.ceil(steps / VALIDATIONS)
-            settings = replace(plan.methods[name], steps=steps, validate_every=often, seed=seed)
-            found[name, seed] = Training(run, f"{name}, seed {seed}", settings, mine.meta_step.median)
+            own = replace(settings, steps=steps, validate_every=often, seed=seed)
+            found[name, seed] = Training(run, f"{name}, seed {seed}", own, costs[name].meta_step.median)
     return found
 
 
@@ -312,8 +306,8 @@ def conclude(
     Raises:
         Diverged: none is finished.
     """
-    plan, tried = _tuned(folder, plan)
     costs = known_costs(plan, folder)
+    plan = replace(plan, methods=_tuned(plan, costs))
     kept: dict[str, dict[int, Path]] = {}
     notes = [*plan.notes, *more]
     for name in costs:
@@ -338,7 +332,7 @@ def conclude(
     threads = next(iter(plan.methods.values())).threads
     if threads is not None:
         made["machine"]["threads"] = threads
-    comparison = _collect(plan, kept, costs, tried, failed, notes, made)
+    comparison = _collect(plan, kept, costs, failed, notes, made)
     write_report(folder, comparison)
     return comparison
 
@@ -378,29 +372,14 @@ def _folder_name(method: str) -> str:
     return method.replace(":", "-").replace("/", "-")
 
 
-def _file(folder: Path, kind: str, method: str) -> Path:
-    return folder / kind / f"{_folder_name(method)}.json"
+def _file(folder: Path, method: str) -> Path:
+    return folder / MEASURED / f"{_folder_name(method)}.json"
 
 
-def _tasks(folder: Path, settings: Settings) -> Path:
-    """The file with the tasks by which a method is measured; one more where it trains on other shots."""
-    if settings.train_shots is None:
-        return folder / TASKS
-    path = folder / COSTS / f"tasks-{settings.train_shots}-shot.safetensors"
-    if not path.exists():
-        save_tasks(path, settings)
-    return path
-
-
-def _tuned(folder: Path, plan: Plan) -> tuple[Plan, dict[str, dict[str, float | None]]]:
-    """The plan with the best outer rate of each method that was tuned, and the validation accuracy at each rate."""
-    files = {name: _file(folder, TUNING, name) for name in plan.methods}
-    tried = {name: _read(file)["rates"] for name, file in files.items() if file.exists()}
-    best = {
-        name: replace(plan.methods[name], outer_lr=tuning.best(tried[name], plan.methods[name].outer_lr))
-        for name in tried
-    }
-    return replace(plan, methods={**plan.methods, **best}), tried
+def _tuned(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, Settings]:
+    """The settings of each method that was measured, at the best of the outer rates tried."""
+    methods = {name: plan.methods[name] for name in costs}
+    return {name: replace(own, outer_lr=tuning.best(costs[name].rates, own.outer_lr)) for name, own in methods.items()}
 
 
 def _tuning_words(count: int, settings: Settings) -> str:
@@ -420,7 +399,6 @@ def _collect(
     plan: Plan,
     kept: Mapping[str, Mapping[int, Path]],
     costs: Mapping[str, Cost],
-    tried: Mapping[str, dict[str, float | None]],
     failed: dict[str, str],
     notes: list[str],
     made: dict[str, Any],
@@ -450,7 +428,6 @@ def _collect(
                 paper=known.paper,
                 differs={flag(each): str(getattr(settings, each)).lower() for each in differing},
                 steps=found[0]["training"]["step"],
-                rates=tried.get(name, {}),
                 transductive=over_seeds(test[main]["accuracy"] for test in tests) if main == "transductive" else None,
                 inductive=over_seeds(test["inductive"]["accuracy"] for test in tests),
                 seeds=[test[main]["accuracy"][0] for test in tests],

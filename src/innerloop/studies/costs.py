@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.reporting import Timing, in_fresh_process, peak_memory, time_of
+from innerloop.tasks import TaskSource
 from innerloop.training.build import arithmetic, build_learner, build_tasks
-from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import Settings
 from innerloop.trees import tree_leaves, tree_map
@@ -27,7 +26,7 @@ SECONDS, MOST_REPETITIONS = 4.0, 50  # for which, and how often at most, somethi
 
 
 class Cost(NamedTuple):
-    """What one method costs.
+    """What is measured of a method before it is trained.
 
     Attributes:
         meta_step: seconds of one.
@@ -35,94 +34,73 @@ class Cost(NamedTuple):
             at which it could not be measured.
         products: curvature products of a task's meta-gradient.
         adaptation: seconds of adapting to one task.
+        rates: validation accuracy by outer rate, of those tried; None where training diverged.
     """
 
     meta_step: Timing
     memory_at: dict[int, int]
     products: float
     adaptation: Timing
+    rates: dict[str, float | None] = {}  # noqa: RUF012  # never changed
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Cost:
         """The cost that was written to a file as `_asdict`."""
         memory_at = {int(number): size for number, size in found["memory_at"].items()}
-        return cls(Timing(*found["meta_step"]), memory_at, found["products"], Timing(*found["adaptation"]))
+        meta_step, adaptation = (Timing(*found[name]) for name in ("meta_step", "adaptation"))
+        return cls(meta_step, memory_at, found["products"], adaptation, found.get("rates", {}))
 
 
-def save_tasks(path: Path, settings: Settings, split: str = "train", others: Sequence[str] = ()) -> None:
-    """Keep one batch of tasks in a file, so that the processes that measure need not load a data set.
-
-    The file's folder is made where there is none, once the tasks are drawn.
-
-    Args:
-        path: the file.
-        settings: of the tasks.
-        split: from which they are drawn.
-        others: splits that will be needed too: what is wrong with them shows here.
-
-    Raises:
-        ValueError: as `build_tasks`.
-        OSError: as `build_tasks`.
-    """
-    tasks = build_tasks(settings, [split, *others])
-    batch = tasks.batch(split, 0, settings.tasks_per_batch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = {"input_shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
-    save_checkpoint(path, {"task": batch._asdict(), "shape": shape})
-
-
-def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
-    """Measure a method.
+def cost(settings: Settings, memory_steps: Sequence[int]) -> Cost:
+    """Measure a method on one batch of its training tasks.
 
     Args:
-        settings: of the method.
-        tasks: file that `save_tasks` has written.
+        settings: of the method and the tasks.
         memory_steps: numbers of inner steps at which memory is measured, besides those of the settings.
 
     Raises:
         Failed: the process that measured with the settings' own number of inner steps did not end well.
     """
-    found = in_fresh_process(measure_here, asdict(settings), str(tasks), True)
+    found = in_fresh_process(measure_here, asdict(settings), "train", True)
     memory_at = {settings.inner_steps: found.pop("memory")}
     for steps in memory_steps:
         if steps not in memory_at:
             with contextlib.suppress(Failed):
-                memory_at[steps] = peak(replace(settings, inner_steps=steps), tasks)
+                memory_at[steps] = peak(replace(settings, inner_steps=steps))
     return Cost.of(found | {"memory_at": dict(sorted(memory_at.items()))})
 
 
-def peak(settings: Settings, tasks: Path) -> int:
-    """Peak bytes of a method's meta-step above model and tasks; arguments as in `cost`.
+def peak(settings: Settings, split: str = "train") -> int:
+    """Peak bytes of a method's meta-step above model and tasks, on the first batch of a split.
 
     Raises:
         Failed: the process that measured did not end well.
     """
-    return int(in_fresh_process(measure_here, asdict(settings), str(tasks), False)["memory"])
+    return int(in_fresh_process(measure_here, asdict(settings), split, False)["memory"])
 
 
-def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict[str, Any]:
+def measure_here(settings: dict[str, Any], split: str, everything: bool) -> dict[str, Any]:
     """Measure in this process, which should be a fresh one.
 
     Args:
-        settings: of the method.
-        tasks: file that `save_tasks` has written.
+        settings: of the method and the tasks.
+        split: from which the tasks are drawn.
         everything: and not peak memory alone.
     """
     chosen = Settings(**settings)
-    stored = load_checkpoint(Path(tasks))
-    shape = stored["shape"]
-    learner = _learner(chosen, shape)
+    tasks = build_tasks(chosen, [split])
+    learner = _learner(chosen, tasks)
     place = next(learner.parameters())
-    batch = Task(**stored["task"]).to(place.device, place.dtype)
+    batch = tasks.batch(split, 0, chosen.tasks_per_batch).to(place.device, place.dtype)
     with arithmetic(chosen):
         few = replace(chosen, inner_steps=min(chosen.inner_steps, 2) or 1)  # one is too few for some solvers
-        return _measure(learner, batch, _learner(few, shape), chosen, everything)
+        return _measure(learner, batch, _learner(few, tasks), chosen, everything)
 
 
-def _learner(settings: Settings, shape: dict[str, Any]) -> MetaLearner:
+def _learner(settings: Settings, tasks: TaskSource) -> MetaLearner:
     if settings.carry == "task":  # one batch again and again, in which the place names the task
         settings = replace(settings, carry="slot")
-    return build_learner(settings, tuple(shape["input_shape"]), shape["outputs"], shape["regression"])
+    return build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
 
 
 def _measure(

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from innerloop.files import write
-from innerloop.studies.compare import COSTS, Plan, begun, conclude, known_costs, measure, read_plan, trainings_of
+from innerloop.studies.compare import MEASURED, Plan, begun, conclude, known_costs, measure, read_plan, trainings_of
 from innerloop.studies.comparison import Comparison
 from innerloop.studies.trainings import Training, steps_done, write_config
 from innerloop.training.runs import RESULTS
@@ -54,7 +54,7 @@ def collect(folder: Path) -> Comparison:
     missing = {each.folder: _missing(each) for each in trainings.values() if not (each.folder / RESULTS).exists()}
     if len(missing) == len(trainings):
         raise FileNotFoundError(f"no training in {folder} is finished; run the lines of {folder / COMMANDS} first")
-    timed = Counter(_machine(file) for file in (folder / COSTS).glob("*.json"))
+    timed = Counter(_machine(file) for file in (folder / MEASURED).glob("*.json"))
     trained = Counter(_machine(each.folder / RESULTS) for each in trainings.values() if each.folder not in missing)
     notes = [f"timed on {_counted(timed)}; trained on {_counted(trained)}"]
     return conclude(plan, folder, trainings, failed, missing, notes)
