@@ -11,13 +11,12 @@ import csv
 import io
 from pathlib import Path
 
-import torch
-
 from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.errors import UsageError
 from innerloop.files import write
 from innerloop.reporting import provenance
+from innerloop.studies.demo import gather
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.tasks._files import regular
 from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
@@ -77,13 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
             blocks, steps = read_choice(arguments.pattern)
             given = {"test_steps": steps} | given
         settings = read_run(arguments.run, given, tasks=False)
-        support = class_folders(arguments.support)
-        if len(support) < 2:
-            raise UsageError(
-                f"{arguments.support} has {len(support)} sub-folders with images; give it one a class, 2 or more"
-            )
-        query = _query(arguments.query)
-        names = list(support)
+        support, query = gather(arguments.support), _query(arguments.query)
+        names = support.classes
         if strange := sorted({label for _, label in query if label is not None} - set(names)):
             raise UsageError(
                 f"--query has classes that --support has not: {', '.join(strange)}; leave them out, or add them"
@@ -101,12 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
                 )
             learner = with_pattern(learner, blocks)
         invert = inverts(settings, arguments.invert)
-        files = [file for each in support.values() for file in each]
-        inputs = read_images(files, trained["input_shape"], invert)
+        inputs = read_images(support.files, trained["input_shape"], invert)
         queries = read_images([file for file, _ in query], trained["input_shape"], invert)
-        targets = torch.tensor([label for label, each in enumerate(support.values()) for _ in each])
         with arithmetic(settings):
-            model = learner.adapt(inputs, targets, inductive=not arguments.transductive)
+            model = learner.adapt(inputs, support.labels, inductive=not arguments.transductive)
         out = arguments.out or (Path() if is_shipped(arguments.run) else arguments.run) / "adapted"
         if out.is_symlink() and arguments.out is None:
             raise UsageError(f"{out} is a link to another place; remove it, or name a folder with --out")
@@ -127,24 +119,19 @@ def run(arguments: argparse.Namespace) -> None:
     }
     save_adapted(out, model, settings, notes)
     predictions = out / "predictions.csv"
+    guesses = [names[label] for label in probabilities.argmax(-1).tolist()]
     _write_csv(predictions, query, names, probabilities.tolist())
 
     print(
-        f"adapted to {len(names)} classes, {len(files)} images, in {notes['adaptation_steps']} steps of "
+        f"adapted to {len(names)} classes, {len(support.files)} images, in {notes['adaptation_steps']} steps of "
         f"{notes['adapts']}; {notes['head']}"
     )
     print(f"predicted {len(query)} images ({protocol}): {predictions}")
-    known = [
-        (label, row)
-        for (_, label), row in zip(query, probabilities.argmax(-1).tolist(), strict=True)
-        if label is not None
-    ]
-    if known:
-        right = sum(names[row] == label for label, row in known)
-        print(f"accuracy: {right / len(known):.1%} ({right} of {len(known)}, {protocol})")
+    if known := [guess == label for guess, (_, label) in zip(guesses, query, strict=True) if label is not None]:
+        print(f"accuracy: {sum(known) / len(known):.1%} ({sum(known)} of {len(known)}, {protocol})")
     if arguments.export is not None:
         exported = out / f"adapted.{arguments.export}"
-        export(exported, model, notes, files[:4])
+        export(exported, model, notes, support.files[:4])
         print(f"exported, and checked without innerloop: {exported}")
 
 
@@ -168,15 +155,13 @@ def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:
     return found
 
 
-def _write_csv(
-    path: Path, query: list[tuple[Path, str | None]], names: list[str], probabilities: list[list[float]]
-) -> None:
+def _write_csv(path: Path, query: list[tuple[Path, str | None]], names: list[str], shares: list[list[float]]) -> None:
     content = io.StringIO(newline="")
     writer = csv.writer(content)
     writer.writerow(["file", "class", "prediction", *map(_cell, names)])
-    for (image, label), row in zip(query, probabilities, strict=True):
+    for (image, label), row in zip(query, shares, strict=True):
         words = (str(image), label or "", names[row.index(max(row))])
-        writer.writerow([*map(_cell, words), *(f"{value:.6f}" for value in row)])
+        writer.writerow([*map(_cell, words), *(f"{share:.6f}" for share in row)])
     write(path, content.getvalue().encode("utf-8", "backslashreplace"))
 
 

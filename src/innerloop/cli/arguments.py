@@ -6,6 +6,8 @@ import argparse
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from innerloop.errors import Failed, UsageError
@@ -50,20 +52,14 @@ def add_settings(
             group = parser.add_argument_group(Settings.GROUPS[each.name])
         if names is not None and each.name not in names:
             continue
-        allowed, default = (
-            each.metadata["names"],
-            "the run's" if run else each.metadata["otherwise"] or _text(each.default),
-        )
+        allowed = each.metadata["names"]
+        default = "the run's" if run else each.metadata["otherwise"] or _text(each.default)
         default = (otherwise or {}).get(each.name, default)
         choices = f" ({', '.join(allowed)})" if allowed else ""
-        group.add_argument(
-            f"--{flag(each.name)}",
-            default=argparse.SUPPRESS,
-            metavar="NAME"
-            if allowed
-            else {"int": "N", "float": "X", "bool": "BOOL", "str": "TEXT"}[each.type.split()[0]],
-            help=f"{each.metadata['help']}{choices} [{default}]".replace("%", "%%"),
-        )
+        kind = {"int": "N", "float": "X", "bool": "BOOL", "str": "TEXT"}[each.type.split()[0]]
+        text = f"{each.metadata['help']}{choices} [{default}]".replace("%", "%%")
+        metavar = "NAME" if allowed else kind
+        group.add_argument(f"--{flag(each.name)}", default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,16 +67,22 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {each.name: getattr(arguments, each.name) for each in fields(Settings) if hasattr(arguments, each.name)}
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of a list such as ``1,5,10``; an empty text has none.
+def default_folder(what: str) -> Path:
+    """Where results go that name no folder: below ``runs``, by what they are and when they were begun."""
+    return Path("runs", f"{what}-{datetime.now():%Y%m%d-%H%M%S}")
 
-    Raises:
-        UsageError: it is no such list.
-    """
+
+def names(text: str) -> list[str]:
+    """The parts of a list such as ``maml,anil``, as a type of `argparse`."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of a list such as ``1,5,10``, as a type of `argparse`; an empty text has none."""
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        return [int(part) for part in names(text)]
     except ValueError:
-        raise UsageError(f"{option} is {text!r}; give whole numbers separated by commas, such as 1,5,10") from None
+        raise argparse.ArgumentTypeError(f"{text!r}; give whole numbers separated by commas, such as 1,5,10") from None
 
 
 def _text(default: Any) -> str:

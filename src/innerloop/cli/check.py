@@ -71,11 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
             make("estimator", META_GRADIENT, name)
         tasks = build_tasks(settings, [arguments.split])
         settings = with_inner_rate(settings, tasks)
-        learners = {
-            "fresh weights": build_learner(
-                settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None
-            )
-        }
+        fresh = build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
+        learners = {"fresh weights": fresh}
         if trained:
             learners["trained weights"] = load_learner(arguments.what, settings, tasks.output_size)[0]
         folder = arguments.out or (arguments.what if trained else Path())
@@ -90,7 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
         with Console(stderr=True).status("memory"):
             checks = _with_memory(checks, settings, arguments.split, kept)
     for point, found in checks.items():
-        console.print(_title(point, found, settings, arguments.split), soft_wrap=True, markup=False)
+        about = f"{point}: {found.tasks} {arguments.split} tasks, {task_words(settings)}\n{found.geometry}"
+        console.print(about, soft_wrap=True, markup=False)
         console.print(table(found))
         for row in found.rows:
             console.print(row.sentence, soft_wrap=True, markup=False)
@@ -124,7 +122,3 @@ def _with_memory(checks: dict[str, Check], settings: Settings, split: str, kept:
 def _names(text: str | None) -> list[str]:
     """The estimators of a list such as ``window:5,mixed:1=0.2,5=0.8``: numbers and name=value are arguments."""
     return [] if text is None else re.split(r",\s*(?=[A-Za-z][A-Za-z0-9-]*(?:[:,]|$))", text.strip())
-
-
-def _title(point: str, found: Check, settings: Settings, split: str) -> str:
-    return f"{point}: {found.tasks} {split} tasks, {task_words(settings)}\n{found.geometry}"

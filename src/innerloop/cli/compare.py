@@ -12,11 +12,9 @@ import argparse
 import re
 import signal
 from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
+from innerloop.cli.arguments import add_settings, default_folder, given_settings, names, usage_errors, whole_numbers
 from innerloop.errors import Stopped, UsageError
 from innerloop.studies.compare import (
     CHOSEN,
@@ -46,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="new folder [runs/compare-<what and when>]")
     parser.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the comparison in this folder")
     parser.add_argument(
-        "--methods", metavar="NAME,...",
+        "--methods", metavar="NAME,...", type=names,
         help=f"{', '.join(f'{name}:{each.example}' if each.example else name for name, each in KNOWN.items())} "
         f"[{','.join(METHODS)}]",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", metavar="TIME",
+        "--budget", metavar="TIME", type=_minutes,
         help="of meta-steps for each method and seed, such as 90s, 10m or 1h; --steps N bounds by steps instead "
         f"[{MINUTES:g}m]",
     )  # fmt: skip
@@ -60,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", metavar="N", type=int, default=1, help="trainings at once; timings are taken alone [1]"
     )
     parser.add_argument(
-        "--set", metavar="METHOD.SETTING=VALUE", action="append",
+        "--set", metavar="METHOD.SETTING=VALUE", type=_change, action="append",
         help=f"a setting of one method, such as maml.inner-lr=0.1; may be given again ({', '.join(map(flag, CHOSEN))})",
     )  # fmt: skip
     parser.add_argument(
-        "--memory-steps", metavar="N,N,...",
+        "--memory-steps", metavar="N,N,...", type=whole_numbers,
         help=f"inner steps at which memory is measured [{','.join(map(str, MEMORY_STEPS))}]",
     )  # fmt: skip
     parser.add_argument(
@@ -85,21 +83,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, train, test and report."""
     with usage_errors():
-        if arguments.plan:
-            found = _plan(arguments)
-            folder = arguments.out or _default_folder(found)
-            commands = write_plan(found, folder)
-            print(f"{len(commands)} trainings: {folder / COMMANDS}; then: innerloop compare --collect {folder}")
-            return
         if arguments.collect:
             _refuse_all_but(arguments, "collect")
             _tell(collect(arguments.collect), arguments.collect)
             return
         if arguments.resume:
-            found, folder = _resumed(arguments), arguments.resume
+            _refuse_all_but(arguments, "resume")
+            found, folder = read_plan(arguments.resume), arguments.resume
         else:
             found = _plan(arguments)
-            folder = arguments.out or _default_folder(found)
+            dataset = next(iter(found.methods.values())).dataset
+            folder = arguments.out or default_folder(f"compare-{dataset}")
+        if arguments.plan:
+            commands = write_plan(found, folder)
+            print(f"{len(commands)} trainings: {folder / COMMANDS}; then: innerloop compare --collect {folder}")
+            return
         try:
             comparison = carry_out(found, folder, arguments.jobs)
         except KeyboardInterrupt as stopped:
@@ -119,11 +117,6 @@ def _tell(comparison: Comparison, folder: Path) -> None:
     print(f"report: {folder / HTML}")
 
 
-def _resumed(arguments: argparse.Namespace) -> Plan:
-    _refuse_all_but(arguments, "resume")
-    return read_plan(arguments.resume)
-
-
 def _refuse_all_but(arguments: argparse.Namespace, option: str) -> None:
     free = ("command", option, "jobs")
     if given := [name for name, value in vars(arguments).items() if value is not None and name not in free]:
@@ -131,38 +124,23 @@ def _refuse_all_but(arguments: argparse.Namespace, option: str) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    given = given_settings(arguments)
-    if arguments.budget is not None:
-        given["minutes"] = _minutes(arguments.budget)
-    if arguments.memory_steps is not None:
-        given["memory_steps"] = whole_numbers("--memory-steps", arguments.memory_steps)
-    if arguments.set is not None:
-        given["changes"] = _changes(arguments.set)
-    given |= {name: getattr(arguments, name) for name in ("seeds", "tune") if getattr(arguments, name) is not None}
-    return plan(METHODS if arguments.methods is None else _names(arguments.methods), **given)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    changes: dict[str, dict[str, str]] = {}
+    for method, name, value in arguments.set or ():
+        changes.setdefault(method, {})[name] = value
+    options = {name: getattr(arguments, name) for name in ("methods", "memory_steps", "seeds", "tune")}
+    given = {name: value for name, value in (options | {"minutes": arguments.budget}).items() if value is not None}
+    return plan(**given_settings(arguments), **given, changes=changes)
 
 
 def _minutes(text: str) -> float:
     found = seconds(text)
     if found is None:
-        raise UsageError(f"--budget is {text!r}; give a number and its unit, such as 90s, 10m or 1h")
+        raise argparse.ArgumentTypeError(f"{text!r}; give a number and its unit, such as 90s, 10m or 1h")
     return found / 60
 
 
-def _changes(given: list[str]) -> dict[str, dict[str, Any]]:
-    changes: dict[str, dict[str, Any]] = {}
-    for text in given:
-        found = re.fullmatch(r"(.+)\.([\w-]+)=(.*)", text)
-        if not found:
-            raise UsageError(f"--set {text!r}; write METHOD.SETTING=VALUE, such as maml.inner-lr=0.1")
-        changes.setdefault(found[1], {})[found[2].replace("-", "_")] = found[3]
-    return changes
-
-
-def _default_folder(found: Plan) -> Path:
-    first = next(iter(found.methods.values()))
-    return Path("runs", f"compare-{first.dataset}-{datetime.now():%Y%m%d-%H%M%S}")
+def _change(text: str) -> tuple[str, str, str]:
+    found = re.fullmatch(r"(.+)\.([\w-]+)=(.*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}; write METHOD.SETTING=VALUE, such as maml.inner-lr=0.1")
+    return found[1], found[2].replace("-", "_"), found[3]

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
                 listening = local_socket(arguments.port)
             if arguments.folder is None:
                 write_specimens(Path(drawn))
-            photographs = gather(arguments.folder or Path(drawn))
+            photographs = gather(arguments.folder or Path(drawn), least=2)
             drawings = are_drawings(photographs.files)
             start = arguments.run or ("shipped:glyphs" if drawings else "shipped:photos")
             why = "as told" if arguments.run else f"for {'drawings' if drawings else 'pictures'}, as these seem to be"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors, whole_numbers
+from innerloop.cli.arguments import add_settings, given_settings, names, usage_errors, whole_numbers
 from innerloop.errors import UsageError
 from innerloop.files import check_writable
-from innerloop.studies.patterns import CHOICE, PAGE, confirmation, movable_blocks, save_study, study
+from innerloop.studies.patterns import CHOICE, PAGE, confirmation, movable_blocks, save_study, study, title
 from innerloop.training.build import arithmetic, build_tasks
 from innerloop.training.runs import load_learner, read_run
 from innerloop.training.settings import SETTINGS
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accuracy that may be lost against full adaptation, in percentage points [1.0]",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", dest="numbers", metavar="N,N,...", default="1,5,10",
+        "--steps", dest="numbers", metavar="N,N,...", type=whole_numbers, default=[1, 5, 10],
         help="numbers of adaptation steps; the run's own, else the largest, is the one deployed [1,5,10]",
     )  # fmt: skip
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inductive", action="store_true", help="predict each query without seeing the others")
     parser.add_argument(
-        "--parts", metavar="NAME,...", default="",
+        "--parts", metavar="NAME,...", type=names, default=[],
         help="the model's blocks in forward order, where it does not declare them: names of sub-modules",
     )  # fmt: skip
     add_settings(parser, ("model", "dataset", "data", "device", "threads", "chunk_size"), run=True)
@@ -52,12 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, choose, confirm and write."""
     with usage_errors():
         settings = read_run(arguments.run, given_settings(arguments))
-        numbers = whole_numbers("--steps", arguments.numbers)
         check_writable(arguments.run)
         tasks = build_tasks(settings, ("validation", "test"))
         learner, _ = load_learner(arguments.run, settings, tasks.output_size)
-        parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
-        parts = parts or list(getattr(learner.adapts, "parts", ()))
+        parts = arguments.parts or list(getattr(learner.adapts, "parts", ()))
         try:
             movable_blocks(learner, parts)
         except ValueError as error:
@@ -78,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             "parts": parts,
         }
         with arithmetic(settings):
-            sections = study(learner, tasks, numbers, **asked, progress=partial(print, flush=True), kept=kept)
+            sections = study(learner, tasks, arguments.numbers, **asked, progress=partial(print, flush=True), kept=kept)
     notes = {
         "run": str(arguments.run),
         **asked,
@@ -89,5 +87,5 @@ def run(arguments: argparse.Namespace) -> None:
     section = save_study(arguments.run, sections, learner.inner.adaptation_steps, notes)
     kept.unlink()
     for each in sections:
-        print(f"{each.steps} {'step' if each.steps == 1 else 'steps'}: {confirmation(each)}")
+        print(f"{title(each)}: {confirmation(each)}")
     print(f"{section.chosen.pattern} in {section.steps} steps: {arguments.run / CHOICE}; all: {arguments.run / PAGE}")

@@ -6,7 +6,6 @@ formats, and neither writes nor serves a file.
 
 from __future__ import annotations
 
-import io
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from innerloop.errors import UsageError
+from innerloop.tasks._pictures import open_image
 from innerloop.training.adaptation import as_input, predict
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 MOST_BYTES, MOST_PIXELS = 25 * 2**20, 50_000_000
-READS = "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"  # Pillow knows more, some of them by calling other programs
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
     "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -117,13 +116,8 @@ def probabilities(content: bytes, model: nn.Module, notes: dict[str, Any]) -> li
     Raises:
         Exception: it is too large, or Pillow cannot read it.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(content), formats=READS) as image:
-            width, height = image.size
-    except UnidentifiedImageError:  # whose message is the address of the bytes
-        raise ValueError(f"it is none of {', '.join(READS)}") from None
+    with open_image(content) as image:
+        width, height = image.size
     if width * height > MOST_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}")
     shares = predict(model, as_input(content, notes["input_shape"], notes["invert"])[None])[0].tolist()

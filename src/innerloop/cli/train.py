@@ -14,14 +14,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from innerloop.children import has_parent
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, default_folder, given_settings, usage_errors
 from innerloop.errors import Failed, Stopped, UsageError
 from innerloop.learner import MetaLearner
 from innerloop.tasks import TaskSource
@@ -108,10 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
                 fresh = take_weights(learner, Path(settings.start_from) / BEST)
             with arithmetic(settings):
                 words, warning = opening(learner, tasks)
-            if (reach := learner.meta_gradient.reach) > learner.inner.steps and processes.rank() == 0:
-                what = f"{settings.meta_gradient} reaches back {reach} inner steps"
-                print(f"innerloop: {what} and there are {learner.inner.steps}: it takes them all", file=sys.stderr)
-            folder = processes.agree(arguments.resume or arguments.out or _default_folder(settings))
+            name = f"{slug(settings)}-{settings.meta_gradient.replace(':', '-')}"
+            folder = processes.agree(arguments.resume or arguments.out or default_folder(name))
             writes = processes.rank() == 0
             if writes and not arguments.resume and not again:
                 new_folder(folder)
@@ -191,6 +188,9 @@ def _announce(settings: Settings, learner: MetaLearner, tasks: TaskSource, folde
         f"{task_words(settings)}, inputs of {shape}: {short(settings.model)} with {size:,} meta-parameters on "
         f"{place}, into {folder}"
     )
+    if (reach := learner.meta_gradient.reach) > learner.inner.steps:
+        what = f"{settings.meta_gradient} reaches back {reach} inner steps"
+        print(f"innerloop: {what} and there are {learner.inner.steps}: it takes them all", file=sys.stderr)
 
 
 def _train(
@@ -268,8 +268,3 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     for name in given.keys() - set(FREE):
         raise UsageError(f"--{flag(name)} cannot change when a run is continued, only {', '.join(map(flag, FREE))} can")
     return read_run(arguments.resume, given)
-
-
-def _default_folder(settings: Settings) -> Path:
-    method = settings.meta_gradient.replace(":", "-")
-    return Path("runs", f"{slug(settings)}-{method}-{datetime.now():%Y%m%d-%H%M%S}")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -90,7 +90,8 @@ def peak_memory(function: Callable[[], object], device: str | torch.device) -> i
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    _lower_mark()
+    with suppress(OSError):  # lowers the mark to what is resident now, where the system can do that (Linux)
+        (_PROCESS / "clear_refs").write_text("5")
     before = _mark()
     function()
     return _mark() - before
@@ -155,14 +156,6 @@ def _freed_memory_is_kept() -> Iterator[None]:
         libc.mallopt(_M_MMAP_THRESHOLD, int(os.environ[_QUIET]))
         libc.mallopt(_M_TRIM_THRESHOLD, int(os.environ[_QUIET]))
         libc.malloc_trim(0)
-
-
-def _lower_mark() -> None:
-    """Set the process's high-water mark to what is resident now, where the system can do that (Linux)."""
-    try:
-        (_PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def _mark() -> int:

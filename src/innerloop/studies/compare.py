@@ -148,9 +148,7 @@ def plan(
         chosen = {**own, **settings, **changes.get(name, {})}
         try:
             found[name] = Settings(**chosen)
-        except TypeError as error:
-            raise ValueError(f"method {name}: {error}") from None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"method {name}: {error}") from error
         paper = Settings(**own)
         overridden |= {each for each in settings if getattr(found[name], each) != getattr(paper, each)}
@@ -210,9 +208,8 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
         raise ValueError(f"{jobs} jobs; give 1 or more")
     with begun(plan, folder, progress) as console:
         failed = measure(plan, folder, console)
-        trainings = trainings_of(plan, folder)
-        diverged = train_all(list(trainings.values()), jobs, console)
-        return conclude(plan, folder, trainings, failed, diverged)
+        diverged = train_all(list(trainings_of(plan, folder).values()), jobs, console)
+        return conclude(plan, folder, failed, diverged)
 
 
 @contextmanager
@@ -286,19 +283,13 @@ def trainings_of(plan: Plan, folder: Path) -> dict[tuple[str, int], Training]:
 
 
 def conclude(
-    plan: Plan,
-    folder: Path,
-    trainings: Mapping[tuple[str, int], Training],
-    failed: dict[str, str],
-    left_out: Mapping[Path, str],
-    more: Sequence[str] = (),
+    plan: Plan, folder: Path, failed: dict[str, str], left_out: Mapping[Path, str], more: Sequence[str] = ()
 ) -> Comparison:
     """Write the report of the trainings that are finished.
 
     Args:
         plan: of the study.
         folder: of the study.
-        trainings: all of them.
         failed: the methods that could not be measured, and why.
         left_out: by the folder of each training that is not finished, why.
         more: notes for the reader.
@@ -306,11 +297,11 @@ def conclude(
     Raises:
         Diverged: none is finished.
     """
-    costs = known_costs(plan, folder)
+    costs, trainings = known_costs(plan, folder), trainings_of(plan, folder)
     plan = replace(plan, methods=_tuned(plan, costs))
     kept: dict[str, dict[int, Path]] = {}
     notes = [*plan.notes, *more]
-    for name in costs:
+    for name, mine in costs.items():
         runs = {seed: trainings[name, seed].folder for seed in range(plan.seeds)}
         lost = {seed: left_out[run] for seed, run in runs.items() if run in left_out}
         if len(lost) == len(runs):
@@ -318,20 +309,15 @@ def conclude(
             continue
         kept[name] = {seed: run for seed, run in runs.items() if seed not in lost}
         notes += [f"{name}: seed {seed} is left out: {why}" for seed, why in lost.items()]
-        notes += [
-            f"{name}: memory at {steps} inner steps could not be measured"
-            for steps in plan.memory_steps
-            if steps not in costs[name].memory_at
-        ]
+        unknown = [steps for steps in plan.memory_steps if steps not in mine.memory_at]
+        notes += [f"{name}: memory at {steps} inner steps could not be measured" for steps in unknown]
     if not kept:
         raise Diverged(_none_left(failed))
     # the command that began the study tells more than one that resumed it
     before = _read(folder / STUDY)
     made = provenance() | {"command": before["command"]}
     made["commit"] = " to ".join(dict.fromkeys(filter(None, (before["commit"], made["commit"])))) or None
-    threads = next(iter(plan.methods.values())).threads
-    if threads is not None:
-        made["machine"]["threads"] = threads
+    made["machine"]["threads"] = next(iter(plan.methods.values())).threads or made["machine"]["threads"]
     comparison = _collect(plan, kept, costs, failed, notes, made)
     write_report(folder, comparison)
     return comparison
@@ -436,13 +422,11 @@ def _collect(
                 reached=time_to(curves[name], target),
                 memory=mine.memory_at[settings.inner_steps],
                 baselines={
-                    baseline: Baseline(
-                        *(
-                            over_seeds(test[main]["baselines"][baseline][part] for test in tests)
-                            for part in Baseline._fields
-                        )
+                    each: Baseline(
+                        accuracy=over_seeds(test[main]["baselines"][each]["accuracy"] for test in tests),
+                        difference=over_seeds(test[main]["baselines"][each]["difference"] for test in tests),
                     )
-                    for baseline in tests[0][main]["baselines"]
+                    for each in tests[0][main]["baselines"]
                 },
                 **mine._asdict(),
             )

@@ -88,9 +88,8 @@ COLUMNS = {
     "meta-step": Column(
         lambda entry: entry.meta_step.median,
         duration,
-        "Time of the meta-gradient of one batch of tasks, the median of repetitions in a fresh process with nothing "
-        "else of the comparison beside it. Drawing the tasks, clipping, the step of the outer optimiser and logging "
-        "come on top in training, much the same for all methods; no number here holds them.",
+        "Time of the meta-gradient of one batch of tasks, the median of repetitions in a fresh process. Drawing tasks, "
+        "the outer optimiser and logging come on top in training; no number here holds them.",
         min,
     ),
     "memory": Column(
@@ -243,11 +242,7 @@ def _curves(comparison: Comparison, few: Sequence[Entry]) -> Panel:
 
 def _memory(few: Sequence[Entry]) -> Panel:
     lines = {
-        entry.title: Line(
-            sorted(entry.memory_at),
-            [max(entry.memory_at[steps], 1) for steps in sorted(entry.memory_at)],
-            {"marker": OWN},
-        )
+        entry.title: Line(list(entry.memory_at), [max(each, 1) for each in entry.memory_at.values()], {"marker": OWN})
         for entry in few
     }
     limits = _limits([max(memory, 1) for entry in few for memory in entry.memory_at.values()])

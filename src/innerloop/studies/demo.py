@@ -50,12 +50,12 @@ class Trial(NamedTuple):
     splits: int
 
 
-def gather(folder: Path) -> Photographs:
+def gather(folder: Path, least: int = 1) -> Photographs:
     """The photographs in the sub-folders of a folder, one a class.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: fewer than two classes, or a class with fewer than two photographs.
+        ValueError: fewer than two classes, or a class with fewer photographs than the least number asked for.
     """
     found = class_folders(folder)
     if len(found) < 2:
@@ -63,9 +63,10 @@ def gather(folder: Path) -> Photographs:
             f"{folder} has {len(found)} sub-folders with images; give each of 2 or more things a sub-folder of its own"
         )
     for name, files in found.items():
-        if len(files) < 2:
+        if len(files) < least:
             raise ValueError(
-                f"{folder / name} has 1 image; give it 2 or more, so that one can be held out, or leave the class out"
+                f"{folder / name} has {len(files)} image; give it {least} or more, so that one can be held out, or "
+                "leave the class out"
             )
     labels = torch.tensor([label for label, files in enumerate(found.values()) for _ in files])
     return Photographs(list(found), [file for files in found.values() for file in files], labels)

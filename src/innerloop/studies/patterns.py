@@ -44,6 +44,7 @@ from innerloop.reporting import (
     percent,
     plain,
     points,
+    provenance,
     write,
 )
 from innerloop.reporting.figures import BLUE, DOTS, DOTTED, GREY, ORANGE, Line, Panel, frontier, panels, save
@@ -393,15 +394,15 @@ def save_study(folder: Path, sections: Sequence[Section], steps: int, notes: dic
         The section whose choice was written.
     """
     section = deployed(sections, steps)
-    results = save_results(
-        folder / RESULTS, {**notes, "sections": [_json(each) for each in sections], "deployed_steps": section.steps}
-    )
+    found = {"sections": [_json(each) for each in sections], "deployed_steps": section.steps}
+    save_results(folder / RESULTS, notes | found)
     choice = {"pattern": section.chosen.pattern, "steps": section.steps, "test": _json(section)["test"]}
-    save_results(folder / CHOICE, {**notes, **choice})
-    plot(folder / PICTURE, sections, notes["tolerance"])
-    made = {key: results[key] for key in (*notes, "command", "time", "commit", "versions", "machine")}
-    tables = [part for each in sections for part in (Heading(_title(each)), table(each), confirmation(each))]
-    parts = [Gallery([Picture(PICTURE, "Accuracy over adaptation time")]), *tables, *how_made(made)]
+    save_results(folder / CHOICE, notes | choice)
+    shown = panels([_panel(each, notes["tolerance"]) for each in sections], columns=3, height=4.0)
+    save(folder / PICTURE, shown)
+    tables = [part for each in sections for part in (Heading(title(each)), table(each), confirmation(each))]
+    picture = Picture(PICTURE, "Validation accuracy over adaptation time, the frontier marked")
+    parts = [Gallery([picture]), *tables, *how_made(notes | provenance())]
     write(folder / PAGE, markdown("Patterns", parts))
     return section
 
@@ -426,7 +427,8 @@ def _json(section: Section) -> dict[str, Any]:
     return {**plain(section), "chosen": section.chosen.pattern}
 
 
-def _title(section: Section) -> str:
+def title(section: Section) -> str:
+    """Its number of steps, in words."""
     return f"{section.steps} {'step' if section.steps == 1 else 'steps'}"
 
 
@@ -469,11 +471,6 @@ def confirmation(section: Section) -> str:
     return text
 
 
-def plot(path: Path, sections: Sequence[Section], tolerance: float) -> None:
-    """Draw validation accuracy over adaptation time, a panel a number of steps, with the frontier marked."""
-    save(path, panels([_panel(section, tolerance) for section in sections], columns=3, height=4.0))
-
-
 def _panel(section: Section, tolerance: float) -> Panel:
     full, none = section.rows[0], section.rows[-1]
     moving = [row for row in section.rows if "1" in row.pattern]
@@ -500,4 +497,4 @@ def _panel(section: Section, tolerance: float) -> Panel:
         for row in {row.pattern: row for row in (*best, section.chosen, full)}.values()
     ]
     axes = {"xscale": "log", "xlabel": "time of one adaptation, ms", "ylabel": "validation accuracy, %"}
-    return Panel(lines, axes | {"title": _title(section)}, levels, notes, {"x": digits})
+    return Panel(lines, axes | {"title": title(section)}, levels, notes, {"x": digits})

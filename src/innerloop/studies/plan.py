@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from innerloop.files import write
 from innerloop.studies.compare import MEASURED, Plan, begun, conclude, known_costs, measure, read_plan, trainings_of
 from innerloop.studies.comparison import Comparison
-from innerloop.studies.trainings import Training, steps_done, write_config
+from innerloop.studies.trainings import Training, command
 from innerloop.training.runs import RESULTS
+from innerloop.training.store import METRICS, last_step
 
 COMMANDS = "commands.txt"
 
@@ -37,8 +39,8 @@ def write_plan(plan: Plan, folder: Path, progress: bool = True) -> list[str]:
     """
     with begun(plan, folder, progress) as console:
         measure(plan, folder, console)
-    commands = [_command(each) for each in trainings_of(plan, folder).values()]
-    write(folder / COMMANDS, "".join(f"{command}\n" for command in commands))
+    commands = [shlex.join(command(each)) for each in trainings_of(plan, folder).values()]
+    write(folder / COMMANDS, "".join(f"{each}\n" for each in commands))
     return commands
 
 
@@ -50,28 +52,22 @@ def collect(folder: Path) -> Comparison:
     """
     plan = read_plan(folder)
     failed = dict.fromkeys(plan.methods.keys() - known_costs(plan, folder), "its costs are not measured")
-    trainings = trainings_of(plan, folder)
-    missing = {each.folder: _missing(each) for each in trainings.values() if not (each.folder / RESULTS).exists()}
-    if len(missing) == len(trainings):
+    trainings = trainings_of(plan, folder).values()
+    done = [each.folder / RESULTS for each in trainings if (each.folder / RESULTS).exists()]
+    if not done:
         raise FileNotFoundError(f"no training in {folder} is finished; run the lines of {folder / COMMANDS} first")
-    timed = Counter(_machine(file) for file in (folder / MEASURED).glob("*.json"))
-    trained = Counter(_machine(each.folder / RESULTS) for each in trainings.values() if each.folder not in missing)
-    notes = [f"timed on {_counted(timed)}; trained on {_counted(trained)}"]
-    return conclude(plan, folder, trainings, failed, missing, notes)
-
-
-def _command(training: Training) -> str:
-    return shlex.join(["innerloop", "train", "--config", str(write_config(training)), "--out", str(training.folder)])
+    missing = {each.folder: _missing(each) for each in trainings if each.folder / RESULTS not in done}
+    notes = [f"timed on {_machines((folder / MEASURED).glob('*.json'))}; trained on {_machines(done)}"]
+    return conclude(plan, folder, failed, missing, notes)
 
 
 def _missing(training: Training) -> str:
-    return f"not finished, {steps_done(training)} of {training.settings.steps} steps done: {_command(training)}"
+    steps = f"{last_step(training.folder / METRICS)} of {training.settings.steps} steps done"
+    return f"not finished, {steps}: {shlex.join(command(training))}"
 
 
-def _machine(file: Path) -> str:
-    made = json.loads(file.read_text(encoding="utf-8"))["machine"]
-    return f"{made['gpu'] or made['processor']}, {made['threads']} threads"
-
-
-def _counted(machines: Counter[str]) -> str:
-    return " and ".join(f"{name} ({count})" for name, count in sorted(machines.items()))
+def _machines(files: Iterable[Path]) -> str:
+    """What the results in some files were made on, and how many on each."""
+    made = [json.loads(file.read_text(encoding="utf-8"))["machine"] for file in files]
+    count = Counter(f"{each['gpu'] or each['processor']}, {each['threads']} threads" for each in made)
+    return " and ".join(f"{name} ({number})" for name, number in sorted(count.items()))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from innerloop.children import tied
 from innerloop.errors import Failed
 from innerloop.training.runs import RESULTS
-from innerloop.training.settings import SETTINGS, Settings
+from innerloop.training.settings import Settings
 from innerloop.training.signals import heeded
 from innerloop.training.store import METRICS, last_step
 
@@ -78,25 +78,19 @@ def train_all(trainings: Sequence[Training], jobs: int, console: Console) -> dic
     return failed
 
 
-def write_config(training: Training) -> Path:
-    """The settings of a training as a file that ``--config`` takes, beside its folder."""
+def command(training: Training) -> list[str]:
+    """The command line that begins a training, or goes on with it; its settings are written beside its folder."""
     training.folder.parent.mkdir(parents=True, exist_ok=True)
     file = training.folder.parent / f"{training.folder.name}.json"
     training.settings.save(file)
-    return file
+    return ["innerloop", "train", "--config", str(file), "--out", str(training.folder)]
 
 
 def _start(training: Training) -> subprocess.Popen[bytes]:
-    folder = training.folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if (folder / SETTINGS).exists():
-        arguments = ["--resume", str(folder)]
-    else:
-        arguments = ["--config", str(write_config(training)), "--out", str(folder)]
+    arguments = [sys.executable, "-m", *command(training)]
     with _log(training).open("ab") as log:
-        command = [sys.executable, "-m", "innerloop", "train", *arguments]
         # In a session of its own: Ctrl-C then reaches it once, from here.
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **tied(os.environ))
+        return subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True, **tied(os.environ))
 
 
 def _log(training: Training) -> Path:
@@ -126,9 +120,4 @@ def _stopped(running: Mapping[Training, subprocess.Popen[bytes]]) -> Iterator[No
 
 def _left(trainings: Sequence[Training]) -> float:
     """Seconds of meta-steps that are still to be done, as far as that is on disk."""
-    return sum(each.seconds * (each.settings.steps - steps_done(each)) for each in trainings)
-
-
-def steps_done(training: Training) -> int:
-    """Of an unfinished training."""
-    return last_step(training.folder / METRICS)
+    return sum(each.seconds * (each.settings.steps - last_step(each.folder / METRICS)) for each in trainings)
