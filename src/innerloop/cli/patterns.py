@@ -68,13 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
             raise UsageError(f"{error}; write {again}") from error
         kept = arguments.run / "patterns.partial.jsonl"
-        asked = {
-            "tolerance": arguments.tolerance,
-            "count": arguments.count,
-            "repetitions": arguments.repetitions,
-            "inductive": arguments.inductive,
-            "parts": parts,
-        }
+        asked = {name: getattr(arguments, name) for name in ("tolerance", "count", "repetitions", "inductive")}
+        asked["parts"] = parts
         with arithmetic(settings):
             sections = study(learner, tasks, arguments.numbers, **asked, progress=partial(print, flush=True), kept=kept)
     notes = {
