@@ -17,9 +17,9 @@ from innerloop.reporting import Timing
 from innerloop.studies import costs, trainings, tuning
 from innerloop.studies.compare import Plan, compare, plan, read_plan, time_to
 from innerloop.studies.comparison import Point
-from innerloop.studies.costs import Cost, cost
+from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.training.build import build_learner, build_tasks
-from innerloop.training.checkpoints import load_weights
+from innerloop.training.checkpoints import load_checkpoint, load_weights
 from innerloop.training.evaluation import Estimate
 from innerloop.training.methods import method_settings
 from innerloop.training.settings import Settings
@@ -148,19 +148,20 @@ def test_a_folder_is_not_taken_before_the_data_is_read(tmp_path, capsys):
     assert not folder.exists()
 
 
-def test_a_number_of_inner_steps_at_which_memory_cannot_be_measured_is_left_out(monkeypatch):
-    def measured(_, settings, split, everything):
+def test_a_number_of_inner_steps_at_which_memory_cannot_be_measured_is_left_out(tmp_path, monkeypatch):
+    def measured(_, settings, tasks, everything):
         if settings["inner_steps"] == 20:
             raise Failed("exit -9")
         return {**COST._asdict(), "memory": 100 * settings["inner_steps"]} if everything else {"memory": 7}
 
     monkeypatch.setattr(costs, "in_fresh_process", measured)
-    assert cost(Settings(**TINY), (1, 2, 20)).memory_at == {1: 7, 2: 200}
+    assert cost(Settings(**TINY), tmp_path / "tasks", (1, 2, 20)).memory_at == {1: 7, 2: 200}
 
 
-def test_costs_are_measured():
+def test_costs_are_measured(tmp_path):
     settings = Settings(adapts="everything", inner="sgd", meta_gradient="unrolled:record=false", **TINY)
-    found = cost(settings, (1,))
+    save_tasks(tmp_path / "tasks.safetensors", settings)
+    found = cost(settings, tmp_path / "tasks.safetensors", (1,))
     assert found.products == 2
     assert set(found.memory_at) == {1, 2}
     assert all(size > 0 for size in found.memory_at.values())
@@ -168,9 +169,10 @@ def test_costs_are_measured():
     assert Cost.of(json.loads(json.dumps(found._asdict()))) == found
 
 
-def test_a_method_that_needs_two_steps_is_measured():
+def test_a_method_that_needs_two_steps_is_measured(tmp_path):
     settings = Settings(dataset="sinusoid", model="mlp", **method_settings("alfa-l2f", "sinusoid"))
-    assert costs.measure_here(asdict(settings), "train", False)["memory"] >= 0
+    save_tasks(tmp_path / "tasks.safetensors", settings)
+    assert costs.measure_here(asdict(settings), str(tmp_path / "tasks.safetensors"), False)["memory"] >= 0
 
 
 def test_the_dearer_first_meta_steps_of_a_multi_step_loss_count(monkeypatch):
@@ -301,14 +303,18 @@ def test_the_search_over_outer_rates_takes_its_share_and_survives_divergence(mon
     assert tuning.best({"1.0": None}, 5.0) == 5.0
 
 
-def test_a_method_with_other_training_shots_is_measured_on_its_own_tasks(monkeypatch):
-    def measured(learner, batch, *_):
-        return len(batch.support[1][0])
+def test_a_method_with_other_training_shots_is_measured_on_its_own_tasks(tmp_path, monkeypatch):
+    sizes = {}
 
-    monkeypatch.setattr(costs, "_measure", measured)
-    methods = plan(["maml", "reptile"], steps=2, **TINY).methods
-    sizes = {name: costs.measure_here(asdict(settings), "train", True) for name, settings in methods.items()}
-    assert sizes == {"maml": 3, "reptile": 30}
+    def measured(settings, file, _):
+        sizes[settings.meta_gradient] = len(load_checkpoint(file)["task"]["support"][1][0])
+        return COST
+
+    monkeypatch.setattr(studies, "cost", measured)
+    monkeypatch.setattr(studies, "trainings_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare(["maml", "reptile"], folder=tmp_path / "study", steps=2, tune=0, progress=False, **TINY)
+    assert sizes == {"unrolled": 3, "reptile": 30}
 
 
 def test_methods_that_diverge_or_cannot_be_measured_are_named_and_the_others_are_compared(tmp_path, monkeypatch):

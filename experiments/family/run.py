@@ -23,6 +23,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -125,7 +126,12 @@ def prepared(settings: Settings, tasks: TaskSource, row: Row, count: int) -> Row
         except Diverged:
             quality = math.nan
         found[str(rate)] = quality if math.isfinite(quality) else None
-    memory = None if tasks.ways is None else costs.peak(settings)
+    memory = None
+    if tasks.ways is not None:
+        with TemporaryDirectory() as scratch:
+            file = Path(scratch, "tasks.safetensors")
+            costs.save_tasks(file, settings_of(row["data"], REFERENCE, row["seed"]))
+            memory = costs.peak(settings, file)
     return {"steps": steps, "tried": found, "outer_lr": tuning.best(found, settings.outer_lr), "memory": memory}
 
 

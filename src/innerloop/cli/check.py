@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from innerloop.cli.arguments import add_settings, given_settings, usage_errors, 
 from innerloop.errors import Failed, UsageError
 from innerloop.files import check_writable
 from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, table
-from innerloop.studies.costs import peak
+from innerloop.studies.costs import peak, save_tasks
 from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
@@ -104,11 +105,13 @@ def _with_memory(checks: dict[str, Check], settings: Settings, split: str, kept:
     """With the peak memory of each estimator, measured in fresh processes; it does not depend on the weights."""
     alone = replace(settings, tasks_per_batch=1)
     names = [row.name for row in next(iter(checks.values())).rows if not row.refused]
-    with resumable(kept, repr((alone, split, names))) as (sizes, keep):
+    with TemporaryDirectory() as scratch, resumable(kept, repr((alone, split, names))) as (sizes, keep):
+        file = Path(scratch, "task.safetensors")
+        save_tasks(file, alone, split)
         for place, name in enumerate(names):
             try:
                 if place not in sizes:
-                    sizes[place] = {"bytes": torch.tensor(peak(replace(alone, meta_gradient=name), split))}
+                    sizes[place] = {"bytes": torch.tensor(peak(replace(alone, meta_gradient=name), file))}
                     keep(place, sizes[place])
             except Failed as error:
                 print(f"the memory of {name} could not be measured: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -28,7 +29,7 @@ from innerloop.reporting import provenance, student
 from innerloop.studies import tuning
 from innerloop.studies.comparison import SHARE, Comparison, Entry, Point, recommend
 from innerloop.studies.comparison_report import write_report
-from innerloop.studies.costs import Cost, cost
+from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
 from innerloop.training.build import build_tasks
@@ -242,21 +243,24 @@ def measure(plan: Plan, folder: Path, console: Console) -> dict[str, str]:
     """
     failed = {}
     (folder / MEASURED).mkdir(exist_ok=True)
-    for name, settings in plan.methods.items():
-        file = _file(folder, name)
-        if file.exists():
-            continue
-        console.print(f"measuring {name}", markup=False)
-        try:
-            found = cost(settings, plan.memory_steps)
-        except (Failed, ValueError) as error:
-            failed[name] = f"its costs could not be measured: {error}"
-            console.print(f"{name}: {failed[name]}", markup=False)
-            continue
-        if plan.tune:
-            console.print(f"tuning {name}", markup=False)
-            found = found._replace(rates=tuning.search(settings, plan.tune, _steps(plan, name, found)))
-        save_results(file, found._asdict())
+    with TemporaryDirectory() as scratch:
+        for name, settings in plan.methods.items():
+            file, tasks = _file(folder, name), Path(scratch, f"{settings.train_shots}.safetensors")
+            if file.exists():
+                continue
+            console.print(f"measuring {name}", markup=False)
+            try:
+                if not tasks.exists():
+                    save_tasks(tasks, settings)
+                found = cost(settings, tasks, plan.memory_steps)
+            except (Failed, ValueError) as error:
+                failed[name] = f"its costs could not be measured: {error}"
+                console.print(f"{name}: {failed[name]}", markup=False)
+                continue
+            if plan.tune:
+                console.print(f"tuning {name}", markup=False)
+                found = found._replace(rates=tuning.search(settings, plan.tune, _steps(plan, name, found)))
+            save_results(file, found._asdict())
     if len(failed) == len(plan.methods):
         raise Failed(_none_left(failed))
     return failed

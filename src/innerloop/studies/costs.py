@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.reporting import Timing, in_fresh_process, peak_memory, time_of
-from innerloop.tasks import TaskSource
 from innerloop.training.build import arithmetic, build_learner, build_tasks
+from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import Settings
 from innerloop.trees import tree_leaves, tree_map
@@ -51,56 +52,59 @@ class Cost(NamedTuple):
         return cls(meta_step, memory_at, found["products"], adaptation, found.get("rates", {}))
 
 
-def cost(settings: Settings, memory_steps: Sequence[int]) -> Cost:
-    """Measure a method on one batch of its training tasks.
+def save_tasks(path: Path, settings: Settings, split: str = "train") -> None:
+    """Keep one batch of tasks in a file, so that the processes that measure need not load a data set."""
+    tasks = build_tasks(settings, [split])
+    shape = {"shape": tasks.input_shape, "outputs": tasks.output_size, "regression": tasks.ways is None}
+    save_checkpoint(path, {"task": tasks.batch(split, 0, settings.tasks_per_batch)._asdict(), "model": shape})
+
+
+def cost(settings: Settings, tasks: Path, memory_steps: Sequence[int]) -> Cost:
+    """Measure a method.
 
     Args:
-        settings: of the method and the tasks.
+        settings: of the method.
+        tasks: file that `save_tasks` has written.
         memory_steps: numbers of inner steps at which memory is measured, besides those of the settings.
 
     Raises:
         Failed: the process that measured with the settings' own number of inner steps did not end well.
     """
-    found = in_fresh_process(measure_here, asdict(settings), "train", True)
+    found = in_fresh_process(measure_here, asdict(settings), str(tasks), True)
     memory_at = {settings.inner_steps: found.pop("memory")}
     for steps in memory_steps:
         if steps not in memory_at:
             with contextlib.suppress(Failed):
-                memory_at[steps] = peak(replace(settings, inner_steps=steps))
+                memory_at[steps] = peak(replace(settings, inner_steps=steps), tasks)
     return Cost.of(found | {"memory_at": dict(sorted(memory_at.items()))})
 
 
-def peak(settings: Settings, split: str = "train") -> int:
-    """Peak bytes of a method's meta-step above model and tasks, on the first batch of a split.
+def peak(settings: Settings, tasks: Path) -> int:
+    """Peak bytes of a method's meta-step above model and tasks; arguments as in `cost`.
 
     Raises:
         Failed: the process that measured did not end well.
     """
-    return int(in_fresh_process(measure_here, asdict(settings), split, False)["memory"])
+    return int(in_fresh_process(measure_here, asdict(settings), str(tasks), False)["memory"])
 
 
-def measure_here(settings: dict[str, Any], split: str, everything: bool) -> dict[str, Any]:
+def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict[str, Any]:
     """Measure in this process, which should be a fresh one.
 
     Args:
-        settings: of the method and the tasks.
-        split: from which the tasks are drawn.
+        settings: of the method.
+        tasks: file that `save_tasks` has written.
         everything: and not peak memory alone.
     """
-    chosen = Settings(**settings)
-    tasks = build_tasks(chosen, [split])
-    learner = _learner(chosen, tasks)
+    chosen, stored = Settings(**settings), load_checkpoint(Path(tasks))
+    if chosen.carry == "task":  # one batch again and again, in which the place names the task
+        chosen = replace(chosen, carry="slot")
+    few = replace(chosen, inner_steps=min(chosen.inner_steps, 2) or 1)  # one is too few for some solvers
+    learner, short = (build_learner(each, **stored["model"]) for each in (chosen, few))
     place = next(learner.parameters())
-    batch = tasks.batch(split, 0, chosen.tasks_per_batch).to(place.device, place.dtype)
+    batch = Task(**stored["task"]).to(place.device, place.dtype)
     with arithmetic(chosen):
-        few = replace(chosen, inner_steps=min(chosen.inner_steps, 2) or 1)  # one is too few for some solvers
-        return _measure(learner, batch, _learner(few, tasks), chosen, everything)
-
-
-def _learner(settings: Settings, tasks: TaskSource) -> MetaLearner:
-    if settings.carry == "task":  # one batch again and again, in which the place names the task
-        settings = replace(settings, carry="slot")
-    return build_learner(settings, tasks.input_shape, tasks.output_size, regression=tasks.ways is None)
+        return _measure(learner, batch, short, chosen, everything)
 
 
 def _measure(
