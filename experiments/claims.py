@@ -28,7 +28,7 @@ OWN = "(ours)", "(our derivation)", "third party"  # claims that are not the pap
 PUBLISHED = {"maml": "98.7 ± 0.4 %", "fomaml": "98.3 ± 0.5 %", "reptile": "97.68 ± 0.04 %", "imaml": "99.16 ± 0.35 %"}
 RUNS = {
     "omniglot-5way-1shot": ("default recipe, Omniglot 5-way 1-shot", "99.47 % (MAML++)"),
-    "omniglot-5way-1shot-long": ("default recipe, Omniglot's own split, 5-way 1-shot", "–"),
+    "omniglot-5way-1shot-own-split": ("default recipe, Omniglot's own split, 5-way 1-shot", "–"),
     "omniglot-20way-1shot": ("default recipe, Omniglot 20-way 1-shot", "97.65 % (MAML++)"),
 }
 BEGIN, END = "<!-- claims: made by claims.py -->", "<!-- end of claims -->"
