@@ -267,13 +267,16 @@ def test_every_method_trains_at_the_outer_rate_that_was_best_in_validation(tmp_p
 
     def search(settings, count, steps):
         asked.append((settings.outer_lr, count, steps))
-        return dict(zip(map(str, tuning.rates(settings.outer_lr, count)), (0.5, 0.6, None), strict=True))
+        last = 0.7 if settings.adapts == "everything" else None
+        return dict(zip(map(str, tuning.rates(settings.outer_lr, count)), (0.5, 0.6, last), strict=True))
 
     monkeypatch.setattr(tuning, "search", search)
     settings = {"steps": 2, "progress": False, **TINY}
-    found = compare(["anil"], folder=tmp_path / "study", changes={"anil": {"outer_lr": 3e-3}}, **settings)
-    assert asked == [(3e-3, 3, 2)]
+    found = compare(["anil", "maml"], folder=tmp_path / "study", changes={"anil": {"outer_lr": 3e-3}}, **settings)
+    assert asked == [(3e-3, 3, 2), (1e-3, 3, 2)]
     assert found.entries[0].rates == {"0.001": 0.5, "0.003": 0.6, "0.009": None}
+    (note,) = (note for note in found.notes if "--tune 5" in note)
+    assert note.startswith("the best outer rate of maml is")
     run = tmp_path / "study" / "runs" / "anil" / "seed-0"
     assert Settings.load(run / "settings.json").outer_lr == 3e-3
     report = (tmp_path / "study" / "report.md").read_text(encoding="utf-8")

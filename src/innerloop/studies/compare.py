@@ -315,6 +315,12 @@ def conclude(
         notes += [f"{name}: seed {seed} is left out: {why}" for seed, why in lost.items()]
         unknown = [steps for steps in plan.memory_steps if steps not in mine.memory_at]
         notes += [f"{name}: memory at {steps} inner steps could not be measured" for steps in unknown]
+    tried = {name: sorted(map(float, costs[name].rates)) for name in kept if len(costs[name].rates) > 1}
+    if edge := [name for name, rates in tried.items() if plan.methods[name].outer_lr in (rates[0], rates[-1])]:
+        notes.append(
+            f"the best outer rate of {', '.join(edge)} is the lowest or the highest that was tried: --tune "
+            f"{plan.tune + 2} tries more"
+        )
     if not kept:
         raise Diverged(_none_left(failed))
     # the command that began the study tells more than one that resumed it
