@@ -74,7 +74,7 @@ def test_differences_are_paired_and_go_into_the_json():
     assert not found.no_features
     for scores in found.protocols:
         batch = TASKS.batch("validation", 0, 33)
-        each, _ = baselines.accuracies(learner.eval(), batch, 3, scores.inductive)
+        each = baselines.accuracies(learner.eval(), batch, 3, scores.inductive)
         for name, mine in scores.baselines.items():
             assert mine.difference == Estimate.of(scores.accuracies - each[name])
     written = summary(found)

@@ -82,28 +82,34 @@ def linear_probe(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> T
 RECIPES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {MEAN: nearest_class_mean, PROBE: linear_probe}
 
 
-def accuracies(learner: MetaLearner, batch: Task, ways: int, inductive: bool) -> tuple[dict[str, Tensor], str]:
-    """The accuracy of every baseline on each task of a batch, ``[tasks]``, by name.
+def accuracies(learner: MetaLearner, batch: Task, ways: int, inductive: bool) -> dict[str, Tensor]:
+    """The accuracy of every baseline on each task of a batch, ``[tasks]``, by name; without features, of pixels alone.
 
     Args:
         learner: whose features are used, in evaluation mode.
         batch: tasks of classification.
         ways: classes of a task.
         inductive: whether queries are predicted alone.
-
-    Returns:
-        The accuracies; and why there are none on features, empty where there are.
     """
-    found, reason = {}, ""
+    found = {}
     try:
         support, query = features(learner, batch, inductive)
-    except ValueError as error:
-        reason = str(error)
+    except ValueError:  # `no_features` says why
+        pass
     else:
         for name, recipe in RECIPES.items():
             scores = recipe(support, batch.support[1].to(support.device), query, ways)
             found[name] = (scores.argmax(-1).cpu() == batch.query[1]).float().mean(-1)
-    return found | {PIXELS: nearest_neighbour(batch)}, reason
+    return found | {PIXELS: nearest_neighbour(batch)}
+
+
+def no_features(learner: MetaLearner, batch: Task) -> str:
+    """Why there are no baselines on features; empty where there are. Arguments as in `accuracies`."""
+    try:
+        features(learner, batch, inductive=True)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def features(learner: MetaLearner, batch: Task, inductive: bool) -> tuple[Tensor, Tensor]:
@@ -125,9 +131,12 @@ def features(learner: MetaLearner, batch: Task, inductive: bool) -> tuple[Tensor
         task = tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)
         support, query = task.support[0], task.query[0]
         rows = len(tree_leaves(support)[0])
-        with statistics_from_first(model, rows):
-            both = _entering(model, head, tree_map(lambda *pair: torch.cat(pair), support, query))
-        found.append((both[:rows], both[rows:] if inductive else _entering(model, head, query)))
+        if inductive:
+            with statistics_from_first(model, rows):
+                both = _entering(model, head, tree_map(lambda *pair: torch.cat(pair), support, query))
+            found.append((both[:rows], both[rows:]))
+        else:
+            found.append((_entering(model, head, support), _entering(model, head, query)))
     supports, queries = zip(*found, strict=True)
     return torch.stack(supports), torch.stack(queries)
 

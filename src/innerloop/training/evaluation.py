@@ -184,7 +184,7 @@ def evaluate(
                 batch = draw(tasks, learner, split, start, number)
                 part = _part(learner, batch, steps=steps, inductive=inductive, curve=curve)
                 if beside:
-                    part |= baselines.accuracies(learner, batch, tasks.ways, inductive)[0]  # type: ignore[arg-type, attr-defined]
+                    part |= baselines.accuracies(learner, batch, tasks.ways, inductive)  # type: ignore[arg-type, attr-defined]
                 keep(start, part)
             found.append((start, part))
     parts = [part for _, part in sorted(processes.gather(found), key=lambda each: each[0])]
@@ -301,9 +301,9 @@ def assess(
     )
     first, reason = tasks.batch(split, 0, 1), ""
     beside = tasks.ways is not None and isinstance(first.query[0], Tensor)
-    if tasks.ways is not None and beside:
+    if beside:
         with evaluation_mode(learner):
-            _, reason = baselines.accuracies(learner, first, tasks.ways, inductive=True)
+            reason = baselines.no_features(learner, first)
     asked: dict[str, Any] = dict(steps=steps, curve=curve, beside=beside, label=label, kept=kept)
     transductive = evaluate(learner, tasks, split, count, **asked) if mixes else None
     return Assessment(transductive, evaluate(learner, tasks, split, count, inductive=True, **asked), reason)
