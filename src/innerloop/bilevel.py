@@ -639,13 +639,14 @@ class Bilevel(nn.Module):
         """Which support examples each step of each task of a batch sees, where the solver takes minibatches."""
         if self.inner.minibatch is None:
             return None
-        rows = []
+        rows: list[Tensor] = []
         for place, start in enumerate(starts):
             own = seed + 1000 * place if self.problem.seed is None else self.problem.seed
             first = 0 if start is None else start.step
-            (drawn,) = minibatches(self.inner, one_of(tasks, place).support, [own], steps, first)
-            rows.append(drawn.to(self._place()))
-        return rows if isinstance(tasks, list) else torch.stack(rows)
+            rows.extend(minibatches(self.inner, one_of(tasks, place).support, [own], steps, first))
+        if isinstance(tasks, list):
+            return [row.to(self._place()) for row in rows]
+        return torch.stack(rows).to(self._place())
 
     def _starts(
         self, count: int, task_ids: Sequence[Hashable] | None, begin: End | Sequence[End | None] | None
