@@ -192,6 +192,12 @@ def as_accurate(ours: Results, theirs: Results) -> str:
     return judged(reporting.verdict([*chain.from_iterable(apart)], [statistics.fmean(each) for each in apart]))
 
 
+def estimate(values: list[list[float]]) -> tuple[float, float]:
+    """Mean and 95 % interval of what is known by seed and task; of a single seed the interval is that of its tasks."""
+    each = [statistics.fmean(seed) for seed in values]
+    return reporting.paired([*chain.from_iterable(values)], each if len(each) > 1 else None)
+
+
 def higher_of(differences: list[float]) -> str:
     """Whether a difference is above 0, by its values in a few seeds."""
     return judged(reporting.verdict(differences, differences, margin=0.0))

@@ -29,16 +29,16 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import DATA, collect
+from common import DATA, collect, estimate
 
 from innerloop import reporting
 from innerloop.errors import Diverged, Failed
 from innerloop.learner import MetaLearner
-from innerloop.reporting import paired, verdict_of
+from innerloop.reporting import verdict_of
 from innerloop.studies import costs, tuning
 from innerloop.tasks import Recurring, TaskSource
 from innerloop.training.allocator import keep_freed_memory
-from innerloop.training.build import build_learner, build_optimizer, build_tasks
+from innerloop.training.build import build_learner, build_outer, build_tasks
 from innerloop.training.evaluation import assess, evaluate
 from innerloop.training.fit import fit
 from innerloop.training.methods import METHODS, method_settings
@@ -96,7 +96,7 @@ def trained(settings: Settings, tasks: TaskSource, keep: tuple[int, ...] = ()) -
     """The learner, processor seconds after each step, and the weights after some steps."""
     outputs = settings.method()[2].trains_on(tasks).output_size
     learner = build_learner(settings, tasks.input_shape, outputs, regression=tasks.ways is None)
-    optimizer, scheduler = build_optimizer(settings, learner)
+    outer = build_outer(settings, learner)
     began, clock, kept = time.process_time(), [0.0], {}
 
     def log(record: Row) -> None:
@@ -104,11 +104,7 @@ def trained(settings: Settings, tasks: TaskSource, keep: tuple[int, ...] = ()) -
         if record["step"] in keep:
             kept[record["step"]] = deepcopy(learner.state_dict())
 
-    fit(
-        learner, tasks, steps=settings.steps, tasks_per_batch=settings.tasks_per_batch, optimizer=optimizer,
-        scheduler=scheduler, clip=settings.clip, multi_step_loss=settings.multi_step_steps,
-        first_order=settings.first_order_steps, validation_tasks=0, seed=settings.seed, progress=False, log=log,
-    )  # fmt: skip
+    fit(learner, tasks, steps=settings.steps, validation_tasks=0, progress=False, log=log, **outer)
     return learner, clock, kept
 
 
@@ -163,12 +159,6 @@ def measured(row: Row, shared: Row | None, count: int) -> Row:
         mean = batch.support[1].mean(1, keepdim=True)
         row["beside"]["mean of the support set"] = (batch.query[1] - mean).square().mean().item()
     return row
-
-
-def estimate(values: list[list[float]]) -> tuple[float, float]:
-    """Mean and 95 % interval of what is known by seed and task; of a single seed the interval is that of its tasks."""
-    each = [statistics.mean(seed) for seed in values]
-    return paired([*itertools.chain(*values)], each if len(each) > 1 else None)
 
 
 def judged(rows: list[Row], reference: list[Row], point: str) -> list[str]:

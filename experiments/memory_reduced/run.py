@@ -23,7 +23,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,13 +32,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Part, Results, Section, as_accurate, collect, ending, judged, page_of, references, run
+from common import Part, Results, Section, collect, ending, estimate, judged, page_of, references, run
 from common import validations as curve_of
 from convergence import EVERY, Heads, Quadratic, descend, plateau
 from peak import METHODS, measure
 
 import innerloop as il
-from innerloop.reporting import in_fresh_process, paired, table
+from innerloop.reporting import in_fresh_process, table, verdict_of
 from innerloop.reporting.figures import COLOURS, DOTS, DOTTED, MARKED, Line, Panel, panels
 from innerloop.studies.compare import time_to
 from innerloop.studies.comparison import Point
@@ -263,7 +262,7 @@ def seen(rows: list[Results], key: str, less: list[Results] | None = None) -> tu
         for row in rows
         if row["seed"] in others
     ]
-    return paired([*chain(*each)], [float(np.mean(seed)) for seed in each] if len(each) > 1 else None)
+    return estimate(each)
 
 
 # --- convergence ------------------------------------------------------------------------------------
@@ -511,14 +510,13 @@ def accuracy_section(name: str, results: Results) -> Section:
     claims, base = [], found.get("ANIL", [])
     scale = f"{STEPS_OF_ALL:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters, strides"
     for each, words in ((PRINTED, "as printed"), ("Algorithm 1", "as released, without the L2 term")):
-        if both := [row["seed"] for row in found.get(each, []) if row["seed"] in {other["seed"] for other in base}]:
-            mine, other = ([row for row in rows if row["seed"] in both] for rows in (found[each], base))
+        if both := {row["seed"] for row in found.get(each, [])} & {row["seed"] for row in base}:
             theirs = f"{float(published['Algorithm 1']) - float(published['ANIL']):+.2f} points"
-            apart, half = seen(mine, "accuracies", other)
-            per_method = [{"accuracies": [row["accuracies"] for row in rows]} for rows in (mine, other)]
+            apart, half = seen(found[each], "accuracies", base)
+            verdict = judged(verdict_of(apart, half)) if len(both) > 1 else "open"
             claims.append([
                 f"{title}: accuracy kept, against ANIL; {words}", theirs, f"{apart:+.2f} ± {half:.2f} points",
-                f"{scale}, {len(both)} seed{'s' * (len(both) > 1)}", as_accurate(*per_method),
+                f"{scale}, {len(both)} seed{'s' * (len(both) > 1)}", verdict,
             ])  # fmt: skip
     order = [each for each in (PRINTED, "ANIL", "ITD-BiO") if each in found]
     known = {each: seconds[each] for each in order if seconds[each] is not None}

@@ -30,8 +30,9 @@ from common import DATA, collect
 
 from innerloop import reporting
 from innerloop.errors import Diverged
+from innerloop.learner import MetaLearner
 from innerloop.training.allocator import keep_freed_memory
-from innerloop.training.build import build_learner, build_optimizer, build_tasks, with_inner_rate
+from innerloop.training.build import build_learner, build_outer, build_tasks, with_inner_rate
 from innerloop.training.evaluation import assess
 from innerloop.training.fit import fit
 from innerloop.training.methods import COLOURED, method_settings
@@ -81,11 +82,12 @@ def measured(data: str, candidate: str, seed: int, seconds: float, count: int) -
     settings = with_inner_rate(settings, tasks)
     source = settings.method()[2].trains_on(tasks)
 
-    def built(settings: Settings) -> tuple[Any, Any, Any]:
+    def built(settings: Settings) -> tuple[MetaLearner, dict[str, Any]]:
         learner = build_learner(settings, tasks.input_shape, source.output_size)
-        return learner, *build_optimizer(settings, learner)
+        return learner, build_outer(settings, learner)
 
-    learner, optimizer, _ = built(settings)
+    learner, outer = built(settings)
+    optimizer = outer["optimizer"]
     taken = []
     for step in range(12):
         began = time.process_time()
@@ -94,13 +96,10 @@ def measured(data: str, candidate: str, seed: int, seconds: float, count: int) -
         optimizer.step()
         taken.append(time.process_time() - began)
     steps = max(20, int(seconds / statistics.median(taken[2:])))
-    learner, optimizer, scheduler = built(Settings(**{**given, "steps": steps}))
+    learner, outer = built(Settings(**{**given, "steps": steps}))
     row: dict[str, Any] = {"steps": steps}
     try:
-        fit(
-            learner, tasks, steps=steps, tasks_per_batch=settings.tasks_per_batch, optimizer=optimizer,
-            scheduler=scheduler, clip=settings.clip, validation_tasks=0, seed=seed, progress=False,
-        )  # fmt: skip
+        fit(learner, tasks, steps=steps, validation_tasks=0, progress=False, **outer)
     except Diverged as error:
         return row | {"failed": str(error)}
     for split in ("validation", "test"):

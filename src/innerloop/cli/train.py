@@ -29,6 +29,7 @@ from innerloop.training.build import (
     arithmetic,
     build_learner,
     build_optimizer,
+    build_outer,
     build_tasks,
     choose_device,
     choose_threads,
@@ -153,17 +154,7 @@ def _built(settings: Settings) -> tuple[Settings, MetaLearner, TaskSource, dict[
     settings = processes.agree(with_inner_rate(settings, tasks))
     trained_on = settings.method()[2].trains_on(tasks)
     learner = build_learner(settings, tasks.input_shape, trained_on.output_size, regression=tasks.ways is None)
-    optimizer, scheduler = build_optimizer(settings, learner)
-    outer = dict(
-        optimizer=optimizer,
-        scheduler=scheduler,
-        tasks_per_batch=settings.tasks_per_batch,
-        clip=settings.clip,
-        multi_step_loss=settings.multi_step_steps,
-        first_order=settings.first_order_steps,
-        seed=settings.seed,
-    )
-    return settings, learner, tasks, outer
+    return settings, learner, tasks, build_outer(settings, learner)
 
 
 def _begun(folder: Path, settings: Settings, outer: dict[str, Any]) -> bool:

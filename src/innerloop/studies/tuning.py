@@ -9,7 +9,7 @@ from innerloop.errors import Diverged
 from innerloop.reporting import in_fresh_process
 from innerloop.tasks import TaskSource
 from innerloop.training.allocator import keep_freed_memory
-from innerloop.training.build import arithmetic, build_learner, build_optimizer, build_tasks, with_inner_rate
+from innerloop.training.build import arithmetic, build_learner, build_outer, build_tasks, with_inner_rate
 from innerloop.training.evaluation import evaluate
 from innerloop.training.fit import fit
 from innerloop.training.settings import Settings
@@ -57,14 +57,11 @@ def search_here(settings: dict[str, Any], tried: list[float], steps: int) -> lis
 def _accuracy(settings: Settings, tasks: TaskSource) -> float | None:
     outputs = settings.method()[2].trains_on(tasks).output_size
     learner = build_learner(settings, tasks.input_shape, outputs)
-    optimizer, scheduler = build_optimizer(settings, learner)
     try:
         with arithmetic(settings):
             fit(
-                learner, tasks, steps=settings.steps, tasks_per_batch=settings.tasks_per_batch, optimizer=optimizer,
-                scheduler=scheduler, clip=settings.clip, multi_step_loss=settings.multi_step_steps,
-                first_order=settings.first_order_steps, start_from=settings.start_from, validation_tasks=0,
-                seed=settings.seed, progress=False,
+                learner, tasks, steps=settings.steps, start_from=settings.start_from, validation_tasks=0,
+                progress=False, **build_outer(settings, learner),
             )  # fmt: skip
             return evaluate(learner, tasks, "validation", settings.validation_tasks).quality
     except Diverged:

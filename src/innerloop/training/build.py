@@ -173,6 +173,20 @@ def build_optimizer(settings: Settings, learner: MetaLearner) -> tuple[torch.opt
     return optimizer, LambdaLR(optimizer, lambda step: factor(step / settings.steps))
 
 
+def build_outer(settings: Settings, learner: MetaLearner) -> dict[str, Any]:
+    """What `fit` and `replay` are told of the outer loop."""
+    optimizer, scheduler = build_optimizer(settings, learner)
+    return dict(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        tasks_per_batch=settings.tasks_per_batch,
+        clip=settings.clip,
+        multi_step_loss=settings.multi_step_steps,
+        first_order=settings.first_order_steps,
+        seed=settings.seed,
+    )
+
+
 def choose_device(settings: Settings) -> torch.device:
     """The device of the settings; among several GPUs each process of a node takes its own, unless one is named.
 
