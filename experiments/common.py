@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -19,9 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 from innerloop import reporting
 from innerloop.reporting.figures import DOTS, DOTTED, MARKED, Line, Panel, save
+from innerloop.training.runs import ACCURACIES, RESULTS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("INNERLOOP_DATA", ROOT.parent / "shared" / "data"))
@@ -119,6 +124,47 @@ def collect(file: Path, wanted: Iterable[Results], measure: Callable[[Results, l
             record["made"] = reporting.provenance()
             reporting.write_json(file, record, indent=None)
     return record
+
+
+def innerloop(*arguments: str) -> None:
+    """The command, its output shown."""
+    subprocess.run([sys.executable, "-m", "innerloop", *arguments], check=True, cwd=ROOT)
+
+
+def trained_run(name: str, options: str, data: Path | None = None) -> Path:
+    """The folder of a training by `innerloop train` in runs/, which goes on where it was interrupted.
+
+    Args:
+        name: of the folder.
+        options: as they are typed.
+        data: folder of the data sets; None downloads them, or needs none.
+    """
+    folder = ROOT / "runs" / name
+    if not (folder / RESULTS).exists():
+        short = str(folder.relative_to(ROOT))
+        own = ["--data", os.path.relpath(data, ROOT)] if data else []
+        more = ["--resume", short] if (folder / SETTINGS).exists() else ["--out", short, *own, *shlex.split(options)]
+        innerloop("train", *more)
+    return folder
+
+
+def found_by(run: Path) -> Results:
+    """What a run came to: its validations, its test by protocol, and each test task's transductive accuracy."""
+    results = json.loads((run / RESULTS).read_text("utf-8"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    negative = [record.get("negative_curvature", 0.0) for record in records if record["kind"] == "train"]
+    test = results["test"]
+    accuracies = load_file(run / ACCURACIES)["transductive"]
+    return {
+        "steps": results["training"]["step"],
+        "seconds": round(results["training"]["seconds"], 1),
+        "curve": validations(records),
+        "negative curvature": statistics.fmean(negative),
+        "nearest neighbour": test["nearest_neighbour"][0],
+        "nearest class mean": test["transductive"]["baselines"]["nearest class mean"]["accuracy"],
+        **{protocol: test[protocol]["accuracy"] for protocol in ("transductive", "inductive")},
+        "accuracies": [[round(float(each), 4) for each in accuracies]],
+    }
 
 
 def in_turns(functions: dict[Key, Callable[[], object]], rounds: int) -> dict[Key, float]:

@@ -359,6 +359,13 @@ def test_the_choice_obeys_its_rules(seed: int) -> None:
     assert choose(shuffled, 1.0) == chosen[2]
 
 
+def test_a_pattern_that_may_lose_more_than_the_tolerance_is_not_chosen() -> None:
+    full, noisy = row("11111", 0.6, 1.0), row("00001", 0.6, 0.1)
+    noisy = noisy._replace(difference=Estimate(0.0, 0.015))
+    assert choose([full, noisy], 1.0) == full
+    assert choose([full, noisy], 1.5) == noisy
+
+
 def test_ties_and_the_last_resort() -> None:
     full = row("11111", 0.6, 1.0)
     assert choose([full, row("00011", 0.5, 0.1), row("00000", 0.9, 0.0)], 1.0) == full
@@ -455,7 +462,7 @@ def test_an_interrupted_study_goes_on_where_it_stood(tmp_path: Path, monkeypatch
 
     def go(kept: Path | None) -> Any:
         calls.clear()
-        return study(trained, tasks, [1, 2], count=4, repetitions=2, kept=kept)
+        return study(trained, tasks, [1, 2], tolerance=100.0, count=4, repetitions=2, kept=kept)
 
     last = 10**6
     whole, every = go(None), 2 * (32 + 1 + 2)

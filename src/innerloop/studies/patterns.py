@@ -1,7 +1,7 @@
 """Lambda patterns: the fastest adaptation of a trained learner within a quality budget (Khabarlak, arXiv 2206.05930).
 
-Every pattern of blocks is judged on the same validation tasks and timed; of those whose accuracy is at most a tolerance
-below that of full adaptation the fastest is chosen, and confirmed on test tasks. With F_l multiply-adds in the forward
+Every pattern of blocks is judged on the same validation tasks and timed; of those whose accuracy is surely at most a
+tolerance below that of full adaptation, by the 95 % interval, the fastest is chosen, and confirmed on test tasks. With F_l multiply-adds in the forward
 pass of block l, and as many again for each of its two backward products, a step with lowest moving block m costs
 
     cost = sum_l F_l  +  sum_{l: moves} F_l  +  sum_{l > m} F_l
@@ -246,7 +246,7 @@ def times_of(
 
 
 def choose(rows: Sequence[Row], tolerance: float) -> Row:
-    """The fastest row (with reuse) that is within the tolerance.
+    """The fastest row (with reuse) whose loss of accuracy is within the tolerance, with its whole interval.
 
     Ties go to the higher accuracy, then to fewer moving weights, then to the pattern that comes first in order. Full
     adaptation is always within the tolerance; no adaptation is never chosen.
@@ -259,8 +259,13 @@ def choose(rows: Sequence[Row], tolerance: float) -> Row:
         ValueError: a tolerance that is no number of 0 or more.
     """
     _check_tolerance(tolerance)
-    within = [row for row in rows if "1" in row.pattern and 100 * row.difference.mean >= -tolerance]
+    within = [row for row in rows if "1" in row.pattern and 100 * worst(row) >= -tolerance]
     return min(within, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern))
+
+
+def worst(row: Row) -> float:
+    """The lower end of the interval of a row's accuracy minus that of full adaptation."""
+    return row.difference.mean - row.difference.interval
 
 
 def _check_tolerance(tolerance: float) -> None:
