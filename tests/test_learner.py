@@ -205,6 +205,20 @@ def test_recurrent_layers_fall_back_to_the_loop_with_one_warning(dtype):
         learner.evaluate(batch)
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_an_operation_without_a_second_derivative_names_the_cure():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, WAYS))
+    words = torch.randint(9, (2, 6, 3)), torch.randint(WAYS, (2, 6))
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2))
+    with pytest.raises(NotImplementedError) as caught:
+        learner.meta_step(il.Task(words, words))
+    assert any("products='differences'" in note for note in caught.value.__notes__)
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), products="differences")
+    learner.meta_step(il.Task(words, words))
+    assert all(parameter.grad.isfinite().all() for parameter in learner.parameters())
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("record", [None, False])
 def test_attention_works_out_of_the_box(training, record):

@@ -3,10 +3,11 @@
 Claims: with the right blocks, adaptation is about three times faster at a minimal loss of accuracy, and one adaptation
 step gains accuracy. Measured: all 32 patterns of a Conv4 that was meta-trained by MAML, on the same validation tasks,
 each adaptation timed with everything computed in every step and with the frozen prefix computed once; the fastest
-within a tolerance is confirmed on test tasks. Of the paper only the abstract was at hand: its patterns, tolerances,
-network, device and tables are not known.
+within a tolerance, with its whole interval, is confirmed on test tasks. Of the paper only the abstract was at hand: its
+patterns, tolerances, network, device and tables are not known.
 
-The models are trained first, by `innerloop train`, into runs/, unless they are there.
+The models are trained first, by `innerloop train`, into runs/, unless they are there. Their blocks begin as those of a
+classifier of the training classes. MAML goes on from there, first order for nine tenths of the way and then exact.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -24,14 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT, Part, Results, Section, judged, page_of, references, run
+from common import ROOT, Part, Results, Section, innerloop, judged, page_of, references, run, trained_run
 from matplotlib.figure import Figure
 
 import innerloop as il
 from innerloop.reporting import digits, percent, points, table, verdict_of
 from innerloop.reporting.figures import DOTS, GREY, ORANGE, Line, Panel, panels
 from innerloop.studies.patterns import Row, study, times_of, with_pattern
-from innerloop.training.runs import SETTINGS
 
 WAYS = 5
 TOLERANCES = 0.5, 1.0, 2.0  # percentage points
@@ -39,34 +38,23 @@ ABOUT_THREE = 2.5  # times faster, at least
 HOW = "`python experiments/lambda_patterns/run.py` trains the models, if they are not in `runs/`, and measures."
 MAML = {1: "58.9 ± 1.9", 5: "71.5 ± 1.0"}  # 5-way CIFAR-FS, of other work: github.com/cainiaomyf/FSL-Insight
 SUFFIXES = [("1" * moving).zfill(5) for moving in range(1, 6)]
-TRAINING = {
-    1: "--steps 2400 --validate-every 150",
-    5: "--steps 900 --validate-every 150",
-}
 SIZES, CEILING_STEPS = ((1, 32), (1, 64), (5, 32), (5, 64)), 10  # shots and filters; inner steps
-STUDY = {1: "--tasks 300", 5: "--tasks 80 --repetitions 20"}
-RECIPE = (
-    "--dataset cifar_fs --shots {shots} --adapts everything --inner sgd --inner-lr 0.1 --inner-steps 5 --filters 32 "
-    "--threads 1 --outer-lr 2e-3 --validation-tasks 100 --test-tasks 600 "
+STUDY = {1: "--tasks 600", 5: "--tasks 600 --repetitions 30"}
+SHARED = "--dataset cifar_fs --filters 32 --downsample stride --augment flip,crop --threads 1 "
+FEATURES = SHARED + "--method pretrained --outer-lr 3e-3 --steps 16000 --validate-every 2000"
+RECIPE = SHARED + (
+    "--method maml --shots {shots} --start-from runs/lambda/pretrained --inner-lr 0.1 --first-order 0.9 "
+    "--steps {steps} --validate-every 250"
 )
-
-
-def innerloop(*arguments: str) -> None:
-    """The command, its output shown."""
-    subprocess.run([sys.executable, "-m", "innerloop", *arguments], check=True, cwd=ROOT)
+STEPS = {1: 3000, 5: 2000}
 
 
 def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     """Train, unless that is done, and study all patterns with the command."""
-    run_folder = f"runs/cifar-fs-{shots}-shot"
-    folder = ROOT / run_folder
+    trained_run("lambda/pretrained", FEATURES, arguments.data)
+    folder = trained_run(f"lambda/maml-{shots}-shot", RECIPE.format(shots=shots, steps=STEPS[shots]), arguments.data)
+    run_folder = str(folder.relative_to(ROOT))
     data = ["--data", os.path.relpath(arguments.data, ROOT)] if arguments.data else []
-    if not (folder / "results.json").exists():
-        if (folder / SETTINGS).exists():
-            innerloop("train", "--resume", run_folder)
-        else:
-            options = (RECIPE.format(shots=shots) + TRAINING[shots]).split()
-            innerloop("train", "--out", run_folder, *data, *options)
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     options = ["--tolerance", "1.0", "--steps", "1,5,10", *STUDY[shots].split()]
     innerloop("patterns", run_folder, *data, *options, *threads)
@@ -188,11 +176,10 @@ def row_of(section: Results, pattern: str) -> Results:
 
 
 def fastest(section: Results, tolerance: float) -> str:
-    """The fastest pattern at most so many points below full adaptation on the validation tasks."""
-    full = section["rows"][0]
+    """The fastest pattern at most so many points below full adaptation on the validation tasks, as `study` chooses."""
     able = [
         row for row in section["rows"]
-        if "1" in row["pattern"] and 100 * (full["accuracy"][0] - row["accuracy"][0]) <= tolerance
+        if "1" in row["pattern"] and 100 * (row["difference"][0] - row["difference"][1]) >= -tolerance
     ]  # fmt: skip
     return min(able, key=lambda row: row["time_reusing"]["median"])["pattern"]
 
@@ -206,10 +193,11 @@ def faster(section: Results, pattern: str, of: str) -> float:
 HEADER = """# Lambda patterns (arXiv 2206.05930)
 
 **What differs from the paper.** Only an abstract could be read: its patterns, tolerances, device and tables cannot be
-compared with. The CIFAR-FS images are lossy (5 bits of luma, half the chroma resolution), the models were trained for
-some minutes on one CPU thread, one seed each, and timings are of one task at a time on that CPU. Faster: how many times
-as fast as full adaptation in as many steps, by medians. ±: 95 % interval over tasks; of a difference, over its values
-on the same tasks."""
+compared with. The CIFAR-FS images are lossy (5 bits of luma, half the chroma resolution). Conv4 has strides in place of
+pooling. The blocks of each model begin as those of a classifier of the training classes. MAML goes on from there, nine
+tenths of the way first order, then exact, one seed each. Timings are of one task at a time on one CPU thread. Faster:
+how many times as fast as full adaptation in as many steps, by medians. ±: 95 % interval over tasks; of a difference,
+over its values on the same tasks."""
 
 
 def ceiling_section(found: Results) -> Section:

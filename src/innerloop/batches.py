@@ -75,6 +75,11 @@ class OverTasks:
                     raise
                 except RuntimeError as error:
                     if len(places) == 1:
+                        if str(error).startswith("the derivative for"):
+                            error.add_note(
+                                "the model has an operation without a second derivative: products='differences' does "
+                                "without one (--products differences), and so does meta_gradient=FirstOrder()"
+                            )
                         raise
                     # If the loop fails as well, the fault is not vmap's, and the loop's error is the clearer one.
                     refusal = error

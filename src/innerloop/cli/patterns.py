@@ -1,8 +1,8 @@
 """Find the blocks whose adaptation is fastest within a quality budget.
 
-Every pattern of moving blocks is judged on validation tasks and timed. The fastest of those surely at most the tolerance
-below full adaptation, by the 95 % interval of the difference, is confirmed on test tasks. It is written to pattern.json
-in the run folder, beside a table and a picture. More tasks make the interval narrower, and the choice faster.
+Every pattern of moving blocks is judged on validation tasks and timed. The fastest is taken of those at most the
+tolerance below full adaptation, with the whole 95 % interval of the difference. It is confirmed on test tasks and
+written to pattern.json in the run folder, beside a table and a picture. More tasks make the interval narrower.
 """
 
 from __future__ import annotations

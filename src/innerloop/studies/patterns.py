@@ -1,8 +1,9 @@
 """Lambda patterns: the fastest adaptation of a trained learner within a quality budget (Khabarlak, arXiv 2206.05930).
 
-Every pattern of blocks is judged on the same validation tasks and timed; of those whose accuracy is surely at most a
-tolerance below that of full adaptation, by the 95 % interval, the fastest is chosen, and confirmed on test tasks. With F_l multiply-adds in the forward
-pass of block l, and as many again for each of its two backward products, a step with lowest moving block m costs
+Every pattern of blocks is judged on the same validation tasks and timed. The fastest is chosen of those whose accuracy
+is at most a tolerance below that of full adaptation, with the whole 95 % interval of the difference. Test tasks confirm
+it. With F_l multiply-adds in the forward pass of block l, and as many again for each of its two backward products, a
+step with lowest moving block m costs
 
     cost = sum_l F_l  +  sum_{l: moves} F_l  +  sum_{l > m} F_l
 
