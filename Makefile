@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step fields neighbours
+EXPERIMENTS := memory_reduced anil_convergence imaml lambda_patterns multi_step fields neighbours test_time_training
 
 .PHONY: setup train test test-long experiments-quick bench-quick clean
 

@@ -22,6 +22,7 @@ PAPERS = {
     "multi_step": "multi-step (2006.04298)",
     "fields": "GradNCP (2302.00617)",
     "neighbours": "RaT-BPTT (2311.07025), B-SMALL (2101.00203)",
+    "test_time_training": "test-time training (2512.23675)",
 }
 OWN = "(ours)", "(our derivation)", "third party"  # claims that are not the paper's
 # Omniglot 5-way 1-shot, transductive: the tables of the iMAML paper and, of MAML++, of arXiv 1810.09502
