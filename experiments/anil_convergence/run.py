@@ -6,9 +6,10 @@ Claims of the abstract: where the inner loss is strongly convex, training conver
 not convex, slower. The paper's constants, inner rates, penalty weight and figures' values are not known to us, so
 directions alone can be compared; the settings are ours. Parts:
 
-convex: the head is the last linear layer, its inner loss has a squared L2 term; FC100 5-way 5-shot.
-nonconvex: the head is two layers with a ReLU between them, without an L2 term; the same tasks; at one inner
-    rate for all N, and at a rate that falls like 1/N, as the theory of multi-step MAML wants it.
+convex: the head is the last linear layer, its inner loss has a squared L2 term; FC100 5-way 5-shot. Each N has the
+    inner rate that a short search prefers; as controls N = 1's rate for all N, and its rate over N, as the theory of
+    multi-step MAML wants it.
+nonconvex: the same, with two layers as the head and a ReLU between them, without an L2 term.
 decay: how much of the query gradient is left at the head's start, on real features, against (1 - alpha mu)^N.
 geometry: ANIL on a quadratic whose inner Hessian has, or has not, a negative eigenvalue.
 """
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,128 +35,132 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Part, Results, Section, higher_of, in_turns, judged, page_of, run
+from common import Part, Results, Section, collect, higher_of, judged, page_of, run
 
 import innerloop as il
 from innerloop.errors import Diverged
 from innerloop.reporting import table
 from innerloop.reporting.figures import DASHED, DOTTED, MARKED, Line, Panel, panels
 from innerloop.tasks import TaskSource
+from innerloop.training.evaluation import evaluate
 
 FOLDER = Path(__file__).parent
-WAYS, FILTERS, HIDDEN, TASKS_PER_BATCH, OUTER_LR = 5, 16, 32, 4, 1e-3
-CONVEX, NONCONVEX, SEEDS = (1, 3, 5, 7, 10), (1, 5, 10, 20), 3
-CONVEX_LR, PENALTY = 0.1, 0.1
-NONCONVEX_LR = ((0.5, False), (0.5, True))  # and whether it falls like 1/N
-WINDOW, LAST = 5, 10  # outer steps that a point of a curve and a final loss are the mean of
+WAYS, FILTERS, HIDDEN, TASKS_PER_BATCH, PENALTY = 5, 16, 32, 8, 0.1
+WINDOW, LAST = 10, 5  # outer steps that a point of a curve is the mean of, points that a final loss is the mean of
 GUESSING = math.log(WAYS)
+NUMBERS = "rate", "loss", "accuracy", "seconds a step"
+FORMS = {"final loss": ".3f", "steps": ".0f", "seconds": ".1f", "accuracy": ".1%"}
 STYLES = ["-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1))]
 
 
 # --- training curves ------------------------------------------------------------------------------
 
 
-def network(tasks: TaskSource, filters: int, deep: bool) -> nn.Module:
-    """A Conv4, whose head has two layers where ``deep``."""
-    model = il.models.Conv4(in_channels=tasks.input_shape[0], ways=tasks.output_size, filters=filters)
-    if not deep:
-        return model
-    width = model.head.in_features
-    hidden = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU())
-    return nn.Sequential(
-        OrderedDict(model[:-1].named_children(), hidden=hidden, head=nn.Linear(HIDDEN, tasks.output_size))
-    )
+class Scale(NamedTuple):
+    """How much of the training parts is measured; the search is for the inner rate of the lowest loss, for every N."""
+
+    counts: Sequence[int] = (1, 3, 5, 7, 10)
+    rates: Sequence[float] = (0.15, 0.5, 1.5, 5.0)
+    search: int = 100  # outer steps, with the first seed alone
+    training: int = 1000
+    filters: int = FILTERS
+    outer_lr: float = 1e-3
+    validation: int = 100  # tasks
+    compile: bool = True  # which pays in long trainings
 
 
-def learner(tasks: TaskSource, filters: int, deep: bool, lr: float, steps: int, seed: int) -> il.MetaLearner:
-    """ANIL; the network depends on the seed alone, not on the inner loop."""
-    torch.manual_seed(seed)
-    adapts = il.Named("hidden.*", "head.*") if deep else il.Head()
-    inner = il.SGD(lr=lr, steps=steps, weight_decay=0.0 if deep else PENALTY)
-    return il.MetaLearner(network(tasks, filters, deep), adapts, inner)
-
-
-def training_loss(
-    tasks: TaskSource, learner: il.MetaLearner, outer_steps: int, outer_lr: float = OUTER_LR
-) -> list[float | None]:
-    """Query loss of each outer step's batch; None from where training diverged."""
-    losses: list[float | None] = []
+def trained(sources: Sequence[TaskSource], deep: bool, scale: Scale, key: Results, _: list[Results]) -> Results:
+    """ANIL, whose first weights depend on the seed alone; the mean loss of each window, None once it diverged."""
+    tasks, adapts = sources[key["seed"]], il.Head()
+    torch.manual_seed(key["seed"])
+    model = il.models.Conv4(in_channels=tasks.input_shape[0], ways=WAYS, filters=scale.filters, downsample="stride")
+    if deep:
+        hidden = nn.Sequential(nn.Linear(model.head.in_features, HIDDEN), nn.ReLU())
+        layers = OrderedDict(model[:-1].named_children(), hidden=hidden, head=nn.Linear(HIDDEN, WAYS))
+        model, adapts = nn.Sequential(layers), il.Named("hidden.*", "head.*")
+    inner = il.SGD(lr=key["rate"], steps=key["N"], weight_decay=0.0 if deep else PENALTY)
+    anil = il.MetaLearner(model, adapts, inner, compile=scale.compile and key["kind"] == "training")
+    adam = torch.optim.Adam(anil.parameters(), lr=scale.outer_lr)
+    steps, accuracy, losses, clock = getattr(scale, key["kind"]), None, [], [time.process_time()]
 
     def log(record: dict) -> None:
-        losses.append(round(record["loss"], 4))
+        losses.append(record["loss"])
+        clock.append(time.process_time())
 
-    adam = torch.optim.Adam(learner.parameters(), lr=outer_lr)
-    try:
+    with suppress(Diverged):
         il.fit(
-            learner, tasks, steps=outer_steps, tasks_per_batch=TASKS_PER_BATCH, optimizer=adam, validation_tasks=0,
+            anil, tasks, steps=steps, tasks_per_batch=TASKS_PER_BATCH, optimizer=adam, validation_tasks=0,
             progress=False, log=log,
         )  # fmt: skip
-    except Diverged:
-        losses += [None] * (outer_steps - len(losses))
-    return losses
+        accuracy = evaluate(anil, tasks, "validation", scale.validation).quality
+    means = np.reshape(losses + [math.nan] * (steps - len(losses)), (-1, WINDOW)).mean(1)
+    return {
+        "seconds a step": float(np.median(np.diff([*clock, time.process_time()]))),
+        "accuracy": accuracy and round(accuracy, 4),
+        "loss": [None if math.isnan(mean) else round(mean, 4) for mean in means.tolist()],
+    }
 
 
-def paces(tasks: TaskSource, counts: Sequence[int], deep: bool, filters: int, rounds: int = 15) -> dict[str, float]:
-    """Median seconds of a meta-step for every N."""
-    batch = tasks.batch("train", 0, TASKS_PER_BATCH)
-    learners = {str(count): learner(tasks, filters, deep, 0.01, count, seed=0) for count in counts}
-    return in_turns({count: partial(timed.meta_step, batch) for count, timed in learners.items()}, rounds)
+def curves(name: str, sources: Sequence[TaskSource], deep: bool, scale: Scale, arguments: Namespace) -> Results:
+    """A search for the inner rate of every N, then all `cases`, seed after seed."""
+    measured = partial(trained, sources, deep, scale)
+    file, grid = arguments.out / f"{name}.json", product(scale.counts, scale.rates)
+    found = collect(file, [{"kind": "search", "N": count, "rate": rate, "seed": 0} for count, rate in grid], measured)
+    wanted = [
+        {"kind": "training", "N": count, "rate": rate, "seed": seed}
+        for seed in range(len(sources))
+        for rates in rates_of(found).values()
+        for count, rate in rates.items()
+    ]
+    return collect(file, wanted, measured)
 
 
-def curves(
-    sources: Sequence[TaskSource],
-    counts: Sequence[int],
-    rates: Sequence[tuple[float, bool]],
-    deep: bool,
-    outer_steps: int,
-    filters: int,
-    outer_lr: float = OUTER_LR,
-) -> Results:
-    """Training curves of every N over the seeds, for each inner rate.
+def final(losses: list[float | None] | np.ndarray) -> np.ndarray:
+    """The loss at the end of trainings ``[..., windows]``; one that diverged counts as guessing."""
+    return np.nan_to_num(np.array(losses, dtype=float)[..., -LAST:].mean(-1), nan=GUESSING)
 
-    The n-th seed's batches and first weights are the same for all of them.
-    """
-    found: Results = {"rates": []}
-    for lr, falling in rates:
-        case: Results = {"name": f"{lr:g} / N" if falling else f"{lr:g}", "curves": {}}
-        case["seconds"] = paces(sources[0], counts, deep, filters)
-        for count in counts:
-            rate = lr / count if falling else lr
-            case["curves"][str(count)] = [
-                training_loss(tasks, learner(tasks, filters, deep, rate, count, seed), outer_steps, outer_lr)
-                for seed, tasks in enumerate(sources)
-            ]
-            final = final_losses(case["curves"][str(count)]).round(3)
-            print(f"  inner rate {case['name']}, N = {count}: final loss {final}", flush=True)
-        found["rates"].append(case)
+
+def rates_of(results: Results) -> dict[str, dict[int, float]]:
+    """The inner rates by N in each case, from the search; of a control for the smallest, middle and largest N."""
+    searched = [(row["N"], final(row["loss"]), row["rate"]) for row in results["rows"] if row["kind"] == "search"]
+    best = {count: rate for count, _, rate in sorted(searched, reverse=True)}  # the lowest loss of an N comes last
+    counts = sorted(best)
+    few, first = (counts[0], counts[len(counts) // 2], counts[-1]), best[counts[0]]
+    return {
+        "best rate of each N": {count: best[count] for count in counts},
+        f"rate {first:g} / N": {count: float(f"{first / count:.3g}") for count in few},
+        f"rate {first:g} for all": dict.fromkeys(few, first),
+    }
+
+
+def cases(results: Results) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+    """By case and N what is in the rows: arrays whose first dimension is the seeds that all N have."""
+    rows = {(row["N"], row["rate"], row["seed"]): row for row in results["rows"] if row["kind"] == "training"}
+    seeds, found = sorted({seed for _, _, seed in rows}), {}
+    for name, rates in rates_of(results).items():
+        if shared := [seed for seed in seeds if all((*pair, seed) in rows for pair in rates.items())]:
+            found[name] = {
+                count: {what: np.array([rows[count, rate, seed][what] for seed in shared], float) for what in NUMBERS}
+                for count, rate in rates.items()
+            }
     return found
 
 
-def smooth(losses: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Mean over the last steps before each, ``[seeds, steps - WINDOW + 1]``; NaN once diverged."""
-    return np.lib.stride_tricks.sliding_window_view(np.array(losses, dtype=float), WINDOW, axis=1).mean(-1)
-
-
-def final_losses(losses: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Of each seed."""
-    return np.array(losses, dtype=float)[:, -LAST:].mean(1)
-
-
-def summary(found: Results) -> tuple[float, dict[int, Results]]:
-    """A level of the loss; for every N and seed the final loss, and steps and seconds to the level, infinite if never.
+def summary(case: dict[int, dict[str, np.ndarray]]) -> tuple[float, dict[int, dict[str, np.ndarray]]]:
+    """A level of the loss; for every N what `FORMS` names, ``[seeds]``: steps and seconds to the level, or infinite.
 
     The level is the highest loss that the worst seed of an N ends at, of those below guessing that no run has at once.
     """
-    curves = {int(count): smooth(losses) for count, losses in found["curves"].items()}
-    final = {int(count): final_losses(losses) for count, losses in found["curves"].items()}
-    ceiling = min(GUESSING, *(float(np.nanmin(curve[:, 0])) for curve in curves.values()))
-    level = max((float(each.max()) for each in final.values() if each.max() < ceiling), default=math.nan)
-    rows = {}
-    for count, curve in curves.items():
-        below = curve <= level
-        steps = np.where(below.any(1), below.argmax(1) + WINDOW, math.inf)
-        rows[count] = {"final": final[count], "steps": steps, "seconds": steps * found["seconds"][str(count)]}
-    return level, rows
+    ends = {count: final(found["loss"]) for count, found in case.items()}
+    ceiling = min(GUESSING, *(float(np.nanmin(found["loss"][:, 0])) for found in case.values()))
+    level = max((float(each.max()) for each in ends.values() if each.max() < ceiling), default=math.nan)
+    of_counts = {}
+    for count, found in case.items():
+        below = found["loss"] <= level
+        steps = np.where(below.any(1), WINDOW * (below.argmax(1) + 1), math.inf)
+        values = ends[count], steps, steps * np.median(found["seconds a step"]), found["accuracy"]
+        of_counts[count] = dict(zip(FORMS, values, strict=True))
+    return level, of_counts
 
 
 def spread(values: np.ndarray, form: str) -> str:
@@ -163,59 +171,54 @@ def spread(values: np.ndarray, form: str) -> str:
     return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}" if len(values) > 1 else f"{values[0]:{form}}"
 
 
-def fc100(arguments: Namespace) -> list[TaskSource]:
-    """One stream of tasks a seed."""
-    return [il.tasks.fc100(ways=WAYS, shots=5, queries=5, seed=seed, data=arguments.data) for seed in range(SEEDS)]
+def measure_curves(name: str, deep: bool, arguments: Namespace) -> Results:
+    return curves(name, [fc100(arguments, seed) for seed in range(arguments.seeds)], deep, Scale(), arguments)
 
 
-def measure_convex(arguments: Namespace) -> Results:
-    return curves(fc100(arguments), CONVEX, [(CONVEX_LR, False)], False, outer_steps=150, filters=FILTERS)
+def fc100(arguments: Namespace, seed: int = 0) -> TaskSource:
+    return il.tasks.fc100(ways=WAYS, shots=5, queries=5, seed=seed, data=arguments.data)
 
 
-def measure_nonconvex(arguments: Namespace) -> Results:
-    return curves(fc100(arguments), NONCONVEX, NONCONVEX_LR, True, outer_steps=100, filters=FILTERS)
-
-
-def quick(deep: bool, counts: Sequence[int], rates: Sequence[tuple[float, bool]]) -> tuple[Results, list[Results]]:
-    """A small form of `curves`, and for each rate the final loss by N, in training fast enough for a few seconds."""
-    found = curves([il.tasks.glyphs(WAYS, 5, 5)], counts, rates, deep, outer_steps=40, filters=4, outer_lr=1e-2)
-    ends = [{count: float(row["final"][0]) for count, row in summary(case)[1].items()} for case in found["rates"]]
-    return found, ends
+def quick(name: str, deep: bool, arguments: Namespace, **scale: Sequence[float]) -> tuple[Results, list[Results]]:
+    """A small form, in training fast enough for a few seconds, and the loss at the end of each case by N."""
+    small = Scale(search=20, training=40, filters=4, outer_lr=1e-2, validation=20, compile=False, **scale)
+    found = curves(name, [il.tasks.glyphs(WAYS, 5, 5)], deep, small, arguments)
+    return found, [{count: float(row["loss"][0, -1]) for count, row in case.items()} for case in cases(found).values()]
 
 
 def quick_convex(arguments: Namespace) -> Results:
-    found, (final,) = quick(False, (1, 7), [(0.5, False)])
-    first = smooth(found["rates"][0]["curves"]["7"])[0, 0]
-    assert final[7] < final[1] - 0.2, f"strongly convex head: N = 7 should train faster than N = 1, losses {final}"
-    assert final[7] < first - 0.2, f"strongly convex head: N = 7 should train, loss {first} at first, then {final}"
+    found, (_, _, one) = quick("convex", False, arguments, counts=(1, 7), rates=(0.5,))
+    assert one[7] < one[1] - 0.2, f"strongly convex head: N = 7 should train faster than N = 1, losses {one}"
+    assert one[7] < GUESSING - 0.3, f"strongly convex head: N = 7 should train, losses {one}"
     return found
 
 
 def quick_nonconvex(arguments: Namespace) -> Results:
-    found, (fixed, falling) = quick(True, (1, 20), [(1.0, False), (1.0, True)])
-    slower = fixed[1] + 0.05 < fixed[20] < GUESSING
-    assert slower, f"two-layer head: N = 20 should train slower than N = 1 at one rate, and still train, losses {fixed}"
-    assert falling[20] < fixed[1], f"two-layer head: at a rate that falls like 1/N it should not, losses {falling}"
-    assert falling[20] < GUESSING - 0.3, f"two-layer head: N = 20 should train at a small rate, losses {falling}"
+    found, (best, falling, one) = quick("nonconvex", True, arguments, counts=(1, 20), rates=(0.1, 2.0))
+    rates = rates_of(found)["best rate of each N"]
+    assert rates == {1: 2.0, 20: 0.1}, f"two-layer head: N = 20 should train best at the smaller rate, not {rates}"
+    slower = one[1] + 0.05 < one[20] < GUESSING
+    assert slower, f"two-layer head: N = 20 should train slower than N = 1 at one rate, and still train, losses {one}"
+    assert falling[20] < one[1], f"two-layer head: at a rate that falls like 1/N it should not, losses {falling}"
+    assert best[20] < GUESSING - 0.3, f"two-layer head: N = 20 should train at its best rate, losses {best}"
     return found
 
 
 def draw_curves(results: Results) -> Figure:
-    """Loss against steps and against seconds; a row an inner rate."""
-    shown = []
-    for case in results["rates"]:
-        smoothed = {count: smooth(losses) for count, losses in case["curves"].items()}
-        for label in ("outer steps", "seconds of meta-steps"):
+    """Loss against steps and against seconds; a row a case."""
+    shown, counts = [], sorted({row["N"] for row in results["rows"]})
+    for name, case in cases(results).items():
+        for label in ("outer steps", "seconds of outer steps"):
             lines = {}
-            for place, (count, curve) in enumerate(smoothed.items()):
-                steps = np.arange(curve.shape[1]) + WINDOW
-                x = steps * (1 if label == "outer steps" else case["seconds"][count])
-                look = {"linestyle": STYLES[place]}
+            for count, found in case.items():
+                curve, pace = found["loss"], np.median(found["seconds a step"])
+                x = WINDOW * np.arange(1, curve.shape[1] + 1) * (1 if label == "outer steps" else pace)
+                look = {"linestyle": STYLES[counts.index(count)]}
                 lines[f"N = {count}"] = Line(x, curve.mean(0), look, curve.min(0), curve.max(0))
             levels = {"guessing": (GUESSING, DOTTED), "level of the table": (summary(case)[0], {"color": "black"})}
-            axes = {"xlabel": label, "ylabel": "training query loss", "title": f"inner rate {case['name']}"}
-            top = min(2.2, max(float(np.nanmax(curve)) for curve in smoothed.values()))
-            shown.append(Panel(lines, axes | {"ylim": (None, top)}, levels))
+            top = min(2.2, max(float(np.nanmax(found["loss"])) for found in case.values()))
+            axes = {"xlabel": label, "ylabel": "training query loss", "title": name, "ylim": (None, top)}
+            shown.append(Panel(lines, axes, levels))
     return panels(shown, height=3)
 
 
@@ -244,8 +247,10 @@ def decay(
     tasks: TaskSource, outer_steps: int, filters: int, penalties: Sequence[float], counts: Sequence[int]
 ) -> Results:
     """Norm of the exact gradient at the head's start over that of the query gradient at its end."""
-    anil = learner(tasks, filters, False, CONVEX_LR, 5, seed=0)
-    training_loss(tasks, anil, outer_steps)
+    torch.manual_seed(0)
+    model = il.models.Conv4(in_channels=tasks.input_shape[0], ways=tasks.output_size, filters=filters)
+    anil = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=5, weight_decay=PENALTY))
+    il.fit(anil, tasks, steps=outer_steps, tasks_per_batch=4, validation_tasks=0, progress=False)
     heads = {name: value.detach().double() for name, value in anil.model.head.named_parameters()}
     problem = il.Problem(lambda meta: meta, head_loss, head_loss)
     of_tasks = features(anil, tasks.batch("test", 0, 4))
@@ -273,7 +278,7 @@ def decay(
 
 def measure_decay(arguments: Namespace) -> Results:
     counts = (1, 3, 10, 30, 100, 300, 1000)
-    return decay(fc100(arguments)[0], 100, 32, (0.0, 0.1, 1.0, 3.0), counts)
+    return decay(fc100(arguments), 100, 32, (0.0, 0.1, 1.0, 3.0), counts)
 
 
 def quick_decay(arguments: Namespace) -> Results:
@@ -396,14 +401,13 @@ def gone(rows: Results) -> list[str]:
 HEADER = f"""# Adaptation of part of the parameters: do more inner steps help? (arXiv 2006.09486)
 
 **What differs from the paper.** Only an abstract could be read: inner rates, penalty and plotted values are not known,
-and only directions can be compared. Settings are ours: Conv4 with {FILTERS} filters, {TASKS_PER_BATCH} tasks a
-batch, {SEEDS} seeds; the images of FC100 are a lossy copy. A seed's batches and first weights do not depend on N."""
-TRAINING = f"""Loss: query loss in training, mean over {WINDOW} outer steps, over {LAST} at the end. Level: the highest
-loss that an N ends at in its worst seed, of those below guessing ({GUESSING:.3f}) that no run has in its first {WINDOW}
-steps. ±: standard deviation over the seeds."""
-FORGET = f""" L2 weight ({PENALTY:g}) and rate contract the inner loop by
-{100 * (1 - (1 - CONVEX_LR * PENALTY) ** max(CONVEX)):.0f} % in {max(CONVEX)} steps, too little to forget its start: the
-likely reason where even the largest N gains."""
+and only directions can be compared. Settings are ours: Conv4 with {FILTERS} filters and strides, {TASKS_PER_BATCH}
+tasks a batch; the images of FC100 are a lossy copy. A seed's batches and first weights do not depend on N."""
+TRAINING = f"""Final loss: query loss in training, mean over the last {WINDOW * LAST} outer steps; diverged
+trainings count as guessing ({GUESSING:.3f}). Level: the highest final loss of an N in its worst seed, of those below
+guessing that no run has in its first {WINDOW} steps; steps and processor seconds are those to it. Accuracy:
+{Scale().validation} validation tasks. ±: standard deviation over the seeds. Verdicts compare the final losses of the
+smallest and the largest N."""
 
 
 def rises(values: Sequence[float]) -> bool:
@@ -412,40 +416,33 @@ def rises(values: Sequence[float]) -> bool:
 
 def curves_section(deep: bool, results: Results) -> Section:
     claims, rows = [], []
-    outer = len(next(iter(results["rates"][0]["curves"].values()))[0])
-    for case in results["rates"]:
+    kind, word = ("nonconvex", "slower") if deep else ("strongly convex", "faster")
+    for name, case in cases(results).items():
         level, of_counts = summary(case)
-        steps, seconds = (
-            {count: float(row[what].mean()) for count, row in of_counts.items()} for what in ("steps", "seconds")
-        )
-        listed = ", ".join("never" if math.isinf(value) else f"{value:.0f}" for value in steps.values())
-        here = f"outer steps to a loss of {level:.3f}: {listed} (N = {', '.join(map(str, steps))})"
-        few, many = min(of_counts), max(of_counts)
-        apart = list(of_counts[few]["final"] - of_counts[many]["final"])  # of each seed, above 0 where many are faster
-        scale = f"FC100 5-way 5-shot, {outer} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters, {len(apart)} seeds"
-        if deep:
-            claim = f"nonconvex inner loss: slower with larger N; rate {case['name']}"
-            claims.append([claim, "slower", here, scale, higher_of([-each for each in apart])])
-        else:
-            claims.append(["strongly convex inner loss: faster with larger N", "faster", here, scale, higher_of(apart)])
-            cheapest = min(seconds, key=seconds.__getitem__)
-            moderate = min((each for each in seconds if each not in (few, many)), key=seconds.__getitem__, default=many)
-            saved = list(of_counts[many]["seconds"] - of_counts[moderate]["seconds"])
-            claim = "the same: a moderate N costs least in all (a third party's summary of the paper)"
-            known = len(saved) > 1 and np.isfinite(saved).all()
-            claims.append(
-                [claim, "moderate", f"least seconds: N = {cheapest}", scale, higher_of(saved) if known else "open"]
-            )
-        rows += [
-            [case["name"], str(count), f"{case['seconds'][str(count)]:.3f}", spread(row["final"], ".3f"),
-             f"{level:.3f}", spread(row["steps"], ".0f"), spread(row["seconds"], ".1f")]
-            for count, row in of_counts.items()
-        ]  # fmt: skip
-    title = f"**Two layers adapt**, without an L2 term, {outer} outer steps. {TRAINING}"
-    if not deep:
-        title = f"**The last layer adapts**, with an L2 term, {outer} outer steps. {TRAINING}{FORGET}"
-    head = ["inner rate", "N", "s a meta-step", "final loss", "level", "outer steps to it", "seconds to it"]
-    return claims, f"{title}\n\n{table(head, rows)}"
+        shown = "none" if math.isnan(level) else f"{level:.3f}"
+        here = [f"N = {', '.join(map(str, case))}", f"loss level {shown}"]
+        for what in ("steps", "final loss", "accuracy"):
+            means = (spread(row[what], FORMS[what]).split(" ± ")[0] for row in of_counts.values())
+            here.append(f"{what} {', '.join(means)}")
+        few, many = (of_counts[end(case)]["final loss"] for end in (min, max))
+        outer = f"{WINDOW * case[min(case)]['loss'].shape[1]:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters"
+        claims.append([
+            f"{kind} inner loss: {word} with larger N; {name}", word, "; ".join(here),
+            f"FC100 5-way 5-shot, {outer}, {len(few)} seeds", higher_of(list(many - few if deep else few - many)),
+        ])  # fmt: skip
+        for count, row in of_counts.items():
+            cells = [f"{case[count]['rate'][0]:g}", f"{np.median(case[count]['seconds a step']):.3f}", shown]
+            rows.append([name, str(count), *cells, *(spread(row[what], form) for what, form in FORMS.items())])
+    searched, tried = [row for row in results["rows"] if row["kind"] == "search"], {}
+    for row in searched:
+        tried.setdefault(row["N"], [str(row["N"])]).append(f"{final(row['loss']):.3f}")
+    rates = dict.fromkeys(f"rate {row['rate']:g}" for row in searched)
+    how = "**Two layers adapt**, without an L2 term" if deep else "**The last layer adapts**, with an L2 term"
+    return claims, (
+        f"{how}. {TRAINING}\n\n{table(['case', 'N', 'inner rate', 's a step', 'level', *FORMS], rows)}\n\n"
+        f"Loss in the search for the rates, after {WINDOW * len(searched[0]['loss'])} outer steps, one seed:\n\n"
+        + table(["N", *rates], list(tried.values()))
+    )
 
 
 def decay_section(results: Results) -> Section:
@@ -493,8 +490,8 @@ def page(found: dict[str, Results]) -> str:
 
 
 PARTS = {
-    "convex": Part(measure_convex, draw_curves, quick_convex),
-    "nonconvex": Part(measure_nonconvex, draw_curves, quick_nonconvex),
+    "convex": Part(partial(measure_curves, "convex", False), draw_curves, quick_convex, grows=True),
+    "nonconvex": Part(partial(measure_curves, "nonconvex", True), draw_curves, quick_nonconvex, grows=True),
     "decay": Part(measure_decay, draw_decay, quick_decay),
     "geometry": Part(measure_geometry, draw_geometry, quick_geometry),
 }
