@@ -88,7 +88,9 @@ METHODS: dict[str, Method] = {
         (SGD(lr=0.1, steps=16, proximal=2.0), SGD(lr=0.1, steps=10, proximal=0.5)), Implicit(CG(5)), IMAML_OUTER,
     ),
     "imaml-head": Method(
-        "iMAML on the head", "1909.04630", Head(), SGD(lr=0.1, steps=16, proximal=0.5), Implicit(CG(5)), OUTER
+        "iMAML on the head", "1909.04630", Head(), SGD(lr=0.1, steps=16, proximal=0.5), Implicit(CG(5)),
+        # an implicit gradient does not see that features grow until the inner steps are too long, so they decay
+        OUTER | {"optimizer": "adamw:weight_decay=0.3"},
     ),
     "imaml-damped": Method(
         "iMAML, damped", "1909.04630", Everything(), SGD(lr=0.1, steps=16), ReleasedIMAML(), IMAML_OUTER
