@@ -213,14 +213,12 @@ def by_method(results: Results) -> dict[str, Results]:
     """Of each method its curve, a mean, and its tests ``[seeds, tasks]``, over the seeds that all methods have had."""
     rows = {name: {row["seed"]: row for row in results["rows"] if row["method"] == name} for name in METHODS}
     rows = {name: found for name, found in rows.items() if found}
-    seeds = sorted(set.intersection(*map(set, rows.values())))
-    found = {}
+    seeds, seconds, found = set.intersection(*map(set, rows.values())), results["rows"][0]["step seconds"], {}
     for name, each in rows.items():
-        mine = [each[seed] for seed in seeds]
+        mine = [each[seed] for seed in sorted(seeds)]
         curve = [means(points) for points in zip(*(row["curve"] for row in mine), strict=True)]
         tests = {when: [row[when] for row in mine] for when in (STEPPED, TIMED)}
-        seconds = results["rows"][0]["step seconds"][name]
-        found[name] = {"curve": curve, "steps": mine[0]["steps"], "seconds a step": seconds, **tests}
+        found[name] = tests | {"curve": curve, "steps": mine[0]["steps"], "seconds a step": seconds[name]}
     return found
 
 
