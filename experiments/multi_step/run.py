@@ -179,8 +179,8 @@ def step_seconds(tasks: il.tasks.Episodes, methods: list[str], rounds: int = 30)
         learner.meta_step(batch)
         return time.process_time() - began
 
-    turns = [{name: seconds(learner) for name, learner in learners.items()} for _ in range(1 + rounds)]
-    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in methods}
+    _, *turns = [{name: seconds(learner) for name, learner in learners.items()} for _ in range(1 + rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in methods}
 
 
 def trained(
@@ -191,8 +191,7 @@ def trained(
     optimizer = torch.optim.Adam(learner.parameters(), lr=OUTER_RATE)
     before = evaluate(learner, tasks, "validation", validation)
     counts = {STEPPED: steps, TIMED: round(steps * seconds[EXACT] / seconds[key["method"]])}
-    records: list[dict[str, Any]] = []
-    row = {"steps": counts[TIMED]}
+    records, row = [], {"steps": counts[TIMED]}
     with TemporaryDirectory() as folder:
         for when, count in sorted(counts.items(), key=lambda each: each[1]):
             il.fit(
@@ -336,7 +335,7 @@ def classifier(tasks: il.tasks.Episodes) -> il.models.Conv4:
 
 
 def meta_network(arguments: argparse.Namespace) -> Results:
-    tasks = il.tasks.cifar_fs(5, 5, 15, data=arguments.data)
+    tasks = il.tasks.cifar_fs(5, 5, data=arguments.data)
     return meta_networks(tasks, classifier(tasks), list(SIGNALS), steps=240, seeds=3)
 
 
@@ -581,12 +580,13 @@ def meta_network_section(results: Results) -> Section:
     windows = [row for name, row in found.items() if name.startswith("window")]
     before, last = means(windows[0]["loss"])[0], [means(row["loss"])[-1] for row in windows]
     text = f"loss of test tasks {before:.3f} before, {min(last):.3f} to {max(last):.3f} after training"
-    largest, every = max(found["first order"]["largest"]), {higher_of(falls(row)) for row in windows}
+    largest, verdicts = max(found["first order"]["largest"]), [higher_of(falls(row)) for row in windows]
+    text += f"; the fall is above 0 over seeds with {verdicts.count(judged(True))} of {len(windows)} windows"
     claims = [
         ["a meta-network becomes trainable, which first order leaves without a signal", "trainable",
          f"{text}; largest entry of the first-order gradient: {largest:g}",
          f"CIFAR-FS 5-way 5-shot, {results['steps'][-1]} steps, {results['seeds']} seeds",
-         every.pop() if len(every) == 1 and largest == 0 else "open"],
+         verdicts[0] if len(set(verdicts)) == 1 and largest == 0 else "open"],
     ]  # fmt: skip
     rows = [
         [name, *(f"{means(row['loss'])[place]:.3f}" for place in (0, -1)),
@@ -601,7 +601,8 @@ def meta_network_section(results: Results) -> Section:
         "**A meta-network** that weighs what a new target network takes from a source network (arXiv 1905.05901, in "
         "small). The source is a Conv4 that has learned to classify the training classes of CIFAR-FS for 500 short "
         "steps. Loss and accuracy are those of a target after ten steps of matching and one on its labels, on 64 test "
-        f"tasks of new classes; means of {results['seeds']} seeds, ±: 95 % interval over them.\n\n" + table(head, rows)
+        f"tasks of new classes; means of {results['seeds']} seeds, ±: 95 % interval over them. The inner and the outer "
+        "rate were chosen in trials of the first seed, exact and windows beside one another.\n\n" + table(head, rows)
     )
 
 
