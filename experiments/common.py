@@ -149,12 +149,12 @@ def trained_run(name: str, options: str, data: Path | None = None) -> Path:
 
 
 def found_by(run: Path) -> Results:
-    """What a run came to: its validations, its test by protocol, and each test task's transductive accuracy."""
+    """What a run came to: its validations, its test, and the accuracy of each test task by protocol."""
     results = json.loads((run / RESULTS).read_text("utf-8"))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     negative = [record.get("negative_curvature", 0.0) for record in records if record["kind"] == "train"]
     test = results["test"]
-    accuracies = load_file(run / ACCURACIES)["transductive"]
+    accuracies = {name: [[round(float(each), 4) for each in of]] for name, of in load_file(run / ACCURACIES).items()}
     return {
         "steps": results["training"]["step"],
         "seconds": round(results["training"]["seconds"], 1),
@@ -162,8 +162,9 @@ def found_by(run: Path) -> Results:
         "negative curvature": statistics.fmean(negative),
         "nearest neighbour": test["nearest_neighbour"][0],
         "nearest class mean": test["transductive"]["baselines"]["nearest class mean"]["accuracy"],
-        **{protocol: test[protocol]["accuracy"] for protocol in ("transductive", "inductive")},
-        "accuracies": [[round(float(each), 4) for each in accuracies]],
+        "transductive": test["transductive"]["accuracy"],
+        "accuracies": accuracies["transductive"],
+        "accuracies, inductive": accuracies["inductive"],
     }
 
 

@@ -35,6 +35,7 @@ from innerloop.studies.patterns import Row, study, times_of, with_pattern
 WAYS = 5
 TOLERANCES = 0.5, 1.0, 2.0  # percentage points
 ABOUT_THREE = 2.5  # times faster, at least
+OF_31 = 3.16 / 1.96  # by Bonferroni, what widens the interval of the best of 31 patterns
 HOW = "`python experiments/lambda_patterns/run.py` trains the models, if they are not in `runs/`, and measures."
 MAML = {1: "58.9 ± 1.9", 5: "71.5 ± 1.0"}  # 5-way CIFAR-FS, of other work: github.com/cainiaomyf/FSL-Insight
 SUFFIXES = [("1" * moving).zfill(5) for moving in range(1, 6)]
@@ -112,7 +113,7 @@ def quick(arguments: argparse.Namespace) -> Results:
     learner = il.MetaLearner(il.models.Conv4(1, 5, filters=8), inner=il.SGD(lr=0.2, steps=3))
     optimizer = torch.optim.Adam(learner.parameters(), lr=5e-3)
     il.fit(learner, tasks, steps=60, tasks_per_batch=8, optimizer=optimizer, validation_tasks=0, progress=False)
-    (section,) = study(learner, tasks, [3], tolerance=1.0, count=60, repetitions=30)
+    (section,) = study(learner, tasks, [3], tolerance=8.0, count=60, repetitions=30)
     full, *others = section.rows
     head = next(row for row in others if row.pattern == "00001")
     predicted, measured = full.cost / head.cost, full.time_reusing.median / head.time_reusing.median
@@ -121,8 +122,9 @@ def quick(arguments: argparse.Namespace) -> Results:
     none = next(row for row in others if row.pattern == "00000")
     gained = full.accuracy.mean - none.accuracy.mean
     assert gained > 0.2, f"adapting every block should gain accuracy over adapting none, not {100 * gained:.1f} points"
-    lost = -section.test.difference.mean
-    assert lost < 0.08, f"the choice {section.chosen.pattern} lost {100 * lost:.1f} points on test tasks"
+    lost, chosen = -section.test.difference.mean, section.chosen
+    assert chosen.cost_reusing < full.cost / 2, f"the choice {chosen.pattern} should be cheaper than full adaptation"
+    assert lost < 0.12, f"the choice {section.chosen.pattern} lost {100 * lost:.1f} points on test tasks"
     inputs, targets = (part[0] for part in tasks.batch("test", 0, 1).support)
     once, again = (
         with_pattern(learner, il.Blocks("00011"), reuse_prefix=reuse).adapted_parameters(inputs, targets)
@@ -198,9 +200,10 @@ HEADER = """# Lambda patterns (arXiv 2206.05930)
 **What differs from the paper.** Only an abstract could be read: its patterns, tolerances, device and tables cannot be
 compared with. The CIFAR-FS images are lossy (5 bits of luma, half the chroma resolution). Conv4 has strides in place of
 pooling. The blocks of each model begin as those of a classifier of the training classes. ANIL goes on from there for
-5,000 steps of 4 tasks, and then MAML for 2,000, nine tenths of the way first order; one seed each. Timings are of one
-task at a time on one CPU thread. Faster: how many times as fast as full adaptation in as many steps, by medians. ±:
-95 % interval over tasks; of a difference, over its values on the same tasks."""
+5,000 steps of 4 tasks, and then MAML for 2,000, nine tenths of the way first order; one seed each. So the head had
+learned to adapt alone, which may favour it. Timings are of one task at a time on one CPU thread. Faster: how many times
+as fast as full adaptation in as many steps, by medians. ±: 95 % interval over tasks; of a difference, over its values
+on the same tasks."""
 
 
 def ceiling_section(found: Results) -> Section:
@@ -250,10 +253,13 @@ def patterns_section(found: Results) -> Section:
                 [f"{case}: the loss of accuracy is minimal", "minimal", here, scale, judged(verdict_of(mean, half))]
             )
         else:
-            here += f", from {percent(section['test']['full'])}; guessing: 20 %"
-            claims.append(
-                [f"{case} gains accuracy", "much better", here, scale, judged(verdict_of(mean, half, margin=0.0))]
-            )
+            full, *others = section["rows"]
+            best = max(others, key=lambda row: row["accuracy"][0])
+            mean, half = (100 * each for each in best["difference"])
+            here = f"{mean:+.2f} ± {OF_31 * half:.2f} points ({best['pattern']}, in validation, the best of 31)"
+            here += f", from {percent(full['accuracy'])}; guessing: 20 %"
+            verdict = judged(verdict_of(mean, OF_31 * half, margin=0.0))
+            claims.append([f"{case} gains accuracy", "much better", here, scale, verdict])
     if own:
         here = f"{percent(own)}; raw pixels: {percent(found['trained']['test']['nearest_neighbour'])}"
         claims.append([f"{name}: MAML itself", f"{MAML[found['shots']]} % (other work)", here, scale, "open"])

@@ -29,10 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Part, Results, Section, collect, estimate, in_turns, judged, page_of, run
+from common import Part, Results, Section, collect, in_turns, judged, page_of, run
 
 import innerloop as il
-from innerloop.reporting import table, verdict_of
+from innerloop.reporting import paired, table, verdict_of
 from innerloop.reporting.figures import MARKED, Line, Panel, panels
 
 FOLDER = Path(__file__).parent
@@ -298,7 +298,11 @@ def tell_bits(results: Results) -> Section:
             for seed in first.keys() & second.keys()
         ]
         if saved:
-            mean, half = estimate(saved)
+            # the sequences are the same for all seeds
+            of_sequences, of_seeds = (
+                [statistics.fmean(of) for of in each] for each in (zip(*saved, strict=True), saved)
+            )
+            mean, half = paired(of_sequences, of_seeds if len(saved) > 1 else None)
             scale = f"{CHUNKS} chunks of {LENGTH} characters, {len(saved)} seed{'s' * (len(saved) > 1)}"
             verdict = judged(verdict_of(mean, half, margin=0.0)) if len(saved) > 1 else "open"
             claims.append([f"{claim}; equal {equal}", published, f"{mean:+.4f} ± {half:.4f} bits", scale, verdict])
