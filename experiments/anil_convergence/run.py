@@ -150,14 +150,18 @@ def summary(case: dict[int, dict[str, np.ndarray]]) -> tuple[float, dict[int, di
     """A level of the loss; for every N what `FORMS` names, ``[seeds]``: steps and seconds to the level, or infinite.
 
     The level is the highest loss that the worst seed of an N ends at, of those below guessing that no run has at once.
+    Losses are means over as many steps on the way as at the end.
     """
+    last = min(LAST, *(found["loss"].shape[1] for found in case.values()))
+    view = np.lib.stride_tricks.sliding_window_view
+    smooth = {count: view(found["loss"], last, 1).mean(-1) for count, found in case.items()}
     ends = {count: final(found["loss"]) for count, found in case.items()}
-    ceiling = min(GUESSING, *(float(np.nanmin(found["loss"][:, 0])) for found in case.values()))
+    ceiling = min(GUESSING, *(float(np.nanmin(curve[:, 0])) for curve in smooth.values()))
     level = max((float(each.max()) for each in ends.values() if each.max() < ceiling), default=math.nan)
     of_counts = {}
     for count, found in case.items():
-        below = found["loss"] <= level
-        steps = np.where(below.any(1), WINDOW * (below.argmax(1) + 1), math.inf)
+        below = smooth[count] <= level
+        steps = np.where(below.any(1), WINDOW * (below.argmax(1) + last), math.inf)
         values = ends[count], steps, steps * np.median(found["seconds a step"]), found["accuracy"]
         of_counts[count] = dict(zip(FORMS, values, strict=True))
     return level, of_counts
@@ -403,15 +407,20 @@ HEADER = f"""# Adaptation of part of the parameters: do more inner steps help? (
 **What differs from the paper.** Only an abstract could be read: inner rates, penalty and plotted values are not known,
 and only directions can be compared. Settings are ours: Conv4 with {FILTERS} filters and strides, {TASKS_PER_BATCH}
 tasks a batch; the images of FC100 are a lossy copy. A seed's batches and first weights do not depend on N."""
-TRAINING = f"""Final loss: query loss in training, mean over the last {WINDOW * LAST} outer steps; diverged
-trainings count as guessing ({GUESSING:.3f}). Level: the highest final loss of an N in its worst seed, of those below
-guessing that no run has in its first {WINDOW} steps; steps and processor seconds are those to it. Accuracy:
-{Scale().validation} validation tasks. ±: standard deviation over the seeds. Verdicts compare the final losses of the
-smallest and the largest N."""
+TRAINING = f"""Loss: query loss in training, mean over {WINDOW * LAST} outer steps; diverged trainings count as
+guessing ({GUESSING:.3f}). Level: the highest final loss of an N in its worst seed, of those below guessing that no run
+has at once; steps and processor seconds are those to it. Accuracy: {Scale().validation} validation tasks. ±: standard
+deviation over the seeds. Verdicts compare the steps to the level of the smallest and the largest N, seed by seed; where
+it is never reached, all steps count."""
 
 
 def rises(values: Sequence[float]) -> bool:
     return all(one <= other for one, other in pairwise(values))
+
+
+def pace(losses: Sequence[float]) -> int:
+    """Steps to 95 % of the fall from the first loss to the last."""
+    return next(step for step, loss in enumerate(losses) if loss <= losses[-1] + 0.05 * (losses[0] - losses[-1]))
 
 
 def curves_section(deep: bool, results: Results) -> Section:
@@ -424,11 +433,13 @@ def curves_section(deep: bool, results: Results) -> Section:
         for what in ("steps", "final loss", "accuracy"):
             means = (spread(row[what], FORMS[what]).split(" ± ")[0] for row in of_counts.values())
             here.append(f"{what} {', '.join(means)}")
-        few, many = (of_counts[end(case)]["final loss"] for end in (min, max))
-        outer = f"{WINDOW * case[min(case)]['loss'].shape[1]:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters"
+        most = WINDOW * case[min(case)]["loss"].shape[1]
+        few, many = (np.minimum(of_counts[end(case)]["steps"], most) for end in (min, max))
+        verdict = "open" if math.isnan(level) else higher_of(list(many - few if deep else few - many))
+        outer = f"{most:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters"
         claims.append([
             f"{kind} inner loss: {word} with larger N; {name}", word, "; ".join(here),
-            f"FC100 5-way 5-shot, {outer}, {len(few)} seeds", higher_of(list(many - few if deep else few - many)),
+            f"FC100 5-way 5-shot, {outer}, {len(few)} seeds", verdict,
         ])  # fmt: skip
         for count, row in of_counts.items():
             cells = [f"{case[count]['rate'][0]:g}", f"{np.median(case[count]['seconds a step']):.3f}", shown]
@@ -466,10 +477,14 @@ def geometry_section(results: Results) -> Section:
             )
             claims.append([claim, "1/N", here, scale, judged(bool(gone(fixed)) and not gone(falling))])
         else:
-            ends = [each[-1] for each in fixed.values()]
-            here = f"outer loss at the end, rate 1/L: {', '.join(f'{end:.2f}' for end in ends)}"
-            claim = "strongly convex quadratics: faster with larger N"
-            claims.append([claim, "faster", here, scale, judged(rises([-end for end in ends]))])
+            for rate, found in (("1/L", fixed), ("1/(N L)", falling)):
+                paces = [pace(each) for each in found.values()]
+                here = f"steps to 95 % of each one's own fall: {', '.join(map(str, paces))}; losses at the end: "
+                here += ", ".join(f"{each[-1]:.2f}" for each in found.values())
+                verdict = judged(True) if rises(paces[::-1]) else judged(False) if rises(paces) else "open"
+                claims.append(
+                    [f"strongly convex quadratics: faster with larger N; rate {rate}", "faster", here, scale, verdict]
+                )
     rows = [
         [case, *("diverges" if each[-1] is None else f"{each[-1]:.2f}" for each in found.values())]
         for case, found in losses.items()
