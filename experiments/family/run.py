@@ -70,7 +70,7 @@ NAMES = [{"moml": "moml:100"}.get(name, name) for name in METHODS if name != "de
 
 SHARED = "memory", "steps", "tried", "outer_lr"
 HOW = """\
-Accuracies are inductive. "Ahead of" is paired by task, with the wider of the 95 % intervals over tasks and over seeds.
+Accuracies are inductive. Differences from the reference are paired by task, with the wider of the 95 % intervals over tasks and over seeds.
 Errors are compared in percent of the reference's. "shown": as good as the reference within one point, or one percent.
 "contradicted": worse by more. One seed leaves it open. Nearest class mean and linear probe are on the run's own
 features at equal time. Peak memory is that of an outer step; on lines it is too small to be told from the libraries'.
@@ -190,8 +190,8 @@ def section(rows: list[Row]) -> Iterator[str]:
             str(first["steps"]), *judged(found, reference, "time"), *judged(found, reference, "tasks"),
             *(f"{statistics.mean(row['beside'][each] for row in found):.1f}" for each in own),
         ])  # fmt: skip
-    head = ["method", "outer rate", "ms a step", "peak MiB", "steps", "equal time", f"ahead of {REFERENCE}"]
-    yield reporting.table([*head, "equal tasks", f"ahead of {REFERENCE}", *own], table)
+    head = ["method", "outer rate", "ms a step", "peak MiB", "steps", "equal time", f"against {REFERENCE}"]
+    yield reporting.table([*head, "equal tasks", f"against {REFERENCE}", *own], table)
     if good:
         known = statistics.mean(row["beside"][shared] for row in of.get(REFERENCE, good))
         yield f"\nThe baseline that learns nothing, {shared}: {known:.3g}.\n"

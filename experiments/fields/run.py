@@ -116,9 +116,9 @@ def tell_memory(results: Results) -> Section:
     scale = f"{results['side']}x{results['side']} pixels, {results['width']} units a layer"
     rows = [
         ["a quarter of the pixels needs less memory", "figures not read", f"{saved:.0%} less at {steps[-1]} steps",
-         scale, judged(saved > 0.25, small=False)],
+         scale, judged(saved > 0.25)],
         ["all pixels, nothing recorded, needs less still (ours)", "–", f"{1 - flat[-1] / every[-1]:.0%} less",
-         scale, judged(flat[-1] < some[-1], small=False)],
+         scale, judged(flat[-1] < some[-1])],
     ]  # fmt: skip
     head = ["MiB at inner steps", *map(str, steps)]
     body = [[name, *(f"{value:.1f}" for value in each)] for name, each in mib.items()]
