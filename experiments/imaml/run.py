@@ -198,7 +198,7 @@ NAMES = {
     "imaml-head": "iMAML on the head",
     "maml": "MAML",
     "fomaml": "first-order MAML",
-    "imaml-damped": "iMAML, damped as in the released code",
+    "imaml-damped": "iMAML, damped as released",
     "imaml": "iMAML, all weights, as published",
 }
 RECIPE = (
@@ -242,8 +242,13 @@ def by_length(results: Results) -> dict[tuple[str, int], list[Results]]:
 
 
 def draw_omniglot(results: Results) -> Figure:
-    rows = {f"{NAMES[method]}, {tasks:,} tasks": found[0] for (method, tasks), found in by_length(results).items()}
-    return panels([learning(rows, PROTOCOLS[0], "outer steps", shots=", 5-way 1-shot")], width=7)
+    """A panel a length, the first seed of each method."""
+    shown, found = [], by_length(results)
+    for tasks in sorted({tasks for _, tasks in found}):
+        rows = {NAMES[method]: rows[0] for (method, length), rows in found.items() if length == tasks}
+        panel = learning(rows, PROTOCOLS[0], "outer steps")
+        shown.append(panel._replace(axes={**panel.axes, "title": f"{tasks:,} tasks"}))
+    return panels(shown)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
