@@ -71,10 +71,10 @@ NAMES = [{"moml": "moml:100"}.get(name, name) for name in METHODS if name != "de
 SHARED = "memory", "steps", "tried", "outer_lr"
 HOW = """\
 Accuracies are inductive. Differences from the reference are paired by task, with the wider of the 95 % intervals over
-tasks and over seeds. Errors are compared in percent of the reference's. "shown": as good as the reference within one point, or one percent.
-"contradicted": worse by more. One seed leaves it open. Nearest class mean and linear probe are on the run's own
-features at equal time. Peak memory is that of an outer step; on lines it is too small to be told from the libraries'.
-Pictures are seen by Conv4 of 16 filters with strides, lines by an MLP."""
+tasks and over seeds. Errors are compared in percent of the reference's. "shown": as good as the reference within one
+point, or one percent. "contradicted": worse by more. One seed leaves it open. Nearest class mean and linear probe are
+on the run's own features at equal time. Peak memory is that of an outer step; on lines it is too small to be told from
+the libraries'. Pictures are seen by Conv4 of 16 filters with strides, lines by an MLP."""
 
 
 def settings_of(data: str, method: str, seed: int) -> Settings:
