@@ -439,7 +439,7 @@ def curves_section(deep: bool, results: Results) -> Section:
         outer = f"{most:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters"
         claims.append([
             f"{kind} inner loss: {word} with larger N; {name}", word, "; ".join(here),
-            f"FC100 5-way 5-shot, {outer}, {len(few)} seeds", verdict,
+            f"FC100 5-way 5-shot, {outer}, {len(few)} seed{'s' * (len(few) > 1)}", verdict,
         ])  # fmt: skip
         for count, row in of_counts.items():
             cells = [f"{case[count]['rate'][0]:g}", f"{np.median(case[count]['seconds a step']):.3f}", shown]
