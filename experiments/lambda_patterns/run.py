@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,15 @@ def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     found = json.loads((folder / "patterns.json").read_text("utf-8"))
     training = json.loads((folder / "results.json").read_text("utf-8"))
     keep = ("training", "test", "command")
-    return {"shots": shots, "trained": {key: training[key] for key in keep}, **found}
+    return listed({"shots": shots, "trained": {key: training[key] for key in keep}, **found})
+
+
+def listed(value: Any) -> Any:
+    """Results with every estimate as mean and interval."""
+    if isinstance(value, dict):
+        own = {key: listed(each) for key, each in value.items()}
+        return [own["mean"], own["interval"]] if own.keys() == {"mean", "interval"} else own
+    return [listed(each) for each in value] if isinstance(value, list) else value
 
 
 def ceiling(arguments: argparse.Namespace, sizes: Sequence[tuple[int, int]] = SIZES, count: int = 100) -> Results:
@@ -263,12 +272,13 @@ def patterns_section(found: Results) -> Section:
     if own:
         here = f"{percent(own)}; raw pixels: {percent(found['trained']['test']['nearest_neighbour'])}"
         claims.append([f"{name}: MAML itself", f"{MAML[found['shots']]} % (other work)", here, scale, "open"])
+    timed = f" Times are of `{found['timed by']}`, on a quiet machine." if "timed by" in found else ""
     head = ["", "chosen", "faster", "with reuse", "full, test %", "chosen, test %", "difference, points",
             *(f"within {each:g}" for each in TOLERANCES)]  # fmt: skip
     return claims, (
         f"**Patterns, {name}** (conv1 to conv4, linear; 1 adapts): the fastest within a tolerance of full adaptation on"
         " validation tasks, then tested on as many test tasks. In brackets: by multiply-adds. Last columns: the choice "
-        "at tolerances in points.\n\n" + table(head, rows)
+        f"at tolerances in points.{timed}\n\n" + table(head, rows)
     )
 
 
