@@ -35,9 +35,9 @@ WIDTH, HEADS = 32, 2
 class Embed(nn.Module):
     """Characters and their places in the chunk, beyond which no block looks back."""
 
-    def __init__(self, symbols: int) -> None:
+    def __init__(self, symbols: int, width: int, length: int) -> None:
         super().__init__()
-        self.symbol, self.place = nn.Embedding(symbols, WIDTH), nn.Parameter(torch.randn(LENGTH, WIDTH) / 10)
+        self.symbol, self.place = nn.Embedding(symbols, width), nn.Parameter(torch.randn(length, width) / 10)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.symbol(codes) + self.place
@@ -46,15 +46,16 @@ class Embed(nn.Module):
 class Block(nn.Module):
     """Causal attention, then an MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm, self.read, self.write = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.heads = heads
+        self.norm, self.read, self.write = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.read(self.norm(x)).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
+        parts = self.read(self.norm(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
         x = x + self.write(
             nn.functional.scaled_dot_product_attention(*parts, is_causal=True).transpose(-2, -3).flatten(-2)
         )
@@ -62,8 +63,9 @@ class Block(nn.Module):
 
 
 def transformer() -> nn.Sequential:
+    blocks = (Block(WIDTH, HEADS) for _ in range(3))
     return nn.Sequential(
-        Embed(len(SYMBOLS)), Block(), Block(), Block(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SYMBOLS))
+        Embed(len(SYMBOLS), WIDTH, LENGTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SYMBOLS))
     )
 
 

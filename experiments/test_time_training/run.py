@@ -26,10 +26,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Part, Results, Section, collect, in_turns, judged, page_of, run
+from test_time_training import Block, Embed
 
 import innerloop as il
 from innerloop.reporting import paired, table, verdict_of
@@ -89,34 +91,6 @@ def drawn(generator: torch.Generator) -> Tensor:
 # --- model ----------------------------------------------------------------------------------------
 
 
-class Embed(nn.Module):
-    """Characters and their places in the chunk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.symbol = nn.Embedding(documents()[1], WIDTH)
-        self.place = nn.Parameter(torch.randn(LENGTH, WIDTH) / 10)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.symbol(codes) + self.place
-
-
-class Block(nn.Module):
-    """Causal attention within the chunk, then an MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.read, self.write = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.read(self.norm(x)).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3)
-        x = x + self.write(scaled_dot_product_attention(*parts, is_causal=True).transpose(-2, -3).flatten(-2))
-        return x + self.mlp(x)
-
-
 def reader(model: nn.Module, rate: float, meta_gradient: il.meta_gradient.MetaGradient | None = None) -> il.MetaLearner:
     """A copy of the model, whose last MLP learns as it reads."""
     inner = il.SGD(lr=rate, steps=CHUNKS - 1)
@@ -172,7 +146,8 @@ def base(seed: int, steps: int = BASE_STEPS) -> nn.Module:
     """The plainly trained transformer that all methods of a seed begin with."""
     torch.manual_seed(seed)
     ends = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, documents()[1])
-    fresh = nn.Sequential(Embed(), *(Block() for _ in range(BLOCKS)), *ends)
+    first, blocks = Embed(documents()[1], WIDTH, LENGTH), (Block(WIDTH, HEADS) for _ in range(BLOCKS))
+    fresh = nn.Sequential(first, *blocks, *ends)
     return trained(fresh, PLAIN, 1.0, steps, 1000 + seed, BASE_LR)
 
 
