@@ -135,14 +135,21 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def small_omniglot(data: Path | None) -> Episodes:
-    return il.tasks.omniglot(ways=2, shots=3, queries=2, data=data)
+def small_omniglot(data: Path | None, augment: str | None = None) -> Episodes:
+    return il.tasks.omniglot(ways=2, shots=3, queries=2, data=data, augment=augment)
+
+
+def augments_training_alone(plain: Episodes, changed: Episodes) -> None:
+    for split, same in (("train", False), ("test", True)):
+        pair = [tasks.batch(split, 0, 2).query[0] for tasks in (plain, changed)]
+        assert torch.equal(*pair) is same
 
 
 def test_omniglot_from_the_authors_archives_and_folders(archives: Path, tmp_path: Path) -> None:
     for archive in archives.glob("*.zip"):
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(tmp_path / "unpacked" / "python")
+    augments_training_alone(small_omniglot(archives), small_omniglot(archives, "crop"))
     zipped, unpacked = small_omniglot(archives).image_set, small_omniglot(tmp_path / "unpacked").image_set
     assert zipped.classes[:4] == (
         "Greek/character01",
@@ -370,10 +377,9 @@ def test_cifar_from_the_authors_archive(small_cifar: Path, tmp_path: Path) -> No
     for place in (tmp_path, tmp_path / "unpacked", tmp_path / "unpacked/cifar-100-binary"):
         assert torch.equal(il.tasks.fc100(data=place, queries=5).image_set.images, images)
     for source in (il.tasks.cifar_fs, il.tasks.fc100):
-        plain, changed = (source(data=small_cifar, queries=5, augment=kinds) for kinds in ("none", "flip,crop"))
-        for split, same in (("train", False), ("test", True)):
-            pair = [tasks.batch(split, 0, 2).query[0] for tasks in (plain, changed)]
-            assert torch.equal(*pair) is same
+        augments_training_alone(
+            *(source(data=small_cifar, queries=5, augment=kinds) for kinds in ("none", "flip,crop"))
+        )
 
 
 def test_damaged_cifar(small_cifar: Path, cache: Path) -> None:

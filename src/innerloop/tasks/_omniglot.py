@@ -45,6 +45,7 @@ def omniglot(
     data: str | PathLike[str] | None = None,
     rotations: bool = False,
     split: str = "background",
+    augment: str | None = None,
 ) -> Episodes:
     """Few-shot tasks of handwritten characters, ``[1, 28, 28]`` with ink = 1.
 
@@ -68,9 +69,12 @@ def omniglot(
             are downloaded from the authors' repository (15 MiB) and kept in the cache folder.
         rotations: training characters turned by 90, 180 and 270 degrees are further classes.
         split: see above.
+        augment: ``"crop"`` shifts training images by up to an eighth; ``"flip"`` mirrors them, which makes other
+            characters of many.
 
     Raises:
-        ValueError: an unknown split, data that is damaged or incomplete, or tasks too large for the images.
+        ValueError: an unknown split or augmentation, data that is damaged or incomplete, or tasks too large for the
+            images.
         FileNotFoundError: nothing readable at ``data``.
         ConnectionError: the download failed.
     """
@@ -83,6 +87,7 @@ def omniglot(
         shots,
         queries,
         seed,
+        augment,
     )
 
 
