@@ -30,7 +30,7 @@ PUBLISHED = {"maml": "98.7 ± 0.4 %", "fomaml": "98.3 ± 0.5 %", "reptile": "97.
 RUNS = {
     "omniglot-5way-1shot": ("default recipe, Omniglot 5-way 1-shot", "99.47 % (MAML++)"),
     "omniglot-5way-1shot-own-split": ("default recipe, Omniglot's own split, 5-way 1-shot", "–"),
-    "omniglot-20way-1shot": ("default recipe, Omniglot 20-way 1-shot", "97.65 % (MAML++)"),
+    "omniglot-20way-1shot": ("default recipe, Omniglot 20-way 1-shot", "95.8 % (MAML)"),
 }
 BEGIN, END = "<!-- claims: made by claims.py -->", "<!-- end of claims -->"
 

@@ -115,6 +115,19 @@ def test_the_fitting_rate_is_one_over_the_curvature(decay: float, proximal: floa
     assert f"Give --inner-lr {1 / (8 + decay + proximal):.2g}" in warning
 
 
+@pytest.mark.parametrize("shots", [1, 5])
+def test_one_example_a_class_is_fitted_from_the_start(shots: int) -> None:
+    """The class mean is the example itself, far from the others."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(784, 64))
+    nn.init.normal_(body[1].weight)
+    learner = il.MetaLearner(nn.Sequential(body, nn.Linear(64, 5)), start=il.Prototypes(), adapts=il.Head())
+    tasks = il.tasks.glyphs(ways=5, shots=shots, queries=2)
+    before, *_, after = health.inner_losses(learner, tasks)
+    assert (before < 1e-3) == (shots == 1) == (before - after < 1e-3)
+    assert ("starts out fitted" in health.opening(learner, tasks)[0]) == (shots == 1)
+
+
 def test_what_the_inner_loop_lowers_includes_its_terms() -> None:
     """On one quadratic: loss, weight decay and proximal term by hand, at the start and after one step."""
     inner = il.SGD(lr=0.1, steps=1, weight_decay=0.5, proximal=2.0)

@@ -259,7 +259,8 @@ HEADER = """# iMAML: implicit meta-gradients (arXiv 1909.04630)
 **What differs from the paper.** Of its text only an abstract could be read: settings are those of its released code,
 and published numbers those that other works repeat. The authors ask for 20,000 steps of 32 tasks with 64 filters; ours
 have 4 tasks a step, 32 filters with strides, and the tasks named below. All have the outer rate of their presets,
-0.001, annealed; nothing is tuned. Vinyals' split of an area-averaged Omniglot with quarter rotations as further
+0.001, annealed. One thing was tuned: `imaml-head` has AdamW's decay of 0.3 since it diverged here with Adam. Its other
+settings are ours. Vinyals' split of an area-averaged Omniglot with quarter rotations as further
 training classes."""
 NEGATIVE = (
     "The last column is the share of the training tasks in which the solve met negative curvature and stopped: the "

@@ -380,9 +380,9 @@ def _tuned(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, Settings]:
 
 def _tuning_words(count: int, settings: Settings) -> str:
     return (
-        f"Tuned, for every method alike: the outer rate, {count} values a factor of {tuning.FACTOR:g} apart around its "
-        f"own, on {settings.validation_tasks} validation tasks, in {tuning.BUDGET:.0%} of the outer steps of a "
-        "training, on top of the budget."
+        f"Tuned, for every method alike: the outer rate, {count} values a factor of {tuning.FACTOR:g} apart around "
+        f"its own or what --set gives, on {settings.validation_tasks} validation tasks, in {tuning.BUDGET:.0%} of the "
+        "outer steps of a training, on top of the budget."
     )
 
 

@@ -15,6 +15,7 @@ from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Scores, Source, draw, evaluation_mode
 from innerloop.trees import tree_map
 
+FITTED = 1e-3  # a loss from which inner steps change next to nothing
 TASKS = 4  # looked at; more change little
 LANCZOS = 20  # iterations, a curvature product each
 ABOVE, FAR = 3.0, 10.0  # times the loss of guessing: worth a warning, and at chance beyond hope
@@ -92,6 +93,8 @@ def opening(learner: Bilevel, tasks: Source) -> tuple[str, str]:
         return "", ""
     losses, rate = inner_losses(learner, tasks), learner.inner.largest_rate(learner.learned())
     words = f"loss {losses[0]:.3g} -> {losses[-1]:.3g} in {len(losses) - 1} steps, on the first {TASKS} tasks"
+    if losses[0] < FITTED:  # as where a class has one example, which is its mean
+        words += "; it starts out fitted, so the inner steps have next to nothing to change"
     if rate is None:
         return f"inner loop with fresh weights: {words}", ""
     steepest = curvature(learner, tasks)
