@@ -119,8 +119,9 @@ def test_the_fitting_rate_is_one_over_the_curvature(decay: float, proximal: floa
 def test_one_example_a_class_is_fitted_from_the_start(shots: int) -> None:
     """The class mean is the example itself, far from the others."""
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Flatten(), nn.Linear(784, 64))
-    nn.init.normal_(body[1].weight)
+    linear = nn.Linear(784, 64)
+    nn.init.normal_(linear.weight)
+    body = nn.Sequential(nn.Flatten(), linear)
     learner = il.MetaLearner(nn.Sequential(body, nn.Linear(64, 5)), start=il.Prototypes(), adapts=il.Head())
     tasks = il.tasks.glyphs(ways=5, shots=shots, queries=2)
     before, *_, after = health.inner_losses(learner, tasks)
