@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import _WeightNorm, spectral_norm, weight_norm
 
 import innerloop as il
 from innerloop.curvature import OUTER, replayed
@@ -420,6 +420,55 @@ def test_buffers_never_move_and_the_chunk_changes_nothing(kind, adapts):
         assert relative_error(found[0], expected) < 1e-12
 
 
+# Weights that are computed from others.
+
+
+class Normalised(nn.Module):
+    """Weight norm, written by hand."""
+
+    def __init__(self, over: tuple[int, ...]) -> None:
+        super().__init__()
+        self.over = over
+
+    def forward(self, length: Tensor, direction: Tensor) -> Tensor:
+        return length * direction / direction.square().sum(self.over, keepdim=True).sqrt()
+
+
+def slope(learner: il.MetaLearner, batch: il.Task, way: dict[str, Tensor], width: float = 1e-6) -> Tensor:
+    """How the loss after adaptation changes along a direction in the meta-parameters, by central differences."""
+    losses = []
+    for move in (width, -2 * width):
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                parameter += move * way[name]
+        losses.append(learner.evaluate(batch).loss.mean())
+    return (losses[0] - losses[1]) / (2 * width)
+
+
+@pytest.mark.parametrize(("dim", "over"), [(0, (1,)), (1, (0,)), (None, (0, 1)), ("spectral", ())])
+def test_normalised_weights_have_an_exact_meta_gradient(dim, over):
+    torch.manual_seed(0)
+    spectral = dim == "spectral"
+    first = nn.Linear(4, 6).double()
+    model = nn.Sequential(
+        spectral_norm(first) if spectral else weight_norm(first, dim=dim), nn.Tanh(), nn.Linear(6, WAYS).double()
+    )
+    batch, inner = batch_of(4), il.SGD(lr=0.5, steps=3)
+    learner = il.MetaLearner(model, inner=inner)
+    learner.eval()  # torch's spectral norm is exact there alone: in training its power iteration passes no gradient
+    found = grads(learner, batch)
+    if not spectral:
+        by_hand = copy.deepcopy(model)
+        by_hand[0].parametrizations.weight[0] = Normalised(over)
+        assert relative_error(found, grads(il.MetaLearner(by_hand, inner=inner), batch)) < 1e-12
+        learner.model.load_state_dict(model.state_dict())
+        for torchs in (model, learner.adapt(batch.support[0][0], batch.support[1][0])):
+            assert type(torchs[0].parametrizations.weight[0]) is _WeightNorm
+    way = {name: torch.randn_like(grad) for name, grad in found.items()}
+    along = sum((found[name] * way[name]).sum() for name in way)
+    torch.testing.assert_close(slope(learner, batch, way), along, rtol=1e-6, atol=1e-9)
+
+
 # What gets no gradient.
 
 
@@ -719,10 +768,15 @@ def test_names_of_meta_parameters_are_kept():
         ),
         (
             lambda: il.MetaLearner(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)))),
-            r"parametrizations\.spectral_norm",
+            r"0 has SpectralNorm as a hook.*parametrizations\.spectral_norm",
+        ),
+        (
+            lambda: il.MetaLearner(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)))),
+            r"0 has WeightNorm as a hook.*or weight_norm",
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
 def test_nonsense_is_refused_at_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from innerloop import pooling
+from innerloop import pooling, weight_norm
 from innerloop.adapts import Adapts, Everything
 from innerloop.batch_norm import BatchNormMode, convert, freeze, to_torch
 from innerloop.bilevel import Bilevel, Carry, Evaluation, Metrics
@@ -111,6 +111,7 @@ class MetaLearner(Bilevel):
         self.adapts.prepare(self.model)
         convert(self.model, batch_norm, inner.steps)
         pooling.convert(self.model)
+        weight_norm.convert(self.model)
         freeze(self.model)
         begin: Start | None = choice(start, "start") if start is not None else None
         self.few_shot = FewShot(self.model, self.adapts, self.loss, batch_norm, begin, reuse_prefix, regulariser)
@@ -166,6 +167,7 @@ class MetaLearner(Bilevel):
                 layer = adapted.get_submodule(self.few_shot.layer)
                 layer.out_features = len(layer.weight)  # type: ignore[assignment, arg-type]
             pooling.to_torch(adapted)
+            weight_norm.to_torch(adapted)
             support = self._single(inputs, targets).support[0]
             keep = inductive or self.batch_norm == "task"
             last = max(self._steps(steps), 1) - 1
