@@ -420,6 +420,36 @@ def test_buffers_never_move_and_the_chunk_changes_nothing(kind, adapts):
         assert relative_error(found[0], expected) < 1e-12
 
 
+class Centred(nn.Module):
+    """Subtracts a running mean, which it changes in place."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(0.5 * inputs.detach().mean(0))
+        return (inputs - self.mean).tanh()
+
+
+@pytest.mark.parametrize(("kind", "batch_norm"), [("batch", "batch"), ("batch", "task"), ("stream", "batch")])
+def test_no_pass_reads_the_buffers_of_another(kind, batch_norm):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 6), Centred(), nn.Linear(6, WAYS)).double(), batch_of(4, tasks=1)
+    if kind == "stream":
+        batch = batch._replace(support=il.Steps(tuple(value.repeat_interleave(2, 0)[None] for value in batch.support)))
+    found = []
+    for reuse in (True, False):
+        learner = il.MetaLearner(
+            model, il.Head(), il.SGD(lr=0.5, steps=2), batch_norm=batch_norm, reuse_prefix=reuse, chunk_size=1
+        )
+        found.append(grads(learner, batch) | {"loss": learner.evaluate(batch).loss})
+        assert (learner.few_shot.prefix is not None) is reuse
+    assert relative_error(*found) < 1e-12
+
+
 # Weights that are computed from others.
 
 

@@ -369,16 +369,13 @@ class FewShot:
         prefix, suffix = self.prefix, self.suffix
 
         def features(tree: Tree) -> Tree:
-            tree = {**tree, **self._buffers()}
             support, query = (part.rows[0] if stream else part[0] for stream, part in zip(streams, task, strict=True))
             if task.query is task.support:  # there are no queries, and nothing is computed twice
                 found = self._named(SUPPORT, self._features(prefix, tree, support, streams[0]))
                 return found | {name.replace(SUPPORT, QUERY): value for name, value in found.items()}
             with statistics_from_first(self.model, rows):
                 judged = self._named(QUERY, self._features(prefix, tree, query, streams[1]))
-            if rows is None:
-                return judged | self._named(SUPPORT, self._features(prefix, tree, support, streams[0]))
-            return judged | {name.replace(QUERY, SUPPORT): value[:rows] for name, value in judged.items()}
+            return judged | self._named(SUPPORT, self._features(prefix, tree, support, streams[0]))
 
         above = {name: meta[name] for name in meta if name in suffix.names or name not in self._names}
         below = {name: meta[name] for name in prefix.names if name in meta}
@@ -398,9 +395,10 @@ class FewShot:
 
     def _features(self, prefix: Chain, tree: Tree, inputs: Any, stream: bool) -> Any:
         if not stream:
-            return prefix(tree, inputs)
+            return prefix({**tree, **self._buffers()}, inputs)
         count = len(tree_leaves(inputs)[0])
-        each = [prefix(tree, tree_map(lambda value, row=row: value[row], inputs)) for row in range(count)]
+        rows = [tree_map(lambda value, row=row: value[row], inputs) for row in range(count)]
+        each = [self._features(prefix, tree, row, False) for row in rows]
         return tree_map(lambda *values: torch.stack(values), *each)
 
     def _named(self, part: str, features: Any) -> Tree:
