@@ -1,6 +1,7 @@
 """At the edge between a user's model and the core: what was once computed wrong without a word."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -448,6 +449,45 @@ def test_no_pass_reads_the_buffers_of_another(kind, batch_norm):
         found.append(grads(learner, batch) | {"loss": learner.evaluate(batch).loss})
         assert (learner.few_shot.prefix is not None) is reuse
     assert relative_error(*found) < 1e-12
+
+
+# Precision.
+
+
+class Table(nn.Module):
+    """Its first parameter is frozen and says which inputs it reads."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.order = nn.Parameter(torch.tensor([1, 0], dtype=dtype), requires_grad=False)
+        self.head = nn.Linear(2, WAYS).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs[:, self.order.long()])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16])
+def test_inputs_take_the_precision_of_what_learns(dtype):
+    found = []
+    for first in (dtype, torch.float64):
+        torch.manual_seed(0)
+        learner = il.MetaLearner(Table(first), inner=il.SGD(lr=0.5, steps=2))
+        loss = learner.meta_step(batch_of(4)).loss
+        found.append((loss, learner.model.head.weight.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_inputs_for_a_frozen_body_of_fewer_bits_are_the_models_to_cast():
+    model = nn.Sequential(nn.Linear(4, 6).bfloat16().requires_grad_(False), nn.Linear(6, WAYS))
+    with pytest.raises(ValueError, match=r"let the model cast them"):
+        il.MetaLearner(model, inner=il.SGD(lr=0.5, steps=2)).meta_step(batch_of(4))
+
+
+def test_a_run_has_the_precision_of_what_learns(tmp_path):
+    learner = il.MetaLearner(Table(torch.int64), inner=il.SGD(lr=0.5, steps=1))
+    tasks = il.tasks.arrays(torch.randn(60, 4), torch.arange(60) % 15, ways=WAYS, shots=1, queries=2)
+    il.fit(learner, tasks, steps=1, tasks_per_batch=1, validation_tasks=2, folder=tmp_path, progress=False)
+    assert json.loads((tmp_path / "settings.json").read_text())["precision"] == "float64"
 
 
 # Weights that are computed from others.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.batches import OverTasks, in_order, one_of, weighted
+from innerloop.blocks import leading
 from innerloop.carried import Carried
 from innerloop.choices import choice
 from innerloop.compiled import Compiler
@@ -264,8 +265,8 @@ class Bilevel(nn.Module):
         """Adapt to every task of a batch and add the mean meta-gradient to ``.grad``, as ``backward()`` would.
 
         Args:
-            batch: tasks; moved to the learner's device and precision. A list of tasks may hold tasks of unequal sizes,
-                and is computed one by one.
+            batch: tasks; moved to the learner's device, and to the precision of its first parameter that learns. A list
+                of tasks may hold tasks of unequal sizes, and is computed one by one.
             step_weights: weights of the outer loss after each inner step (the multi-step loss of MAML++); None puts all
                 weight on the last.
             task_ids: what names each task, for ``carry="task"`` alone.
@@ -702,8 +703,7 @@ class Bilevel(nn.Module):
             _warn_of_zeros(self.problem, self.meta_gradient, learnt, stacklevel=4)
 
     def _moved(self, task: Task) -> Task:
-        like = next(self.parameters(), None)
-        return task if like is None else task.to(like.device, like.dtype)
+        return task.to(self._place(), leading(self).dtype)
 
     def _place(self) -> torch.device:
         like = next(self.parameters(), None)

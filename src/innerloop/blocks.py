@@ -64,6 +64,11 @@ def parameter_names(model: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
 
 
+def leading(module: nn.Module) -> nn.Parameter:
+    """The parameter whose precision data take: the first that learns. Others may be whole numbers, or have fewer bits."""
+    return max(module.parameters(), key=lambda each: (each.requires_grad, each.is_floating_point()))
+
+
 def call(module: nn.Module, tree: Tree, inputs: Any, recomputes: bool = False) -> Any:
     """A module as a function of its parameters.
 

@@ -75,4 +75,6 @@ def passed(forward: Callable[[], T], inputs: Any, name: str) -> T:
         cure = "give inputs of the shape that it is made for, or a model for these"
         if "more than 1 value per channel" in why or "more than 1 spatial element" in why:
             cure = "batch norm needs two examples or more in a set, or batch_norm='frozen'"
+        elif "same dtype" in why or "type (" in why:
+            cure = "inputs have the precision of the first parameter that learns; let the model cast them to its own"
         raise BadData(f"{name} cannot take a support set of shape {shapes} ({why}): {cure}") from error

@@ -344,10 +344,6 @@ class MetaLearner(Bilevel):
         support = self._moved(Task(support, ())).support
         return Task(support, support)
 
-    def _moved(self, task: Task) -> Task:
-        like = next(self.model.parameters())
-        return task.to(like.device, like.dtype)
-
     def _what(self) -> str:
         return type(self.model).__name__
 

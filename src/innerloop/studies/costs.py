@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop.blocks import leading
 from innerloop.errors import Failed
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
@@ -101,7 +102,7 @@ def measure_here(settings: dict[str, Any], tasks: str, everything: bool) -> dict
         chosen = replace(chosen, carry="slot")
     few = replace(chosen, inner_steps=min(chosen.inner_steps, 2) or 1)  # one is too few for some solvers
     learner, short = (build_learner(each, **stored["model"]) for each in (chosen, few))
-    place = next(learner.parameters())
+    place = leading(learner)
     batch = Task(**stored["task"]).to(place.device, place.dtype)
     with arithmetic(chosen):
         return _measure(learner, batch, short, chosen, everything)

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from innerloop.adapts import Blocks
 from innerloop.adapts._blocks import blocks_for
-from innerloop.blocks import parameter_names
+from innerloop.blocks import leading, parameter_names
 from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.reporting import (
@@ -325,7 +325,7 @@ def study(
     if tasks.ways is None:
         raise ValueError(f"{tasks.name} is regression; patterns are chosen by accuracy, so they need classes")
     steps = sorted(set(steps))
-    place = next(learner.model.parameters())
+    place = leading(learner)
     batch = tasks.batch("validation", 0, min(count, SUPPORTS)).to(place.device, place.dtype)
     supports = list(zip(*batch.support, strict=True))
     forward = multiply_adds(learner.model, supports[0][0], parts)

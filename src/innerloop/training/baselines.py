@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from innerloop.adapts import head_of
 from innerloop.batch_norm import statistics_from_first
-from innerloop.blocks import call
+from innerloop.blocks import call, leading
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.tasks import nearest_neighbour
@@ -125,7 +125,7 @@ def features(learner: MetaLearner, batch: Task, inductive: bool) -> tuple[Tensor
     """
     model = learner.model
     head = head_of(model)[0]
-    like = next(model.parameters())
+    like = leading(model)
     found = []
     for place in range(len(tree_leaves(batch)[0])):
         task = tree_map(lambda value, place=place: value[place], batch).to(like.device, like.dtype)

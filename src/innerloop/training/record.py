@@ -10,6 +10,7 @@ import torch
 
 from innerloop import pooling
 from innerloop.batch_norm import convert
+from innerloop.blocks import leading
 from innerloop.choices import make, text
 from innerloop.few_shot import cross_entropy, squared_error
 from innerloop.learner import MetaLearner
@@ -32,7 +33,7 @@ def settings_of(learner: MetaLearner, tasks: object, shape: dict[str, Any], **ou
     made = dict(getattr(tasks, "made", None) or {"dataset": PYTHON})
     if not made.keys() <= {each.name for each in fields(Settings)}:
         made = {"dataset": PYTHON}
-    precision = "float64" if next(learner.parameters()).dtype == torch.float64 else "float32"
+    precision = "float64" if leading(learner).dtype == torch.float64 else "float32"
     found = Settings(**made, **outer, model=PYTHON, adapts=PYTHON, precision=precision)
     choices = _choices(learner, found, shape["ways"] is None)
     return found if choices is None else replace(choices, **_model(learner, shape))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from innerloop.bilevel import Bilevel
+from innerloop.blocks import leading
 from innerloop.data_checks import check_finite
 from innerloop.errors import Diverged
 from innerloop.meta_gradient import FirstOrder
@@ -153,7 +154,7 @@ class Session:
         """One outer step; returns the kind of its record, the record, and the flags, averaged over the processes."""
         batch, settings = self.draw()
         buffers = [buffer.clone() for buffer in self.learner.buffers()] if self.skips else []
-        like = next(self.learner.parameters())
+        like = leading(self.learner)
         self.optimizer.zero_grad()
         counts = None
         if self.task_weights is not None:
