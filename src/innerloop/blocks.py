@@ -65,7 +65,7 @@ def parameter_names(model: nn.Module, parts: Iterable[nn.Module]) -> list[str]:
 
 
 def leading(module: nn.Module) -> nn.Parameter:
-    """The parameter whose precision data take: the first that learns. Others may be whole numbers, or have fewer bits."""
+    """The parameter whose precision data take: the first that learns. Others may be frozen indices."""
     return max(module.parameters(), key=lambda each: (each.requires_grad, each.is_floating_point()))
 
 

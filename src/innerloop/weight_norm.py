@@ -1,6 +1,6 @@
 """Weight norm by its formula: torch's own kernel has a wrong second derivative, which holds the norms constant.
 
-    weight  =  g * v / |v|
+weight  =  g * v / |v|
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ def to_torch(model: nn.Module) -> None:
     """Undo `convert`."""
     for module in model.modules():
         if type(module) is Formula:
-            module.__class__ = _WeightNorm
+            module.__class__ = _WeightNorm  # type: ignore[assignment]
