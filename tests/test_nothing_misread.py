@@ -510,7 +510,7 @@ def slope(learner: il.MetaLearner, batch: il.Task, way: dict[str, Tensor], width
     for move in (width, -2 * width):
         with torch.no_grad():
             for name, parameter in learner.named_parameters():
-                parameter += move * way[name]
+                parameter.add_(move * way[name])
         losses.append(learner.evaluate(batch).loss.mean())
     return (losses[0] - losses[1]) / (2 * width)
 
@@ -843,6 +843,14 @@ def test_names_of_meta_parameters_are_kept():
         (
             lambda: il.MetaLearner(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)))),
             r"0 has WeightNorm as a hook.*or weight_norm",
+        ),
+        (
+            lambda: il.MetaLearner(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 3))),
+            r"0 has max_norm=1\.0, .*leave max_norm out",
+        ),
+        (
+            lambda: il.MetaLearner(nn.Sequential(nn.EmbeddingBag(5, 4, max_norm=2.0), nn.Linear(4, 3))),
+            r"0 has max_norm=2\.0, .*leave max_norm out",
         ),
     ],
 )

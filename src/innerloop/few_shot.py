@@ -471,6 +471,11 @@ def refuse_misread(model: nn.Module, loss: Any) -> None:
     if isinstance(loss, nn.Module) and any(id(parameter) in own for parameter in loss.parameters()):
         raise ValueError("the loss holds parameters of the model, and a learner copies both: pass them by the output")
     for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"{name} has max_norm={module.max_norm}, by which a forward pass overwrites the weights: leave "
+                "max_norm out, and shorten its rows after optimizer.step() or in the forward pass"
+            )
         for hook in module._forward_pre_hooks.values():
             if type(hook).__name__ in ("SpectralNorm", "WeightNorm"):
                 raise ValueError(
