@@ -280,12 +280,12 @@ def test_warm_starts_go_by_key():
     carried.store(["a", "b"], [end(1.0, 5), end(2.0, 5)])
     carried.store(["b"], [end(3.0, 10)])
     # a task not seen before begins cold, even in the place of one that was
-    found, unseen, other = carried.gather(["b", "c", "a"], torch.zeros((), device=place))
+    found, unseen, other = carried.gather(["b", "c", "a"], place)
     torch.testing.assert_close([found, other], [end(3.0, 10), end(1.0, 5)])
     assert unseen is None
     loaded = Carried()
     loaded.load_state_dict(carried.state_dict())
-    torch.testing.assert_close(loaded.gather(["b", "a"], torch.zeros(())), [end(3.0, 10), end(1.0, 5)])
+    torch.testing.assert_close(loaded.gather(["b", "a"], place), [end(3.0, 10), end(1.0, 5)])
 
 
 def test_a_learner_resumes_tasks_by_place_or_by_name():
@@ -345,7 +345,7 @@ def test_some_tasks_are_taken_up_and_others_begin():
     inner = il.SGD(lr=0.2, steps=2, weight_decay=0.2)
     learner = head_learner(network, inner, MemoryReduced(CG(1)), carry="task")
     learner.meta_step(batch, task_ids=["a", "b"])
-    left = learner.carried.gather(["a"], torch.zeros((), dtype=torch.float64))
+    left = learner.carried.gather(["a"], torch.device("cpu"))
     learner.zero_grad()
     swapped = torch.utils._pytree.tree_map(lambda value: value.flip(0), batch)
     learner.meta_step(swapped, task_ids=["new", "a"])

@@ -285,7 +285,7 @@ def test_carried_slots_and_tasks():
     slots.zero_grad()
     assert slots.meta_step(batch).loss == again.meta_step(batch).loss
     again.carried.forget(0, 2)
-    assert [start is None for start in again.carried.gather([0, 1, 2], torch.zeros(()))] == [True, False, True]
+    assert [start is None for start in again.carried.gather([0, 1, 2], torch.device("cpu"))] == [True, False, True]
     again.carried.forget()
     assert not again.carried.state_dict()
     with pytest.raises(ValueError, match=r"task_ids are needed here"):
@@ -525,6 +525,24 @@ def test_weights_of_tasks_that_are_numbers_keep_their_precision():
     learner = il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=1))
     metrics = learner.meta_step(batch, task_weights=[0.1, 0.9])
     torch.testing.assert_close(metrics.loss, 0.1 * metrics.losses[0] + 0.9 * metrics.losses[1], rtol=1e-14, atol=0.0)
+
+
+def test_what_is_carried_keeps_its_precision():
+    problem = il.Problem(
+        lambda meta: {"w": torch.zeros(3).double()},
+        lambda params, meta, batch: meta["rate"].exp() * (params["w"] - batch).square().sum(),
+        lambda params, meta, batch: (params["w"] - batch).square().sum(),
+    )
+    task = il.Task(torch.full((3,), 1 / 3), torch.full((3,), 1 / 3))
+    slot, by_hand = (
+        il.Bilevel(problem, {"rate": torch.zeros(())}, il.Momentum(lr=0.1, steps=2), carry=carry)
+        for carry in ("slot", "none")
+    )
+    end = None
+    for _ in range(3):
+        end, kept = by_hand.meta_step(task, begin=end).end, slot.meta_step(task).end
+    assert kept.params["w"].dtype == torch.float64
+    assert torch.equal(kept.params["w"], end.params["w"])
 
 
 # Minibatches.

@@ -671,7 +671,7 @@ class Bilevel(nn.Module):
             return list(given), keys
         if self.carry == "none":
             return [None] * count, keys
-        return self.carried.gather(keys, next(self.parameters())), keys
+        return self.carried.gather(keys, self._place()), keys
 
     def _ends(self, found: list[tuple[list[int], Any, Any]], starts: Sequence[End | None], count: int) -> list[End]:
         ends: list[End] = [None] * count  # type: ignore[list-item]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from innerloop.meta_gradient import finite
@@ -22,13 +23,9 @@ class Carried:
     def __init__(self) -> None:
         self._left: dict[Hashable, End] = {}
 
-    def gather(self, keys: Sequence[Hashable], like: Tensor) -> list[End | None]:
-        """Where the tasks were left, in the place and precision of a tensor; None for a key not seen."""
-
-        def moved(value: Tensor) -> Tensor:
-            return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-        return map_tensors(moved, [self._left.get(key) for key in keys])
+    def gather(self, keys: Sequence[Hashable], place: torch.device) -> list[End | None]:
+        """Where the tasks were left, moved to a device; None for a key not seen."""
+        return map_tensors(lambda value: value.to(place), [self._left.get(key) for key in keys])
 
     def forget(self, *keys: Hashable) -> None:
         """Let the tasks of these keys begin at the start again; without keys all of them."""
