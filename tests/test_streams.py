@@ -619,6 +619,15 @@ def test_a_support_set_smaller_than_a_minibatch_is_seen_whole():
     assert minibatches(il.SGD(lr=0.1, steps=3, minibatch=4), examples(6), [1, 2], 0).shape == (2, 0, 4)
 
 
+@pytest.mark.parametrize(
+    "support",
+    [{"prior": torch.zeros(3), "x": torch.zeros(20)}, (torch.zeros(6), torch.tensor(1.0)), torch.tensor(1.0), ()],
+)
+def test_minibatches_of_what_holds_more_than_examples_are_refused(support):
+    with pytest.raises(ValueError, match=r"minibatch= draws examples, .* needs them in the first dimension"):
+        minibatches(il.SGD(lr=0.1, steps=3, minibatch=2), support, [1], 3)
+
+
 def test_minibatches_of_streams_are_refused():
     with pytest.raises(ValueError, match=r"minibatch= draws from one support set"):
         il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=STEPS, minibatch=2)).meta_step(stream())

@@ -194,11 +194,17 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
         first: the first step's number, which changes the draw.
 
     Raises:
-        ValueError: the support set is a stream.
+        ValueError: the support set is a stream, or holds more than examples.
     """
     if isinstance(support, Steps):
         raise ValueError("minibatch= draws from one support set, and Steps is a batch for every step: leave one out")
-    examples = len(tree_leaves(support)[0])
+    sizes = sorted({len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in tree_leaves(support)})
+    if len(sizes) != 1 or sizes == [0]:
+        raise ValueError(
+            "minibatch= draws examples, and needs them in the first dimension of every tensor of the support set, but "
+            f"those have {sizes}: let the losses read all else from outside, or give batches by Steps and no minibatch="
+        )
+    (examples,) = sizes
     size = min(solver.minibatch or 0, examples)
     drawn = []
     for seed in seeds:
