@@ -256,6 +256,19 @@ def test_transparent_is_white(tmp_path: Path) -> None:
 def test_sixteen_bits_keep_their_range(tmp_path: Path) -> None:
     Image.fromarray(np.full((6, 6), 0x8055, np.uint16)).save(tmp_path / "deep.png")
     assert (decode((tmp_path / "deep.png").read_bytes(), 6, 1) == 0x80).all()
+    for most, value in ((0xFFFF, 0x8055), (1000, 502)):
+        deep = f"P5\n6 6\n{most}\n".encode() + np.full(36, value, ">u2").tobytes()
+        assert (decode(deep, 6, 1) == 0x80).all()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_have_no_white_and_are_refused(birds: Path, kind: type) -> None:
+    file = birds / "heron" / "deep.tif"
+    Image.fromarray(np.full((6, 6), 100, kind)).save(file)
+    with pytest.raises(
+        ValueError, match=rf"^cannot read the image {re.escape(str(file))} \([^\n]*save it with 8 or 16"
+    ):
+        il.tasks.folder(birds, ways=2, queries=3, size=8)
 
 
 def test_large_photographs_are_not_distorted_by_the_fast_path(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 LARGEST = 84  # pixels a side that images are left at most, unless a size is asked for: those of miniImageNet
 MEASURED = 200  # images that are looked at to find the usual size
-DECODING = 2
+DECODING = 3
 """Version of `decode`; to be raised by any change that alters an image, since it names the cached file."""
 
 # Those that Pillow reads by itself. Of the others EPS, for one, starts Ghostscript on whatever the file says.
@@ -80,19 +80,28 @@ def upright(content: bytes, size: int) -> Image.Image:
 
     with open_image(content) as file:
         file.draft(None, (4 * size, 4 * size))
-        return plain(ImageOps.exif_transpose(file))
+        image = ImageOps.exif_transpose(file)
+        if file.format == "PPM" and image.mode == "I":  # 16 bits, to Pillow of 32
+            image = image.convert("I;16")
+        return plain(image)
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """A Pillow image in grey or RGB, on white where it is transparent."""
+    """A Pillow image in grey or RGB, on white where it is transparent.
+
+    Raises:
+        ValueError: it has 32 bits a channel, which convert() would clip at 255.
+    """
     from PIL import Image
 
+    if image.mode in ("I", "F"):
+        raise ValueError("nothing says which of its 32-bit values is white; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if image.mode in ("1", "L", "I", "F") else "RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def pixels_of(image: Image.Image, size: int, channels: int, crop: bool = True) -> Pixels:
