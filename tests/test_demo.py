@@ -27,6 +27,7 @@ from innerloop.studies.demo import (
     verdict,
     write_specimens,
 )
+from innerloop.tasks._pictures import upright
 from innerloop.training.adaptation import read_images
 from innerloop.training.baselines import MEAN, PIXELS, PROBE
 from innerloop.training.export import Portable
@@ -215,14 +216,15 @@ def test_adapt_takes_a_shipped_run_and_exports(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("innerloop.training.export._write", lambda path, program, metadata: path.write_text(metadata))
-    monkeypatch.setattr("innerloop.training.export._fresh", lambda program, images: fresh(images))
+    monkeypatch.setattr("innerloop.training.export._fresh", lambda program, files: fresh(files))
     photograph(tmp_path / "things")
 
-    def fresh(images: list[np.ndarray]) -> list[np.ndarray]:
+    def fresh(files: list[Path]) -> list[np.ndarray]:
         model, notes = il.load_adapted(tmp_path / "adapted")
         program = Portable(model, notes["input_shape"], notes["invert"])
         with torch.no_grad():
-            return [program(torch.tensor(each)).numpy() for each in images]
+            images = [torch.tensor(np.array(upright(file.read_bytes(), 32).convert("RGB")))[None] for file in files]
+            return [program(each).numpy() for each in (*images, images[0].repeat(3, 1, 1, 1))]
 
     asked = ["adapt", "shipped:photos", "--support", "things", "--query", "things"]
     main([*asked, "--export", "pt2"])

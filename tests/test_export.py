@@ -73,12 +73,16 @@ def test_the_file_runs_by_itself_and_says_what_it_needs(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert capfd.readouterr().err == ""
 
-    # the page's own lines, on one of the images
+    # the page's own lines, on one of the images and on files that need more than decoding
     Image.open(files[2]).save(tmp_path / "out" / "new.jpg", quality=95)
     monkeypatch.chdir(path.parent)
     names: dict = {}
     exec(usage(path.name), names)
     assert names["notes"]["classes"] == ["a", "b", "c"]
+    (tmp_path / "deep.pgm").write_bytes(b"P5\n6 4\n65535\n" + np.arange(0, 48000, 2000).astype(">u2").tobytes())
+    odd = [paint(tmp_path / f"{mode}.png", (20, 10), mode) for mode in ("L", "LA", "P", "RGBA", "1")]
+    for file in (*module._odd_images(tmp_path, 16), tmp_path / "deep.pgm", *odd):
+        assert np.array_equal(names["read"](file), decoded(file, 16)), file
     assert {"input", "decoding", "output"} <= names["notes"].keys()
     batch = torch.cat([decoded(files[2], 16)] * 3)
     found = torch.from_numpy(names["run"](batch.numpy()))
@@ -103,7 +107,7 @@ def test_a_file_that_differs_or_cannot_be_made_is_not_left(tmp_path: Path, monke
         export(out / "a.pt2", Branches(), notes, [file])
     # as if the program had given other numbers, or had died
     monkeypatch.setattr(module, "_write", lambda path, program, metadata: path.write_bytes(b"no program"))
-    monkeypatch.setattr(module, "_fresh", lambda program, images: [np.full((len(each), 3), 9.0) for each in images])
+    monkeypatch.setattr(module, "_fresh", lambda program, files: [np.full((1, 3), 9.0)] * (len(files) + 1))
     with pytest.raises(Failed, match=r"^the exported model differs by \d"):
         export(out / "a.pt2", adapted(1), notes, [file])
     monkeypatch.undo()
@@ -117,7 +121,38 @@ def test_a_file_that_differs_or_cannot_be_made_is_not_left(tmp_path: Path, monke
 def test_the_check_runs_where_innerloop_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHECK", module.CHECK.replace("import numpy as np\n", "import innerloop\n"))
     with pytest.raises(Failed, match="import of innerloop halted"):
-        module._fresh(tmp_path / "a.pt2", [np.zeros(1)])
+        module._fresh(tmp_path / "a.pt2", [])
+
+
+@pytest.mark.parametrize("forgotten", ["", "ImageOps.exif_transpose", " >> 8", "image.has_transparency_data"])
+def test_the_check_notices_a_step_of_decoding_that_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    class Upper(nn.Module):
+        """The mean of the upper half, as `run` below has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:, :, :8].mean((1, 2, 3))[:, None] * self.weight
+
+    run = """
+def run(images):
+    top, left = (images.shape[1] - 16) // 2, (images.shape[2] - 16) // 2
+    return images[:, top : top + 8, left : left + 16].mean((1, 2, 3))[:, None] / 255
+"""
+    monkeypatch.setattr(module, "RUN", {".pt2": run})
+    monkeypatch.setattr(module, "_write", lambda path, program, metadata: path.write_text(""))
+    monkeypatch.setattr(module, "CHECK", module.CHECK.replace(forgotten, "False" if "has" in forgotten else ""))
+    notes = {"classes": ["a"], "input_shape": [3, 16, 16], "invert": False}
+    asked = (tmp_path / "a.pt2", Upper(), notes, [paint(tmp_path / "x.png", (16, 16))])
+    if forgotten:
+        with pytest.raises(Failed, match="the exported model differs"):
+            export(*asked)
+    else:
+        export(*asked)
 
 
 def test_a_format_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

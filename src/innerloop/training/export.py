@@ -34,7 +34,8 @@ LUMA = 19595, 38470, 7471  # of red, green and blue in 65536 parts, as Pillow ha
 
 CONTRACT = {
     "input": "images: uint8 [images, height, width, 3], red green blue, of any size; the images of one call are of one",
-    "decoding": "turn the image as its EXIF data says, put it on white where it is transparent, convert it to RGB",
+    "decoding": "turn the image as its EXIF data says, keep the upper 8 of 16 bits, put it on white where it is "
+    "transparent, convert it to RGB",
     "output": "scores: float [images, classes], as the adapted model gives them; their softmax are probabilities",
 }
 
@@ -54,20 +55,29 @@ notes = json.loads(model.get_modelmeta().custom_metadata_map["{METADATA}"])
 run = lambda images: model.run(None, {{"images": images}})[0]
 """,
 }
-# On one image; and on arrays where innerloop is refused, as on a machine without it.
-USE = """import json
+# How it is used on an image file.
+LOAD = """import json
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 RUN
-image = np.array(Image.open("new.jpg").convert("RGB"))
-print(notes["classes"][run(image[None])[0].argmax()])"""
-CHECK = """
-import json, sys
+def read(file):
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))[None]
+
+"""
+USE = LOAD + 'print(notes["classes"][run(read("new.jpg"))[0].argmax()])'
+# The same where innerloop is refused, as on a machine without it: each file by itself, then the first three times.
+CHECK = f"""
+import sys
 sys.modules["innerloop"] = None  # an import of it fails
-import numpy as np
-RUN
-with np.load("asked.npz") as images:
-    np.savez("given.npz", **{name: run(images[name]) for name in images})
+{LOAD}
+images = [read(file) for file in sys.argv[1:]]
+np.savez("given.npz", *map(run, [*images, images[0].repeat(3, 0)]))
 """
 
 
@@ -160,12 +170,14 @@ def export(path: Path, model: nn.Module, notes: dict[str, Any], files: Sequence[
         except Exception as error:  # torch.export raises nearly anything at a model that it cannot trace
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise Failed(f"torch cannot export this model ({reason}); use il.load_adapted on its folder") from error
-        asked = [np.asarray(upright(file.read_bytes(), shape[-1]).convert("RGB"))[None] for file in files]
+        odd = _odd_images(Path(folder), shape[-1])
+        asked = [Path(folder, f"{number}.png") for number in range(len(files))]
+        for file, place in zip(files, asked, strict=True):
+            upright(file.read_bytes(), shape[-1]).save(place)  # which shrinks a JPEG of many megapixels
         like = next(model.parameters())
-        wanted = [model(read_images([file], shape, invert).to(like.dtype)).numpy() for file in files]
-        asked.append(asked[0].repeat(3, 0))
+        wanted = [model(read_images([file], shape, invert).to(like.dtype)).numpy() for file in (*files, *odd)]
         wanted.append(wanted[0].repeat(3, 0))
-        found = _fresh(made, asked)
+        found = _fresh(made, [*asked, *odd])
         apart = max(np.abs(mine - theirs).max() for mine, theirs in zip(wanted, found, strict=True))
         apart /= max(1.0, *(np.abs(each).max() for each in wanted))
         if not apart <= TOLERANCE:
@@ -188,10 +200,23 @@ def _write(path: Path, program: Portable, metadata: str) -> None:
     onnx.save(path, external_data=False)
 
 
-def _fresh(program: Path, images: Sequence[Any]) -> list[Any]:
-    """What the program gives for arrays of images, in a process where innerloop cannot be imported."""
-    np.savez(program.with_name("asked.npz"), *images)
-    command = [sys.executable, "-W", "ignore", "-c", _filled(CHECK, program.name)]
+def _odd_images(folder: Path, size: int) -> list[Path]:
+    """A photograph that lies on its side, a picture that is transparent in places, and one of 16 bits."""
+    from PIL import ExifTags, Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (size, 2 * size, 4), np.uint8)
+    turned, clear, deep = files = [folder / name for name in ("turned.jpg", "clear.png", "deep.png")]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(noise[..., :3]).save(turned, exif=exif)
+    Image.fromarray(noise).save(clear)
+    Image.fromarray(noise.view(np.uint16)[..., 0]).save(deep)
+    return files
+
+
+def _fresh(program: Path, files: Sequence[Path]) -> list[Any]:
+    """What the program gives for image files beside it, in a process where innerloop cannot be imported."""
+    command = [sys.executable, "-W", "ignore", "-c", _filled(CHECK, program.name), *(file.name for file in files)]
     done = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failed(f"the exported file does not run by itself: {(done.stderr.splitlines() or ['it died'])[-1]}")
