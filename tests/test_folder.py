@@ -1,6 +1,7 @@
 """The user's own images: any format and size, three ways to split them, and clear words about what is wrong."""
 
 import hashlib
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -189,6 +190,20 @@ def test_decoded_once_and_again_when_a_file_changes(birds: Path, cache: Path, mo
     assert not torch.equal(images(), first)
     il.tasks.folder(birds, ways=2, queries=3, size=9)
     assert len(list(cache.iterdir())) == 3
+
+
+def test_folders_of_the_same_names_sizes_and_times_are_kept_apart(tmp_path: Path) -> None:
+    def images(folder: str, seed: int) -> torch.Tensor:
+        for number in range(4):
+            file = tmp_path / folder / "ab"[number % 2] / f"{number}.bmp"
+            paint(file, seed + number)
+            os.utime(file, (0, 0))
+        return il.tasks.folder(tmp_path / folder, ways=2, queries=1, size=8, split="1,0,0").image_set.images
+
+    first = images("one", 0)
+    assert not torch.equal(images("two", 10), first)
+    if os.name == "posix":  # painted over; elsewhere nothing tells when a file was changed
+        assert not torch.equal(images("one", 10), first)
 
 
 def test_a_damaged_cache_is_made_again(birds: Path, cache: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from innerloop.tasks._cache import Arrays, cached_arrays
 
-Stamp = tuple[int, int]
+Stamp = tuple[int, ...]
 MOST_BYTES = 2**28  # bytes that one image or list may take, 256 MiB
 MOST_ARRAYS = 2**33  # bytes that the arrays of an npz may take together, 8 GiB
 MOST_UNPACKED = 2**40  # bytes that all files of an archive may take unpacked, 1 TiB
@@ -37,8 +37,10 @@ class Files:
 
     Attributes:
         root: the folder or archive.
-        stamps: of each file, by its path below the root, the size and the time (in a zip, the checksum): what differs
+        stamps: of each file, by its path below the root, the size and the times (in a zip, the checksum): what differs
             when the file does. Sorted by path.
+        place: where the root is, and the stamp of a tar. With the stamps it names the content in the cache. None of a
+            zip, whose checksums do so wherever it is.
 
     Raises:
         FileNotFoundError: there is no such folder or archive.
@@ -47,6 +49,7 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.place: tuple[str, Stamp] | None = _place(root)
         if root.is_dir():
             stamps = _list_folder(root)
         elif not root.exists():
@@ -54,10 +57,10 @@ class Files:
         elif not root.is_file():
             raise ValueError(f"{root} is neither a folder nor a regular file; name a folder or an archive")
         elif _is_zip(root):
-            stamps = _list_zip(root)
+            stamps, self.place = _list_zip(root), None
         else:
             stamps = _list_tar(root)
-        if sum(size for size, _ in stamps.values()) > MOST_UNPACKED:
+        if sum(stamp[0] for stamp in stamps.values()) > MOST_UNPACKED:
             raise ValueError(f"{root} declares more than {MOST_UNPACKED >> 40} TiB of files; give fewer")
         stamps = {name: stamp for name, stamp in sorted(stamps.items()) if not _hidden(name)}
         tops = {name.partition("/")[0] + "/" for name in stamps}
@@ -156,10 +159,19 @@ def _list_folder(root: Path) -> dict[str, Stamp]:
             if not regular(file):
                 skipped.append(str(file))
                 continue
-            status = file.stat()
-            stamps[file.relative_to(root).as_posix()] = (status.st_size, status.st_mtime_ns)
+            stamps[file.relative_to(root).as_posix()] = _stamp(file)
     warn_of_skipped(root, skipped)
     return stamps
+
+
+def _stamp(file: Path) -> Stamp:
+    """The time of modification can be set, and a copy may have that of its original; that of change cannot."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _place(root: Path) -> tuple[str, Stamp]:
+    return str(root.resolve()), _stamp(root) if root.is_file() else ()
 
 
 def regular(file: Path) -> bool:
@@ -203,8 +215,7 @@ def _list_tar(root: Path) -> dict[str, Stamp]:
         stamps = np.array([(item.size, int(item.mtime)) for item in items], np.int64)
         return {"names": np.array([item.name.removeprefix("./") for item in items], str), "stamps": stamps}
 
-    status = root.stat()
-    key = hashlib.sha256(repr((root.resolve(), status.st_size, status.st_mtime_ns)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(_place(root)).encode()).hexdigest()[:16]
     listed = cached_arrays(f"listing-{key}.npz", make)
     return {str(name): (int(size), int(time)) for name, (size, time) in zip(*listed.values(), strict=True)}
 

@@ -91,7 +91,7 @@ def image_set(
         return ((rows[image], pixels) for image, pixels in _decode_all(files, rows, size, channels, crop))
 
     stamps = [(image, files.stamps[image]) for image in rows]
-    key = hashlib.sha256(repr((DECODING, stamps, size, channels, crop)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((DECODING, files.place, stamps, size, channels, crop)).encode()).hexdigest()[:16]
     images = _cached_pixels(f"{name}-{key}.pixels", (len(rows), channels, size, size), decoded)
     index = {label: position for position, label in enumerate(classes)}
     splits = {split: tuple(index[label] for label in sorted(members)) for split, members in layout.items()}

@@ -135,7 +135,7 @@ def _load(data: str | PathLike[str] | None) -> Arrays:
     if found.keys() != ARCHIVES.keys():
         raise FileNotFoundError(f"found no Omniglot at {root}; {LAYOUT}")
     parts = [Files(found[name]) for name in ARCHIVES]
-    key = hashlib.sha256(repr([part.stamps for part in parts]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr([(part.place, part.stamps) for part in parts]).encode()).hexdigest()[:16]
     return cached_arrays(f"omniglot28-{key}.npz", lambda: _shrink_all(parts))
 
 
