@@ -57,6 +57,18 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return error
 
 
+def test_classes_and_images_are_those_that_training_would_find(tmp_path: Path) -> None:
+    things = photograph(tmp_path / "things", 2)
+    for place in (".thumbnails", "__MACOSX/red", "red/.thumbnails"):
+        shutil.copytree(things / "green", things / place)
+    shutil.copytree(things / "green", things / "red" / "2026" / "may")
+    shutil.copytree(things / "green", things / "red-dish")
+    Image.new("RGB", (9, 9)).save(things / "cover.png")
+    found, tasks = gather(things), il.tasks.folder(things, ways=2, queries=1, size=8, split="1,0,0").image_set
+    assert found.classes == list(tasks.classes)
+    assert found.labels.bincount().tolist() == list(tasks.counts) == [2, 2, 4, 2]
+
+
 def test_a_third_of_each_class_is_held_out() -> None:
     labels = torch.tensor([0] * 2 + [1] * 3 + [2] * 7 + [3] * 20)
     for seed in range(5):

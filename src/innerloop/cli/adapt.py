@@ -19,7 +19,7 @@ from innerloop.reporting import provenance
 from innerloop.studies.demo import gather
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.tasks._files import regular
-from innerloop.training.adaptation import class_folders, images_in, inverts, predict, read_images, save_adapted
+from innerloop.training.adaptation import inverts, labelled_images, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
 from innerloop.training.export import FORMATS, check_format, export
 from innerloop.training.runs import is_shipped, load_learner, read_run, run_folder, shipped_runs
@@ -140,8 +140,7 @@ def _query(paths: list[Path]) -> list[tuple[Path, str | None]]:
     found: list[tuple[Path, str | None]] = []
     for path in paths:
         if path.is_dir():
-            found += [(file, None) for file in images_in(path)]
-            found += [(file, label) for label, files in class_folders(path).items() for file in files]
+            found += labelled_images(path)
         elif regular(path):
             found.append((path, None))
         elif path.exists():

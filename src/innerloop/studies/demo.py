@@ -16,7 +16,7 @@ from innerloop.reporting import Bars, Box, Code, Facts, Gallery, Heading, Part, 
 from innerloop.tasks import nearest_neighbour
 from innerloop.tasks._glyphs import specimens
 from innerloop.tasks._pictures import upright
-from innerloop.training.adaptation import class_folders, predict, read_images
+from innerloop.training.adaptation import labelled_images, predict, read_images
 from innerloop.training.baselines import PIXELS, RECIPES, features
 
 LETTERS = "აბგⴳⴷ"  # of scripts that no shipped run was trained on
@@ -57,7 +57,10 @@ def gather(folder: Path, least: int = 1) -> Photographs:
         FileNotFoundError: no such folder.
         ValueError: fewer than two classes, or a class with fewer photographs than the least number asked for.
     """
-    found = class_folders(folder)
+    found: dict[str, list[Path]] = {}
+    for file, label in labelled_images(folder):
+        if label is not None:
+            found.setdefault(label, []).append(file)
     if len(found) < 2:
         raise ValueError(
             f"{folder} has {len(found)} sub-folders with images; give each of 2 or more things a sub-folder of its own"

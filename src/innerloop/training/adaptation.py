@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.reporting import write_json
-from innerloop.tasks._files import read_bytes, regular, warn_of_skipped
+from innerloop.tasks._files import Files, read_bytes
 from innerloop.tasks._pictures import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
@@ -26,23 +26,16 @@ from innerloop.training.settings import Settings
 WEIGHTS, NOTES = "adapted.safetensors", "adapted.json"
 
 
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each sub-folder that holds any, by the sub-folder's name, sorted.
+def labelled_images(folder: Path) -> list[tuple[Path, str | None]]:
+    """The image files below a folder, as training lists them: each with the sub-folder that it is in, or None.
 
     Raises:
         FileNotFoundError: no such folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder")
-    found = {entry.name: images_in(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
-    return {name: files for name, files in found.items() if files}
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted; hidden ones are left out, and with a warning unreadable ones."""
-    named = [file for file in folder.iterdir() if is_image(file.name) and file.name[0] != "." and not file.is_dir()]
-    warn_of_skipped(folder, [str(file) for file in named if not regular(file)])
-    return sorted(filter(regular, named))
+    names = [Path(name) for name in Files(folder).stamps if is_image(name)]
+    return [(folder / name, name.parts[0] if len(name.parts) > 1 else None) for name in sorted(names)]
 
 
 def read_images(files: Sequence[Path], shape: Sequence[int], invert: bool | None) -> Tensor:
