@@ -47,10 +47,10 @@ def photograph(folder: Path, images: int = 6) -> Path:
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
     with pytest.raises(SystemExit) as caught:
         main(argv)
-    assert caught.value.code == 2
+    assert caught.value.code == code
     error = capsys.readouterr().err
     assert error.startswith("innerloop: ")
     assert error.count("\n") == 1
@@ -185,6 +185,30 @@ def test_without_photographs_letters_are_drawn(tmp_path: Path, capsys: pytest.Ca
     assert "15 were held out" in (tmp_path / "out" / "demo.html").read_text("utf-8")
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def fill(path: Path, content: bytes) -> None:
+        path.touch()
+        full()
+
+    things = str(photograph(tmp_path / "things", 2))
+    adapt = ["adapt", "shipped:photos", "--support", things, "--query", things, "--out", str(tmp_path / "out")]
+    demo = ["demo", things, "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        for asked in (adapt, demo):
+            assert "out cannot be written (No space left on device)" in refused(capsys, *asked)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr("innerloop.cli.adapt.write", full)  # full by the time of the results
+    monkeypatch.setattr(command, "export", full)
+    assert "could not be written: [Errno 28] No space left" in refused(capsys, *adapt, code=1)
+    assert "could not be written: [Errno 28] No space left" in refused(capsys, *demo, code=1)
+
+
 @pytest.mark.usefixtures("no_export")
 def test_what_will_not_do_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -242,6 +266,11 @@ def test_adapt_takes_a_shipped_run_and_exports(
     main([*asked, "--export", "pt2"])
     assert "exported, and checked without innerloop: adapted/adapted.pt2" in capsys.readouterr().out
     assert json.loads((tmp_path / "adapted" / "adapted.pt2").read_text())["classes"] == sorted(COLOURS)
+    (tmp_path / "adapted" / "adapted.onnx").write_text("older still")
+    main(asked)
+    assert {file.name for file in (tmp_path / "adapted").iterdir()} == {
+        "predictions.csv", "adapted.safetensors", "adapted.json"
+    }  # fmt: skip
     assert "leave --transductive or --export out" in refused(capsys, *asked, "--export", "pt2", "--transductive")
     monkeypatch.setattr("innerloop.training.export.find_spec", lambda name: None)
     assert "pip install 'innerloop[onnx]'" in refused(capsys, *asked, "--export", "onnx")

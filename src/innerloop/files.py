@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,8 +69,10 @@ def check_writable(folder: Path) -> None:
     trial = folder / f"trial.{os.getpid()}{PARTIAL}"
     try:
         trial.write_bytes(b"0")
-        trial.unlink()
     except OSError as error:
         raise OSError(
             f"{folder} cannot be written ({error.strerror}), and the results go there: make it writable, or copy it"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()

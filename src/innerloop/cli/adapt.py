@@ -12,16 +12,16 @@ import io
 from pathlib import Path
 
 from innerloop.choices import check_name
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import UsageError
-from innerloop.files import write
+from innerloop.files import check_writable, write
 from innerloop.reporting import provenance
 from innerloop.studies.demo import gather
 from innerloop.studies.patterns import read_choice, with_pattern
 from innerloop.tasks._files import regular
 from innerloop.training.adaptation import inverts, labelled_images, predict, read_images, save_adapted
 from innerloop.training.build import arithmetic
-from innerloop.training.export import FORMATS, check_format, export
+from innerloop.training.export import FORMATS, check_format, export, remove_exported
 from innerloop.training.runs import is_shipped, load_learner, read_run, run_folder, shipped_runs
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # how cells begin that spreadsheets compute
@@ -97,12 +97,13 @@ def run(arguments: argparse.Namespace) -> None:
         invert = inverts(settings, arguments.invert)
         inputs = read_images(support.files, trained["input_shape"], invert)
         queries = read_images([file for file, _ in query], trained["input_shape"], invert)
-        with arithmetic(settings):
-            model = learner.adapt(inputs, support.labels, inductive=not arguments.transductive)
         out = arguments.out or (Path() if is_shipped(arguments.run) else arguments.run) / "adapted"
         if out.is_symlink() and arguments.out is None:
             raise UsageError(f"{out} is a link to another place; remove it, or name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
+        with arithmetic(settings):
+            model = learner.adapt(inputs, support.labels, inductive=not arguments.transductive)
 
     with arithmetic(settings):
         probabilities = predict(model, queries, together=arguments.transductive)
@@ -117,10 +118,12 @@ def run(arguments: argparse.Namespace) -> None:
         "predictions": protocol,
         **provenance(),
     }
-    save_adapted(out, model, settings, notes)
     predictions = out / "predictions.csv"
     guesses = [names[label] for label in probabilities.argmax(-1).tolist()]
-    _write_csv(predictions, query, names, probabilities.tolist())
+    with writing_results("the predictions and the model"):
+        _write_csv(predictions, query, names, probabilities.tolist())
+        remove_exported(out)
+        save_adapted(out, model, settings, notes)
 
     print(
         f"adapted to {len(names)} classes, {len(support.files)} images, in {notes['adaptation_steps']} steps of "
@@ -131,7 +134,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"accuracy: {sum(known) / len(known):.1%} ({sum(known)} of {len(known)}, {protocol})")
     if arguments.export is not None:
         exported = out / f"adapted.{arguments.export}"
-        export(exported, model, notes, support.files[:4])
+        with writing_results("the exported model"):
+            export(exported, model, notes, support.files[:4])
         print(f"exported, and checked without innerloop: {exported}")
 
 

@@ -24,12 +24,12 @@ def usage_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing_results() -> Iterator[None]:
-    """Where the numbers are printed already: turn a file that cannot be written into one line."""
+def writing_results(what: str = "the results are printed above but") -> Iterator[None]:
+    """Turn a file that cannot be written into one line, by default where the numbers are printed already."""
     try:
         yield
     except OSError as error:
-        raise Failed(f"the results are printed above but could not be written: {error}") from error
+        raise Failed(f"{what} could not be written: {error}") from error
 
 
 def add_settings(

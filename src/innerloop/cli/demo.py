@@ -11,13 +11,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from innerloop.cli.arguments import add_settings, given_settings, usage_errors
+from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import UsageError
+from innerloop.files import check_writable
 from innerloop.reporting import write
 from innerloop.studies.demo import are_drawings, gather, page, try_out, verdict, write_specimens
 from innerloop.training.adaptation import inverts, read_images
 from innerloop.training.build import arithmetic
-from innerloop.training.export import FORMATS, check_format, export, usage
+from innerloop.training.export import FORMATS, check_format, export, remove_exported, usage
 from innerloop.training.runs import load_learner, read_run, run_folder, shipped_runs
 
 USAGE = "[FOLDER] [options]"
@@ -61,19 +62,22 @@ def run(arguments: argparse.Namespace) -> None:
                 raise UsageError(f"--run {start} was not trained on images; name a run that was")
             images = read_images(photographs.files, shape, invert)
             arguments.out.mkdir(parents=True, exist_ok=True)
+            check_writable(arguments.out)
         with arithmetic(settings), usage_errors():
             trial = try_out(learner, images, photographs.labels)
             model = learner.adapt(images, photographs.labels, inductive=True)
+        outcome = verdict(photographs, trial)
+        print(f"{outcome.first} {outcome.rest}")
+        for name, share in trial.accuracies.items():
+            print(f"  {name:<20}{share:6.1%}")
+        print(f"started from {start}, {why}")
         notes = {"classes": photographs.classes, "input_shape": shape, "invert": invert}
         file = arguments.out / f"adapted.{arguments.export}"
-        export(file, model, notes, photographs.files[:4])
-        shown = page(photographs, trial, {"model": file.name, "started from": f"{start}, {why}"}, usage(file.name))
-        write(arguments.out / PAGE, shown)
-    outcome = verdict(photographs, trial)
-    print(f"{outcome.first} {outcome.rest}")
-    for name, share in trial.accuracies.items():
-        print(f"  {name:<20}{share:6.1%}")
-    print(f"started from {start}, {why}")
+        with writing_results():
+            remove_exported(arguments.out)
+            export(file, model, notes, photographs.files[:4])
+            shown = page(photographs, trial, {"model": file.name, "started from": f"{start}, {why}"}, usage(file.name))
+            write(arguments.out / PAGE, shown)
     print(f"exported, and checked without innerloop: {file}")
     print(f"page: {arguments.out / PAGE}", flush=True)
     if arguments.serve:

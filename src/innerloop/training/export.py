@@ -185,6 +185,12 @@ def export(path: Path, model: nn.Module, notes: dict[str, Any], files: Sequence[
         made.replace(path)
 
 
+def remove_exported(folder: Path) -> None:
+    """Remove the files of an earlier model, in every format."""
+    for kind in FORMATS:
+        (folder / f"adapted.{kind}").unlink(missing_ok=True)
+
+
 def _write(path: Path, program: Portable, metadata: str) -> None:
     dynamic = {"images": {axis: torch.export.Dim(name) for axis, name in enumerate(("batch", "height", "width"))}}
     example = torch.zeros(2, 40, 50, 3, dtype=torch.uint8)
