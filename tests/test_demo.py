@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -245,6 +246,13 @@ def test_shipped_runs_are_small_and_name_no_machine() -> None:
         assert learner.adapt(torch.rand(14, *shape), torch.arange(7).repeat(2))(torch.rand(3, *shape)).shape == (3, 7)
         results = json.loads((folder / "results.json").read_text("utf-8"))
         assert results["test"]["inductive"]["accuracy"][0] > results["test"]["nearest_neighbour"][0] + 0.05
+
+
+@pytest.mark.parametrize("outputs", [None, 5, 7])
+def test_settings_of_another_width_do_not_fit_the_weights(outputs: int | None) -> None:
+    folder = run_folder("shipped:photos")
+    with pytest.raises(ValueError, match=r"does not fit settings\.json: model\.\S+ is \[\d[^\n]* and \[\d"):
+        load_learner(folder, replace(read_run(folder), filters=16), outputs)
 
 
 def test_adapt_takes_a_shipped_run_and_exports(

@@ -135,12 +135,17 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     settings = replace(settings, weights=None)  # those of the run take their place
     learner = build_learner(settings, shape, outputs or ways, regression=trained["ways"] is None)
     own = learner.state_dict()
+    which = f"model {short(settings.model)}" if is_code(settings.model) else SETTINGS
     if odd := sorted(set(weights) ^ set(own)):
-        which = f"model {short(settings.model)}" if is_code(settings.model) else SETTINGS
         raise ValueError(f"{folder / BEST} does not fit {which}: only one of them has {some(odd)}")
     if changed := {name: own[name] for name, value in weights.items() if value.shape != own[name].shape}:
-        if outputs in (None, ways):
+        same = outputs in (None, ways)
+        if same and all(name.startswith("rates.") for name in changed):
             raise ValueError(f"{folder} has learned rates for its own inner steps alone; leave --inner-steps out")
+        for name, tensor in changed.items():
+            if same or tensor.shape[1:] != weights[name].shape[1:]:  # more than another number of classes
+                shapes = f"{list(weights[name].shape)} in the one and {list(tensor.shape)} in the other"
+                raise ValueError(f"{folder / BEST} does not fit {which}: {name} is {shapes}")
         if all(name.startswith("rates.") or name.removeprefix("model.") in learner.adapted for name in changed):
             weights |= {name: weights[name].mean(0).expand_as(tensor) for name, tensor in changed.items()}
             trained["head"] = (
