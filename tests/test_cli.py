@@ -95,7 +95,7 @@ def test_train_leaves_a_run_folder(place: Path) -> None:
     found = {file.name for file in run.iterdir() if not file.name.startswith(("evaluate", "adapted"))}
     pictures = {"learning_curve.png", "adaptation_curve.png", "tasks.png", "confusion.png"}
     files = {"settings.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "results.json", "report.md"}
-    assert found == files | pictures | {"tensorboard", "test.safetensors", "last-2.safetensors", "lock"}
+    assert found == files | pictures | {"tensorboard", "test.safetensors", "last-2.safetensors", "lock", "open.json"}
     for picture in pictures:
         pixels = np.asarray(Image.open(run / picture).convert("L"))
         assert min(pixels.shape) > 300
@@ -236,6 +236,31 @@ def test_a_pattern_without_the_head_wants_as_many_classes_as_in_training(
     shutil.rmtree(tmp_path / "few" / "class0")
     main(["adapt", str(place / "run"), *arguments])
     assert "adapted to 3 classes, 9 images, in 5 steps of Blocks('11110')" in capsys.readouterr().out
+
+
+def test_a_command_given_again_goes_on_and_another_is_refused_by_name(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of `place`, whose number of threads was measured."""
+    run = place / "run"
+    size, rest = "--size=16", [f"--data={place / 'images'}", "--channels=1", "--ways=3", "--queries=4", *CONV, *LONG]
+    command = ["train", f"--out={run}", "--dataset=folder", *rest]
+    main([*command, size])
+    assert capsys.readouterr().out.startswith("finished before")
+    monkeypatch.setattr("innerloop.cli.train._built", None)  # refused before anything is made
+    threads = read_run(run).threads
+    for options, words in (
+        ([], "whose size is 16, not None"),
+        ([size, "--augment=flip"], "whose augment is None, not flip"),
+        ([size, f"--threads={threads}"], f"whose threads is None, not {threads}"),
+        ([size, "--seed=1"], "whose seed is 0, not 1"),
+    ):
+        assert words in refused(capsys, *command, *options)
+    (run / "open.json").rename(place / "open.json")  # as in a run of an earlier version
+    for options in ([], [size], [size, f"--threads={threads}"]):
+        main([*command, *options])
+    assert "whose augment is None, not flip" in refused(capsys, *command, size, "--augment=flip")
+    (place / "open.json").rename(run / "open.json")
 
 
 def test_a_head_that_is_not_adapted_is_for_the_classes_of_training(place: Path, tmp_path: Path) -> None:
@@ -403,7 +428,7 @@ def test_a_regression_run_is_reported_and_cannot_adapt_to_images(
         (["train", "--resume={run}", "--out=other"], "leave --out, --config and --method out"),
         (
             ["train", "--out={run}", "--dataset=sinusoid", "--model=mlp"],
-            "already holds a run; go on with --resume",
+            "already holds a run, whose dataset is folder, not sinusoid; go on with --resume",
         ),
         (["train", "--out={images}", "--dataset=sinusoid", "--model=mlp"], "holds something that is not a run"),
         (["evaluate", "{images}"], "is no run folder (no settings.json)"),

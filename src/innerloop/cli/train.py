@@ -42,7 +42,7 @@ from innerloop.training.fit import fit, replay
 from innerloop.training.health import ailment, inner_losses, opening
 from innerloop.training.methods import METHODS, method_settings, unasked
 from innerloop.training.report import describe, ending, slug, task_words, write_report
-from innerloop.training.runs import RESULTS, is_run_of, new_folder, read_run
+from innerloop.training.runs import RESULTS, is_run_of, keep_open, new_folder, read_run
 from innerloop.training.session import multi_step_weights
 from innerloop.training.settings import SETTINGS, Settings, flag, read_config
 from innerloop.training.store import BEST, load_newest, locked
@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         with usage_errors():
             settings, most = _settings(arguments), torch.get_num_threads()
+            asked = settings
             if arguments.out is arguments.resume is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
                 raise UsageError("a run that torchrun restarts needs a folder that it finds again: give --out FOLDER")
             again = bool(arguments.out) and is_run_of(arguments.out, settings)
@@ -111,11 +112,14 @@ def run(arguments: argparse.Namespace) -> None:
             name = f"{slug(settings)}-{settings.meta_gradient.replace(':', '-')}"
             folder = processes.agree(arguments.resume or arguments.out or default_folder(name))
             writes = processes.rank() == 0
-            if writes and not arguments.resume and not again:
-                new_folder(folder)
             if writes:
+                new = not arguments.resume and not again
+                if new:
+                    new_folder(folder)
                 stack.enter_context(locked(folder, PATIENCE if has_parent() else 0.0))
                 settings.save(folder / SETTINGS)
+                if new:
+                    keep_open(folder, asked)
                 remember(*filter(is_code, (settings.model, settings.dataset)))
         if writes:
             _announce(settings, learner, tasks, folder)

@@ -14,10 +14,10 @@ from innerloop.reporting import provenance, write_json
 from innerloop.training.build import build_learner, some
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.code import PYTHON, check_known, is_code, remember, short
-from innerloop.training.settings import AUTO, SETTINGS, Settings
+from innerloop.training.settings import AUTO, SETTINGS, Settings, flag, read_config
 from innerloop.training.store import BEST, LOCK, load_newest
 
-RESULTS, ACCURACIES = "results.json", "test.safetensors"
+RESULTS, ACCURACIES, OPEN = "results.json", "test.safetensors", "open.json"
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 """Small runs that come with the package: their settings, weights and results."""
@@ -38,15 +38,30 @@ def is_shipped(run: Path) -> bool:
     return run.parent == SHIPPED
 
 
+def keep_open(folder: Path, settings: Settings) -> None:
+    """Write which settings a new run's command leaves open, some of which are measured then."""
+    write_json(folder / OPEN, {name: value for name, value in asdict(settings).items() if value in (None, AUTO)})
+
+
 def is_run_of(folder: Path, settings: Settings) -> bool:
     """Whether a folder holds the run of these very settings, whatever was measured for what they leave open.
 
     So a command that a scheduler or ``torchrun --max-restarts`` gives again goes on.
+
+    Raises:
+        ValueError: it holds a run of others.
     """
     if not (folder / SETTINGS).exists():
         return False
-    was = read_run(folder)
-    return all(value in (None, AUTO, getattr(was, name)) for name, value in asdict(settings).items())
+    was, told = asdict(read_run(folder)), (folder / OPEN).exists()  # earlier versions did not tell what they left open
+    was |= read_config(folder / OPEN) if told else {}
+    for name, value in asdict(settings).items():
+        if value != was[name] and (told or value not in (None, AUTO)):
+            raise ValueError(
+                f"{folder} already holds a run, whose {flag(name)} is {was[name]}, not {value}; go on with --resume "
+                f"{folder}, or name another --out"
+            )
+    return True
 
 
 def new_folder(folder: Path) -> None:
