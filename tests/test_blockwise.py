@@ -408,6 +408,18 @@ def test_a_direction_of_zeros_gives_zeros():
     assert not any(value.any() for tree in found for value in tree.values())
 
 
+def test_differences_at_parameters_that_are_all_zero():
+    built, batch = model_and_batch("linear")
+    built = copy.deepcopy(built)
+    for parameter in built.parameters():
+        nn.init.zeros_(parameter)
+    found, expected = (
+        gradients(il.MetaLearner(built, inner=il.SGD(lr=0.1, steps=2), products=products), batch)[0]
+        for products in ("differences", "autograd")
+    )
+    assert relative_error(found, expected) < 1e-7
+
+
 @pytest.mark.parametrize("solver", ["sgd", "adam"])
 @pytest.mark.parametrize("chosen", SUBSETS)
 def test_meta_gradient_by_differences(chosen, solver):

@@ -7,6 +7,8 @@ product, at the memory of one. The step is the largest that moves no tensor by m
 
     e = h / max_t |w_t| / max(|p_t|, sqrt(n_t) r),      r the root mean square of all p,   n_t the entries of tensor t
 
+with r = 1 where all p are 0.
+
 The error is of order h^2 (of the third derivatives) and of order epsilon / h (of rounding), so h = epsilon^(1/3) by
 default: 5e-3 in float32 and 6e-6 in float64. On transformers and smooth networks that leaves relative errors of 3e-5 to
 2e-4, and 1e-10 to 1e-7. Where the loss is not smooth, with ReLU or max-pool, differences see the kinks and products do
@@ -102,12 +104,13 @@ class Differences(Engine):
             share = torch.finfo(dtype).eps ** (1 / 3)
         entries = sum(value.numel() for value in params.values())
         typical = torch.stack([value.square().sum() for value in params.values()]).sum().div(entries).sqrt()
+        typical = torch.where(typical > 0, typical, 1.0)
         moved = [
             direction[name].norm() / torch.maximum(value.norm(), value.numel() ** 0.5 * typical)
             for name, value in params.items()
         ]
         tiny = torch.finfo(first.dtype).tiny ** 0.5
-        return share / torch.stack(moved).nan_to_num(tiny, tiny, tiny).amax().clamp(min=tiny)
+        return share / torch.stack(moved).nan_to_num(tiny).amax().clamp(min=tiny)
 
 
 def _gradients(problem: Problem, params: Tree, meta: Tree, support: Batch, mixed: bool) -> list[Tensor]:
