@@ -235,6 +235,12 @@ def test_trees_are_solved_as_one_vector():
     torch.testing.assert_close(torch.cat([x["weight"].flatten(), x["bias"]]), torch.linalg.solve(matrix, b))
 
 
+@pytest.mark.parametrize("solver", [CG(3), Neumann(3), Nystrom(3, damping=1.0)])
+def test_complex_systems_are_refused(solver):
+    with pytest.raises(ValueError, match="real parameters alone"):
+        solve_tree(solver, dict, {"w": torch.ones(3, dtype=torch.complex128)})
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -71,7 +71,15 @@ def solve_tree(
 
     Returns:
         ``x``, a tree like ``b``, and how it was found.
+
+    Raises:
+        ValueError: ``b`` is complex; a Hessian is no linear map of complex numbers.
     """
+    if any(value.is_complex() for value in b.values()):
+        raise ValueError(
+            "linear systems are solved for real parameters alone: give torch.view_as_real(...) of complex ones to the "
+            "problem, or use Unrolled()"
+        )
 
     def ravel(tree: Tree) -> Tensor:
         return torch.cat([tree[name].reshape(-1) for name in b])
