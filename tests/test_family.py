@@ -155,6 +155,26 @@ def test_a_random_end_under_a_learner():
             il.Truncated(**bad)
 
 
+@pytest.mark.parametrize("form", ["lone", "stacked"])
+@pytest.mark.parametrize(
+    ("estimator", "taken"), [(il.Truncated(1, end="random"), {1, 2, 3, 4, 5, 6}), (il.MetaRKHS(), {0})]
+)
+def test_a_learner_counts_the_steps_that_were_taken(estimator, taken, form):
+    problem, meta, task = network()
+    asked: list[int] = []
+    inner = il.SGD(lr=lambda step: asked.append(step) or 0.1, steps=6)
+    learner = il.Bilevel(problem, meta, inner, estimator, carry="slot", stacked=form == "stacked")
+    batch = torch.utils._pytree.tree_map(lambda value: value.expand(2, *value.shape), task)
+    step = 0
+    for _ in range(4):
+        asked.clear()
+        end = learner.meta_step(batch, keep_end=True).end[0] if form == "stacked" else learner.meta_step(task).end
+        assert end.step - step in taken
+        if estimator.draws:
+            assert set(asked) == set(range(step, end.step))
+        step = end.step
+
+
 # --- random estimates: unbiased, with the variance that is said ------------------------------------------------------
 
 RANDOM = {
@@ -198,6 +218,28 @@ def test_random_estimates_alone_and_what_they_report():
         torch.testing.assert_close(found.diagnostics["support_loss"], plain.diagnostics["support_loss"])
         with pytest.raises(ValueError, match=r"few meta-parameters and there are d = 24: its variance is"):
             il.hypergradient(problem, meta, task, il.SGD(lr=0.1, steps=4), replace(estimator, most=23))
+
+
+@pytest.mark.parametrize(
+    "estimator", [il.ForwardGradient(1), il.EvolutionStrategies(1), il.Truncated(1, end="random")], ids=str
+)
+def test_a_seed_of_the_problem_leaves_the_estimators_draws_to_a_learner(estimator):
+    problem, meta, task = network(seed=3)
+    inner = il.SGD(lr=0.1, steps=9)
+    one, same = (il.hypergradient(problem, meta, task, inner, estimator).grad for _ in range(2))
+    assert relative_error(one, same) == 0
+    learner = il.Bilevel(problem, meta, inner, estimator)
+    found = []
+    for batch in ([task], [task], [task, task]):
+        learner.zero_grad()
+        learner.meta_step(batch)
+        found.append({name: value.grad for name, value in learner.meta.items()})
+    draws = {round(float(tree["weights"].norm()), 12) for tree in found}
+    assert len(draws) > 1
+    torch.manual_seed(0)
+    first = learner.estimate(task).grad
+    torch.manual_seed(0)
+    assert relative_error(learner.estimate(task).grad, first) == 0
 
 
 @pytest.mark.parametrize(("model", "chosen"), [("conv4", "head"), ("encoder", "everything")])

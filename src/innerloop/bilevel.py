@@ -301,8 +301,12 @@ class Bilevel(nn.Module):
             tree, rates, each = given
             result = self._estimate(task, tree, rates, start, each, seed, rows, ways)
             accuracy = self._accuracy(result.extra, task, self.inner.steps - 1)
-            end = (result.end.params, result.end.state, result.end.solution) if keep else ()
-            return (result.grad, result.learned_grad), (result.loss, accuracy, result.diagnostics), end
+            numbers = result.loss, accuracy, result.diagnostics
+            if not keep:
+                return (result.grad, result.learned_grad), numbers, ()
+            params, state, step, solution = result.end
+            taken = torch.as_tensor(step - (0 if start is None else start.step), device=result.loss.device)
+            return (result.grad, result.learned_grad), numbers, (params, state, taken, solution)
 
         def run(computed: Callable[..., Any], arguments: tuple[Any, ...], about: tuple[int, bool, int]) -> Any:
             nonlocal ways
@@ -600,7 +604,7 @@ class Bilevel(nn.Module):
     ) -> Result:
         problem, reduced, reduced_task, carry = self._posed(task, meta, ways, differentiate=True)
         problem = problem if problem.seed is not None else replace(problem, seed=seed)
-        loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows)
+        loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows, seed=seed)
         if estimator is None and self.way is not None:
             engaged = replace(problem, engine=problem.engine or self.way.engine)
             loop = replace(loop, problem=engaged, keep_graphs=self.way.keep_graphs)
@@ -677,9 +681,9 @@ class Bilevel(nn.Module):
         ends: list[End] = [None] * count  # type: ignore[list-item]
         for places, _, left in found:
             for row, place in enumerate(places):
-                params, state, solution = tree_map(lambda value, row=row: value[row], left)
+                params, state, taken, solution = tree_map(lambda value, row=row: value[row], left)
                 start = starts[place]
-                ends[place] = End(params, state, self.inner.steps + (0 if start is None else start.step), solution)
+                ends[place] = End(params, state, int(taken) + (0 if start is None else start.step), solution)
         return ends
 
     def _weights(self, count: int, weights: Tensor | Sequence[float] | None) -> Tensor:

@@ -30,6 +30,7 @@ class InnerLoop:
         resumed: whether the task is taken up where it was left.
         record: keep the graphs of gradients, so that autograd can go back through them.
         keep_graphs: whether there is memory for the graphs of all steps; the estimator decides what for.
+        seed: of what the estimator itself draws; the losses draw from ``problem.seed``.
     """
 
     problem: Problem
@@ -43,6 +44,7 @@ class InnerLoop:
     resumed: bool = False
     record: bool = False
     keep_graphs: bool = False
+    seed: int = 0
 
     @property
     def steps(self) -> range:
@@ -148,6 +150,7 @@ def bind(
     begin: End | None = None,
     rows: Tensor | None = None,
     steps: int | None = None,
+    seed: int | None = None,
 ) -> InnerLoop:
     """The inner loop of a task.
 
@@ -160,6 +163,7 @@ def bind(
         begin: where the task was left; None begins at the problem's start.
         rows: which examples each step sees; None draws them where the solver takes minibatches.
         steps: how many will be taken; None takes those of meta-training.
+        seed: of what the estimator draws; None takes the problem's.
 
     Raises:
         ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
@@ -177,7 +181,8 @@ def bind(
     solver.check_names(at.params)
     if solver.minibatch is not None and rows is None:
         rows = minibatches(solver, support, [problem.seed or 0], steps or solver.steps, at.step)[0]
-    return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None)
+    seed = (problem.seed or 0) if seed is None else seed
+    return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None, seed=seed)
 
 
 def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: int, first: int = 0) -> Tensor:

@@ -93,5 +93,5 @@ def refuse_many(estimator: MetaGradient, given: Any, most: int, why: str) -> Non
 
 def draw(loop: InnerLoop, number: int, given: Any, one: Callable[[Tensor], Tensor]) -> Any:
     """Random numbers like a tree, the ``number``-th of a task; under vmap every task has its own."""
-    with replayed(loop.problem.seed, DRAWN + loop.begin.step * 2**20 + number, given):
+    with replayed(loop.seed, DRAWN + loop.begin.step * 2**20 + number, given):
         return tree_map(lambda value: one(value).to(value.dtype), given)

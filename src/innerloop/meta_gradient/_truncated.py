@@ -82,7 +82,7 @@ class Truncated(MetaGradient):
         if step_weights is not None:
             raise ValueError(f"{self!r} judges the parameters at one random step: leave step_weights out")
         least = min(self.horizon, loop.solver.steps)
-        last = random.Random(f"{loop.problem.seed} {loop.begin.step}").randint(least, loop.solver.steps)
+        last = random.Random(f"{loop.seed} {loop.begin.step}").randint(least, loop.solver.steps)
         support, query = (_first(batch, last) for batch in (loop.support, query))
         loop = replace(loop, support=support, solver=replace(loop.solver, steps=last))
         result = walk(loop, query, horizon=self.horizon)
