@@ -3,6 +3,8 @@
 import copy
 import json
 import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn.utils.parametrizations import _WeightNorm, spectral_norm, weight_n
 
 import innerloop as il
 from innerloop.curvature import OUTER, replayed
-from problems import relative_error
+from problems import network, relative_error
 from reference import meta_gradient
 
 WAYS = 3
@@ -291,6 +293,96 @@ def test_a_users_own_table_of_moves_is_followed():
     assert relative_error(found, grads(together, batch)) > 1e-3
     with pytest.raises(ValueError, match=r"cannot follow a table"):
         il.MetaLearner(model, Halves(), il.SGD(lr=0.2, steps=2), il.Window(2))
+
+
+class Velocity(NamedTuple):
+    value: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heavy(il.Momentum):
+    """Momentum, its state in other containers."""
+
+    kind: str = "tuple"
+
+    def wrapped(self, velocity: dict[str, Tensor]) -> Any:
+        return {"tuple": (velocity,), "list": [{"nested": velocity}], "named": Velocity(velocity)}[self.kind]
+
+    def init(self, params: dict[str, Tensor]) -> Any:
+        return self.wrapped(super().init(params))
+
+    def update(self, step: int, params: Any, grad: Any, state: Any, learned: Any, start: Any) -> Any:
+        velocity = state[0]["nested"] if self.kind == "list" else state[0]
+        params, velocity = super().update(step, params, grad, velocity, learned, start)
+        return params, self.wrapped(velocity)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "named"])
+def test_the_state_of_what_stands_still_stands_still_in_any_container(kind):
+    problem, meta, task = network()
+    settings: dict[str, Any] = {"lr": 0.1, "steps": 3, "moves": (("in",), ("out",), ("in",))}
+    expected = il.hypergradient(problem, meta, task, il.Momentum(**settings))
+    found = il.hypergradient(problem, meta, task, Heavy(**settings, kind=kind))
+    assert relative_error(found.grad, expected.grad) == 0
+    assert type(found.end.state) is type(Heavy(**settings, kind=kind).wrapped({}))
+
+
+class Bounded(il.SGD):
+    """An override that is not linear in the gradient."""
+
+    def full_gradient(self, params: Any, grad: Any, start: Any) -> Any:
+        return {name: g.tanh() for name, g in super().full_gradient(params, grad, start).items()}
+
+
+class Centred(il.SGD):
+    """One that is, and says so."""
+
+    linear = True
+
+    def full_gradient(self, params: Any, grad: Any, start: Any) -> Any:
+        return {name: g - g.mean() for name, g in super().full_gradient(params, grad, start).items()}
+
+
+class Slower(il.SGD):
+    def rate(self, step: int, name: str) -> float:
+        return super().rate(step, name) / (1 + step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookahead(il.SGD):
+    """Every second step goes half of the way from the parameters of two steps before (arXiv 1907.08610)."""
+
+    def init(self, params: dict[str, Tensor]) -> Any:
+        return {"slow": dict(params)}
+
+    def update(self, step: int, params: Any, grad: Any, state: Any, learned: Any, start: Any) -> Any:
+        fast, _ = super().update(step, params, grad, {}, learned, start)
+        if step % 2 == 0:
+            return fast, state
+        slow = {name: (state["slow"][name] + value) / 2 for name, value in fast.items()}
+        return slow, {"slow": slow}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("estimator", [il.Unrolled(record=False), il.Unrolled(record=True)], ids=str)
+@pytest.mark.parametrize("kind", [Bounded, Centred, Slower, Lookahead])
+def test_what_a_users_solver_overrides_is_differentiated(kind, estimator, stacked):
+    problem, meta, task = network()
+    solver = kind(lr=0.1, steps=4)
+    assert not solver.timeless
+    leaves = {name: value.clone().requires_grad_() for name, value in meta.items()}
+    params = start = problem.start(leaves)
+    state = solver.init(params)
+    for step in range(4):
+        loss = problem.inner_loss(params, leaves, task.support)
+        grad = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+        params, state = solver.update(step, params, grad, state, {}, start)
+    loss = problem.outer_loss(params, leaves, task.query)
+    expected = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    learner = il.Bilevel(problem, meta, solver, estimator, stacked=stacked)
+    batch = torch.utils._pytree.tree_map(lambda value: value.expand(2, *value.shape), task) if stacked else task
+    learner.meta_step(batch)
+    assert relative_error({name: value.grad for name, value in learner.meta.items()}, expected) < 1e-12
 
 
 def test_a_solver_that_learns_nothing_goes_with_implicit():

@@ -34,8 +34,6 @@ class Adam(InnerSolver):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    linear: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()

@@ -11,7 +11,6 @@ start,  params_i <- sigmoid(V2 relu(V1 tau' + d1) + d2)_i params_i. Both rules a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,8 +47,6 @@ class ALFA(InnerSolver):
     decay: float = 5e-4
     attenuate: bool = False
     detach: bool = False
-
-    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -70,14 +70,14 @@ class InnerSolver:
     minibatch: int | None = None
     moves: Sequence[Collection[str]] = ()
 
-    linear: ClassVar[bool] = True
+    linear: ClassVar[bool] = False
     """Whether an update is linear in the gradient, so that its derivative does not depend on the gradient's value."""
 
     differentiable: ClassVar[bool] = True
     """Whether a step is an ``update``, which can be differentiated; if not, only its result can."""
 
     counts: ClassVar[bool] = True
-    """Whether ``update`` reads the number of the step, but for the rate; a subclass with an ``update`` says so anew."""
+    """Whether ``update`` reads the number of the step, but for ``lr``; like ``linear``, said anew with a new rule."""
 
     decoupled: ClassVar[bool] = False
     """Whether weight decay shrinks the parameters beside the gradient (AdamW) instead of being a term of the loss."""
@@ -87,8 +87,8 @@ class InnerSolver:
         refuse_kinds(cls)
         if "__repr__" not in vars(cls):
             cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
-        if "update" in vars(cls) or "advance" in vars(cls):
-            cls.counts = vars(cls).get("counts", True)
+        if vars(cls).keys() & {"update", "advance", "rate", "full_gradient"}:  # what the parent says is of its own rule
+            cls.counts, cls.linear = vars(cls).get("counts", True), vars(cls).get("linear", False)
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{_SHARED}"
 
     def __post_init__(self) -> None:

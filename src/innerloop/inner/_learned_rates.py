@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -29,8 +29,6 @@ class LearnedRates(InnerSolver):
     """
 
     per: Literal["parameter", "layer-step"] = "parameter"
-
-    linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -109,14 +109,16 @@ class InnerLoop:
         if not self.solver.moves:
             return after
 
-        def merge(old: Any, new: Any) -> Any:
-            if not isinstance(new, dict):
-                return new
-            if new.keys() == self.begin.params.keys():
-                return {name: value if self.moves(name, step) else old[name] for name, value in new.items()}
-            return {key: merge(old[key], value) for key, value in new.items()}
+        def by_name(tree: Any) -> bool:
+            return isinstance(tree, dict) and tree.keys() == self.begin.params.keys()
 
-        return merge(before[0], after[0]), merge(before[1], after[1])
+        def merge(new: Any, old: Any) -> Any:
+            if not by_name(new):
+                return new
+            return {name: value if self.moves(name, step) else old[name] for name, value in new.items()}
+
+        held: tuple[Tree, State] = pytree.tree_map(merge, after, before, is_leaf=by_name)
+        return held
 
     def run(self, steps: int, visit: Callable[[int, Tree, State, Tree, Tensor], None] | None = None) -> End:
         """Take ``steps`` steps.

@@ -27,6 +27,7 @@ class Momentum(InnerSolver):
 
     momentum: float = 0.9
 
+    linear: ClassVar[bool] = True
     counts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ class SGD(InnerSolver):
         >>> il.SGD(lr={"head.*": 0.1, "*": lambda step: 0.01 / (1 + step)}, steps=5, clip=1.0)
     """
 
+    linear: ClassVar[bool] = True
     counts: ClassVar[bool] = False
 
     def largest_rate(self, learned: Tree) -> float | None:
@@ -36,8 +37,9 @@ class SGD(InnerSolver):
         return {name: p - self.rate(step, name) * grad[name] for name, p in params.items()}, state
 
     def pull_back(self, step: int, cotangent: Tree) -> tuple[Tree, Tree, Tree] | None:
-        """In closed form, unless the gradient is clipped."""
-        if self.clip is not None or type(self).update is not SGD.update:
+        """In closed form, unless the gradient is clipped or a subclass has a rule of its own."""
+        kind = type(self)
+        if self.clip is not None or (kind.update, kind.full_gradient) != (SGD.update, SGD.full_gradient):
             return None
         grad = {name: -self.rate(step, name) * value for name, value in cotangent.items()}
         pulled = self.weight_decay + self.proximal

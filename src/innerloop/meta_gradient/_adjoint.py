@@ -268,10 +268,14 @@ def bend(loop: InnerLoop, step: int, params: Tree, cotangents: Cotangents, grad:
     return cotangents._replace(params=add(cotangents.params, in_params), meta=add(cotangents.meta, in_meta))
 
 
-def through_start(loop: InnerLoop, cotangent: Tree) -> Tree:
-    """What reaches meta through the problem's start, from the cotangent of that."""
-    back = pullback(lambda meta: started(loop.problem, meta, loop.support), loop.meta)[1]
-    grad: Tree = back(cotangent)[0]
+def through_start(loop: InnerLoop, cotangent: Tree, *state: Any) -> Tree:
+    """What reaches meta through the problem's start, from the cotangent of that and, if given, of the first state."""
+
+    def begun(meta: Tree) -> tuple[Any, ...]:
+        start = started(loop.problem, meta, loop.support)
+        return (start, loop.solver.init(start)) if state else (start,)
+
+    grad: Tree = pullback(begun, loop.meta)[1]((cotangent, *state))[0]
     return grad
 
 
@@ -303,7 +307,7 @@ def conclude(
     }
     grad = cotangents.meta
     if learn_start and not loop.resumed:
-        grad = add(grad, through_start(loop, add(cotangents.params, cotangents.start)))
+        grad = add(grad, through_start(loop, add(cotangents.params, cotangents.start), cotangents.state))
     elif learn_start and loop.solver.proximal:  # a task that is taken up is still pulled towards the start
         grad = add(grad, through_start(loop, cotangents.start))
     return Result(grad, cotangents.learned, loss, extra, diagnostics, end)

@@ -108,7 +108,7 @@ def unroll(
         start, at = loop.start, loop.begin
         if learn_start and (loop.solver.proximal or not loop.resumed):
             start = started(loop.problem, meta, loop.support)
-            at = at if loop.resumed else at._replace(params=start)
+            at = at if loop.resumed else at._replace(params=start, state=loop.solver.init(start))
         running = replace(loop, meta=meta, learned=learned, start=start, begin=at)
         support_loss: list[Tensor] = []
         judged: list[Tensor] = []
