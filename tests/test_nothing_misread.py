@@ -513,7 +513,7 @@ def test_buffers_never_move_and_the_chunk_changes_nothing(kind, adapts):
         assert relative_error(found[0], expected) < 1e-12
 
 
-class Centred(nn.Module):
+class RunningMean(nn.Module):
     """Subtracts a running mean, which it changes in place."""
 
     mean: Tensor
@@ -530,7 +530,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(("kind", "batch_norm"), [("batch", "batch"), ("batch", "task"), ("stream", "batch")])
 def test_no_pass_reads_the_buffers_of_another(kind, batch_norm):
     torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(4, 6), Centred(), nn.Linear(6, WAYS)).double(), batch_of(4, tasks=1)
+    model, batch = nn.Sequential(nn.Linear(4, 6), RunningMean(), nn.Linear(6, WAYS)).double(), batch_of(4, tasks=1)
     if kind == "stream":
         batch = batch._replace(support=il.Steps(tuple(value.repeat_interleave(2, 0)[None] for value in batch.support)))
     found = []
