@@ -589,6 +589,8 @@ def test_minibatches_of_a_list_are_those_of_a_batch(seed):
         losses = [learner.meta_step(given).losses for _ in range(2)]
         found.append([*losses, learner.meta["target"].grad, learner.evaluate(given).loss])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    learner.carried.forget()
+    assert not torch.equal(learner.meta_step(given).losses, losses[0]), "every meta-step draws its own"
 
 
 def test_minibatches_go_on_beyond_the_steps_of_training():

@@ -646,9 +646,8 @@ class Bilevel(nn.Module):
             return None
         rows: list[Tensor] = []
         for place, start in enumerate(starts):
-            own = seed + 1000 * place if self.problem.seed is None else self.problem.seed
             first = 0 if start is None else start.step
-            rows.extend(minibatches(self.inner, one_of(tasks, place).support, [own], steps, first))
+            rows.extend(minibatches(self.inner, one_of(tasks, place).support, [seed + 1000 * place], steps, first))
         if isinstance(tasks, list):
             return [row.to(self._place()) for row in rows]
         return torch.stack(rows).to(self._place())

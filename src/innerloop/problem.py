@@ -237,7 +237,7 @@ class Problem:
             ``(scalar, extra)`` instead; ``extra``, any tree of tensors, then comes back in the result.
         seed: fixes what the inner loss draws at random (dropout): step ``k`` always draws from ``seed + k``, so that a
             step recomputed is the same step. None takes a seed from torch's global generator for every estimate.
-            A random estimator draws from it too in `hypergradient`, and anew in every step of a learner.
+            Minibatches and random estimators draw from it too in `hypergradient`, and anew in every step of a learner.
         inner_chain: the inner loss as stages, one after the other, where it is a chain: ``inner_chain(meta, support)``
             gives a list of `Stage`. With it products can be computed block by block.
         outer_chain: the same of the outer loss.
