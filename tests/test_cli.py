@@ -245,14 +245,15 @@ def test_a_command_given_again_goes_on_and_another_is_refused_by_name(
     run = place / "run"
     size, rest = "--size=16", [f"--data={place / 'images'}", "--channels=1", "--ways=3", "--queries=4", *CONV, *LONG]
     command = ["train", f"--out={run}", "--dataset=folder", *rest]
+    threads = read_run(run).threads or 0
+    main([*command, size, f"--threads={threads}"])
     main([*command, size])
     assert capsys.readouterr().out.startswith("finished before")
     monkeypatch.setattr("innerloop.cli.train._built", None)  # refused before anything is made
-    threads = read_run(run).threads
     for options, words in (
         ([], "whose size is 16, not None"),
         ([size, "--augment=flip"], "whose augment is None, not flip"),
-        ([size, f"--threads={threads}"], f"whose threads is None, not {threads}"),
+        ([size, f"--threads={threads + 1}"], f"whose threads is {threads}, not {threads + 1}"),
         ([size, "--seed=1"], "whose seed is 0, not 1"),
     ):
         assert words in refused(capsys, *command, *options)

@@ -79,6 +79,13 @@ def test_a_third_of_each_class_is_held_out() -> None:
     assert not torch.equal(hold_out(labels, 0), hold_out(labels, 1))
 
 
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        photograph(tmp_path / split, 2)
+    with pytest.raises(ValueError, match=r"holds test, train, each with classes of its own: name one of them"):
+        gather(tmp_path)
+
+
 def test_four_bars_on_the_same_splits(tmp_path: Path) -> None:
     photographs = gather(photograph(tmp_path / "things"))
     images = read_images(photographs.files, (3, 32, 32), invert=False)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 import innerloop as il
 from innerloop.inner import _loop, minibatches
@@ -545,6 +546,15 @@ def test_what_is_carried_keeps_its_precision():
     assert torch.equal(kept.params["w"], end.params["w"])
 
 
+def test_what_is_carried_follows_the_learner_to_another_precision():
+    learner = il.MetaLearner(model(), il.Head(), il.Adam(lr=0.1, steps=2), carry="slot")
+    for kind in (torch.float32, torch.float64):
+        learner.to(kind)
+        learner.meta_step(il.Task(examples(2, 6), examples(2, 6)))
+        left = [leaf for leaf in tree_leaves(learner.carried.state_dict()) if isinstance(leaf, Tensor)]
+        assert {leaf.dtype for leaf in left} == {kind}
+
+
 # Minibatches.
 
 
@@ -591,6 +601,7 @@ def test_minibatches_of_a_list_are_those_of_a_batch(seed):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
     learner.carried.forget()
     assert not torch.equal(learner.meta_step(given).losses, losses[0]), "every meta-step draws its own"
+    assert learner.estimate(given[0]).loss != learner.estimate(given[0]).loss
 
 
 def test_minibatches_go_on_beyond_the_steps_of_training():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from innerloop import weight_norm
 from innerloop.batches import OverTasks, in_order, one_of, weighted
 from innerloop.blocks import leading
 from innerloop.carried import Carried
@@ -151,7 +152,7 @@ class Bilevel(nn.Module):
             compiled, is computed as ever, with one warning. ``evaluate`` is not compiled. See `innerloop.compiled`.
 
     Raises:
-        ValueError: choices that do not go together; the message says what does.
+        ValueError: choices that do not go together, or a module with torch's weight norm; the message says what does.
 
     Example:
         >>> learner = il.Bilevel(problem, {"log decay": torch.zeros(8)}, inner=il.AdamW(lr=1e-3, steps=2, clip=1.0))
@@ -179,6 +180,7 @@ class Bilevel(nn.Module):
         self.problem = problem
         self._named = not isinstance(meta, nn.Module)
         self.meta = meta if isinstance(meta, nn.Module) else _parameters(meta)
+        weight_norm.refuse(self.meta)
         if not any(parameter.requires_grad for parameter in self.meta.parameters()):
             raise ValueError("meta holds no parameter that learns: give a module or a dict of floating tensors")
         self._bind(inner, meta_gradient, carry, stacked, chunk_size, memory, products, compile, (), None)
@@ -707,6 +709,11 @@ class Bilevel(nn.Module):
 
     def _moved(self, task: Task) -> Task:
         return task.to(self._place(), leading(self).dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.carried.apply(fn)
+        return self
 
     def _place(self) -> torch.device:
         like = next(self.parameters(), None)

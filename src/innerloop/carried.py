@@ -27,6 +27,10 @@ class Carried:
         """Where the tasks were left, moved to a device; None for a key not seen."""
         return map_tensors(lambda value: value.to(place), [self._left.get(key) for key in keys])
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor, as a module's buffers are where it changes its precision."""
+        self._left = {key: map_tensors(function, left) for key, left in self._left.items()}
+
     def forget(self, *keys: Hashable) -> None:
         """Let the tasks of these keys begin at the start again; without keys all of them."""
         for key in keys or list(self._left):

@@ -21,6 +21,19 @@ class Formula(_WeightNorm):
         return weight_v * (weight_g / norms)
 
 
+def refuse(module: nn.Module) -> None:
+    """Refuse torch's own where a caller's loss would call it.
+
+    Raises:
+        ValueError: a part has torch's weight norm.
+    """
+    if any(type(each) is _WeightNorm for each in module.modules()):
+        raise ValueError(
+            "meta holds torch's weight_norm, whose second derivative is wrong: compute g * v / v.norm() in the module, "
+            "or give the model to il.MetaLearner, which does so"
+        )
+
+
 def convert(model: nn.Module) -> None:
     """Let weight norm go by its formula; each parametrisation stays the object that it is."""
     for module in model.modules():

@@ -54,6 +54,9 @@ class Probe(NamedTuple):
     hessian: Callable[[Tree], Callable[[Tree], Tree]]
 
 
+RULES = "update", "advance", "rate", "full_gradient"  # methods that a step consists of
+
+
 @dataclass(frozen=True, kw_only=True)
 class InnerSolver:
     """A rule for inner steps, with the settings that all rules share; subclass it and write ``update``.
@@ -87,8 +90,10 @@ class InnerSolver:
         refuse_kinds(cls)
         if "__repr__" not in vars(cls):
             cls.__repr__ = short_repr  # type: ignore[method-assign]  # here, so that dataclass makes none
-        if vars(cls).keys() & {"update", "advance", "rate", "full_gradient"}:  # what the parent says is of its own rule
-            cls.counts, cls.linear = vars(cls).get("counts", True), vars(cls).get("linear", False)
+        for fact, cautious in (("counts", True), ("linear", False)):  # what a parent says is of its own rule
+            says = next(kind for kind in cls.__mro__ if fact in vars(kind))
+            if any(getattr(cls, rule) is not getattr(says, rule, None) for rule in RULES):
+                setattr(cls, fact, cautious)
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{_SHARED}"
 
     def __post_init__(self) -> None:

@@ -165,7 +165,7 @@ def bind(
         begin: where the task was left; None begins at the problem's start.
         rows: which examples each step sees; None draws them where the solver takes minibatches.
         steps: how many will be taken; None takes those of meta-training.
-        seed: of what the estimator draws; None takes the problem's.
+        seed: of minibatches and of what the estimator draws; None takes the problem's.
 
     Raises:
         ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
@@ -173,6 +173,7 @@ def bind(
     """
     if problem.seed is None:
         problem = replace(problem, seed=fresh_seed())
+    seed = (problem.seed or 0) if seed is None else seed
     if begin is None:
         start = started(problem, meta, support)
         at = End(start, solver.init(start), 0)
@@ -182,8 +183,7 @@ def bind(
         at = _checked_begin(solver, start, begin)
     solver.check_names(at.params)
     if solver.minibatch is not None and rows is None:
-        rows = minibatches(solver, support, [problem.seed or 0], steps or solver.steps, at.step)[0]
-    seed = (problem.seed or 0) if seed is None else seed
+        rows = minibatches(solver, support, [seed], steps or solver.steps, at.step)[0]
     return InnerLoop(problem, meta, support, solver, learned, start, at, rows, begin is not None, seed=seed)
 
 

@@ -17,6 +17,7 @@ from innerloop.few_shot import scores
 from innerloop.learner import MetaLearner
 from innerloop.reporting import write_json
 from innerloop.tasks._files import Files, read_bytes
+from innerloop.tasks._images import split_folders
 from innerloop.tasks._pictures import decode, is_image
 from innerloop.training.build import INK, build_model
 from innerloop.training.checkpoints import load_weights, save_weights
@@ -31,10 +32,14 @@ def labelled_images(folder: Path) -> list[tuple[Path, str | None]]:
 
     Raises:
         FileNotFoundError: no such folder.
+        ValueError: its folders are splits of classes.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder")
-    names = [Path(name) for name in Files(folder).stamps if is_image(name)]
+    files = [name for name in Files(folder).stamps if is_image(name)]
+    if splits := split_folders(files):
+        raise ValueError(f"{folder} holds {', '.join(splits)}, each with classes of its own: name one of them")
+    names = map(Path, files)
     return [(folder / name, name.parts[0] if len(name.parts) > 1 else None) for name in sorted(names)]
 
 

@@ -54,9 +54,9 @@ def is_run_of(folder: Path, settings: Settings) -> bool:
     if not (folder / SETTINGS).exists():
         return False
     was, told = asdict(read_run(folder)), (folder / OPEN).exists()  # earlier versions did not tell what they left open
-    was |= read_config(folder / OPEN) if told else {}
+    left_open = read_config(folder / OPEN) if told else dict.fromkeys(was)
     for name, value in asdict(settings).items():
-        if value != was[name] and (told or value not in (None, AUTO)):
+        if value != was[name] and not (name in left_open and value in (None, AUTO)):
             raise ValueError(
                 f"{folder} already holds a run, whose {flag(name)} is {was[name]}, not {value}; go on with --resume "
                 f"{folder}, or name another --out"
