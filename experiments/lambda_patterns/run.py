@@ -46,7 +46,7 @@ STUDIED = [
     (shots, 32, "stride", 5) for shots in (1, 5)
 ]  # shots, filters, downsampling, inner steps: of the models here
 SIZES = [*STUDIED, *((shots, filters, "pool", 10) for shots in (1, 5) for filters in (32, 64))]
-BLOCKS, ROUNDS = 6, 20  # medians, and what each is of
+BLOCKS, ROUNDS = 6, 10  # medians, and what each is of
 STUDY = {1: "--tasks 600", 5: "--tasks 300 --repetitions 30"}
 SHARED = "--dataset cifar_fs --filters 32 --downsample stride --augment flip,crop --threads 1 "
 FEATURES = SHARED + "--method pretrained --outer-lr 3e-3 --steps 16000 --validate-every 2000"
