@@ -349,9 +349,8 @@ def omniglot_section(results: Results) -> Section:
         for method, name in NAMES.items()
         if (method, SHORT) in found and (method, LONG) not in found
     ]
-    left_out = f" Too long for {LONG:,} tasks, in minutes by their time for {SHORT:,}: {', '.join(short)}." * bool(
-        short
-    )
+    why = f" Too long for {LONG:,} tasks, in minutes by their time for {SHORT:,}: {', '.join(short)}."
+    left_out = why if short else ""
     return claims, (
         f"**Omniglot 5-way 1-shot**, accuracy in % on {len(results['rows'][0]['accuracies'][0])} test tasks, ± 95 %. "
         "Nearest class mean is on each one's own features. Nearest neighbour on pixels: "

@@ -461,8 +461,8 @@ class Bilevel(nn.Module):
             meta, learned = given
             mine = self._ways([task]) if alone else ways
             stated = self._posed(task, meta, mine, inductive=inductive, differentiate=False)
-            problem = stated.problem if stated.problem.seed is not None else replace(stated.problem, seed=seed)
-            loop = bind(problem, stated.meta, stated.task.support, self.inner, learned, None, rows, steps)
+            support = stated.task.support
+            loop = bind(stated.problem, stated.meta, support, self.inner, learned, None, rows, steps, seed)
             if isinstance(task.query, Steps):
                 task.query.check("query", max(steps, 1))
             losses: list[Tensor] = []
@@ -472,7 +472,7 @@ class Bilevel(nn.Module):
             def judge(step: int, params: Tree, *_: object) -> None:
                 place = max(step - 1, 0)
                 query = loop.judged(stated.task.query, place)
-                loss, output = outer(problem, params, stated.meta, query)
+                loss, output = outer(loop.problem, params, stated.meta, query)
                 losses.append(loss)
                 accuracies.extend(self._accuracy(output, task, place))
                 found[:] = [() if output is None else output]
@@ -605,10 +605,9 @@ class Bilevel(nn.Module):
         estimator: MetaGradient | None = None,
     ) -> Result:
         problem, reduced, reduced_task, carry = self._posed(task, meta, ways, differentiate=True)
-        problem = problem if problem.seed is not None else replace(problem, seed=seed)
         loop = bind(problem, reduced, reduced_task.support, self.inner, learned, begin, rows, seed=seed)
         if estimator is None and self.way is not None:
-            engaged = replace(problem, engine=problem.engine or self.way.engine)
+            engaged = replace(loop.problem, engine=problem.engine or self.way.engine)
             loop = replace(loop, problem=engaged, keep_graphs=self.way.keep_graphs)
         result = (estimator or self.meta_gradient).estimate(loop, reduced_task.query, step_weights)
         grad = result.grad if carry is None else carry(result.grad)

@@ -165,15 +165,17 @@ def bind(
         begin: where the task was left; None begins at the problem's start.
         rows: which examples each step sees; None draws them where the solver takes minibatches.
         steps: how many will be taken; None takes those of meta-training.
-        seed: of minibatches and of what the estimator draws; None takes the problem's.
+        seed: of minibatches, of what the estimator draws, and of the losses where the problem has none; None takes the
+            problem's.
 
     Raises:
         ValueError: ``begin`` is of other parameters or of another solver, ``moves`` names none of the parameters, or
             minibatches are asked of a stream.
     """
+    if seed is None:
+        seed = fresh_seed() if problem.seed is None else problem.seed
     if problem.seed is None:
-        problem = replace(problem, seed=fresh_seed())
-    seed = (problem.seed or 0) if seed is None else seed
+        problem = replace(problem, seed=seed)
     if begin is None:
         start = started(problem, meta, support)
         at = End(start, solver.init(start), 0)

@@ -53,8 +53,8 @@ def is_run_of(folder: Path, settings: Settings) -> bool:
     """
     if not (folder / SETTINGS).exists():
         return False
-    was, told = asdict(read_run(folder)), (folder / OPEN).exists()  # earlier versions did not tell what they left open
-    left_open = read_config(folder / OPEN) if told else dict.fromkeys(was)
+    was = asdict(read_run(folder))
+    left_open = read_config(folder / OPEN) if (folder / OPEN).exists() else was  # earlier versions did not tell
     for name, value in asdict(settings).items():
         if value != was[name] and not (name in left_open and value in (None, AUTO)):
             raise ValueError(
