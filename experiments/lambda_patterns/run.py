@@ -42,16 +42,17 @@ OF_31 = 3.16 / 1.96  # by Bonferroni, what widens the interval of the best of 31
 HOW = "`python experiments/lambda_patterns/run.py` trains the models, if they are not in `runs/`, and measures."
 MAML = {1: "58.9 ± 1.9", 5: "71.5 ± 1.0"}  # 5-way CIFAR-FS, of other work: github.com/cainiaomyf/FSL-Insight
 SUFFIXES = [("1" * moving).zfill(5) for moving in range(1, 6)]
-FILTERS = 64  # of the models here, which have strides and five inner steps
+FILTERS = {1: 64, 5: 32}  # of the models here, by shots; they have strides and five inner steps
 SIZES = [
     (shots, filters, *how) for how in (("stride", 5), ("pool", 10)) for shots in (1, 5) for filters in (32, 64)
 ]  # shots, filters, downsampling, inner steps
 BLOCKS, ROUNDS = 6, 10  # medians, and what each is of
 STUDY = {1: "--tasks 600", 5: "--tasks 300 --repetitions 30"}
-SHARED = f"--dataset cifar_fs --filters {FILTERS} --downsample stride --augment flip,crop --threads 1 "
-FEATURES = SHARED + "--method pretrained --outer-lr 3e-3 --steps 32000 --validate-every 4000"
+SHARED = "--dataset cifar_fs --filters {filters} --downsample stride --augment flip,crop --threads 1 "
+FEATURES = SHARED + "--method pretrained --outer-lr 3e-3 --steps {steps} --validate-every 4000"
 HEAD = SHARED + (
-    "--method anil --shots {shots} --start-from runs/lambda/pretrained --inner-lr 0.03 --outer-lr 2e-3 --steps 5000"
+    "--method anil --shots {shots} --start-from runs/lambda/pretrained-{filters} --inner-lr 0.03 --outer-lr 2e-3 "
+    "--steps 5000"
 )
 WHOLE = SHARED + (
     "--method maml --shots {shots} --start-from runs/lambda/anil-{shots}-shot --inner-lr 0.03 --first-order 0.9 "
@@ -61,9 +62,10 @@ WHOLE = SHARED + (
 
 def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     """Train, unless that is done, and study all patterns with the command."""
-    trained_run("lambda/pretrained", FEATURES, arguments.data)
-    trained_run(f"lambda/anil-{shots}-shot", HEAD.format(shots=shots), arguments.data)
-    folder = trained_run(f"lambda/maml-{shots}-shot", WHOLE.format(shots=shots), arguments.data)
+    of = {"shots": shots, "filters": FILTERS[shots], "steps": 500 * FILTERS[shots]}
+    trained_run(f"lambda/pretrained-{FILTERS[shots]}", FEATURES.format(**of), arguments.data)
+    trained_run(f"lambda/anil-{shots}-shot", HEAD.format(**of), arguments.data)
+    folder = trained_run(f"lambda/maml-{shots}-shot", WHOLE.format(**of), arguments.data)
     run_folder = str(folder.relative_to(ROOT))
     data = ["--data", os.path.relpath(arguments.data, ROOT)] if arguments.data else []
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
@@ -231,14 +233,14 @@ def speed_section(found: Results) -> Section:
             [f"{size}, {row['steps']} steps", f"{1000 * statistics.median(full):.0f}",
              *(f"{mean:.2f} ± {half:.2f}" for mean, half in faster.values())]
         )  # fmt: skip
-        if (row["filters"], row["downsample"]) != (FILTERS, "stride"):
+        if (row["filters"], row["downsample"]) != (FILTERS[row["shots"]], "stride"):
             continue
         for name, words in ((HEAD_ALONE, "everything computed in each step"), (REUSED, "blocks below computed once")):
             mean, half = faster[name]
             claims.append(
                 [f"{row['shots']}-shot: adaptation is about three times faster ({words})", "about 3 times",
                  f"{mean:.2f} ± {half:.2f} times, {row['steps']} steps, the head alone",
-                 f"Conv4, {FILTERS} filters, strides, random weights",
+                 f"Conv4, {row['filters']} filters, strides, random weights",
                  judged(verdict_of(mean - ABOUT_THREE, half, 0.0))]
             )  # fmt: skip
     return claims, (
@@ -260,7 +262,8 @@ def patterns_section(found: Results) -> Section:
              *(fastest(section, tolerance) for tolerance in TOLERANCES)]
         )  # fmt: skip
     own = found["trained"]["test"]["transductive"]["accuracy"] if "trained" in found else None
-    scale = f"CIFAR-FS, {FILTERS} filters, {f'a MAML of {100 * own[0]:.0f} %' if own else 'glyphs'}, 1 seed"
+    model = f"a MAML of {100 * own[0]:.0f} %" if own else "glyphs"
+    scale = f"CIFAR-FS, {FILTERS[found['shots']]} filters, {model}, 1 seed"
     for section in found["sections"]:
         mean, half = (100 * each for each in section["test"]["difference"])
         case, here = (
