@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -191,54 +192,83 @@ def draw_memory(results: Results) -> Figure:
 
 TASKS_PER_BATCH = 4
 SHORT, LONG = 5_000, 80_000  # tasks: of all methods, and of one seed of these
-LONGER = "imaml-head", "maml", "fomaml", "imaml-damped"
+LONGER = "imaml-head", "maml", "fomaml", "imaml-damped", "anil"
+DIVERGED = 1  # exit status of `innerloop train`
+RATES = 1e-3, 3e-3, 1e-2, 3e-2  # outer, tried upwards until validation falls; the first is every preset's
 # transductive, 5-way 1-shot: the iMAML paper's table
 PUBLISHED = {"maml": "98.7 ± 0.4", "fomaml": "98.3 ± 0.5", "imaml": "99.16 ± 0.35"}
 NAMES = {
-    "imaml-head": "iMAML on the head",
+    "imaml-head": "iMAML on the head (ours)",
     "maml": "MAML",
     "fomaml": "first-order MAML",
     "imaml-damped": "iMAML, damped as released",
     "imaml": "iMAML, all weights, as published",
+    "anil": "ANIL",
 }
 RECIPE = (
     "--method {method} --seed {seed} --dataset omniglot --class-split vinyals --rotations true --filters 32 "
-    f"--outer-lr 1e-3 --schedule cosine --tasks-per-batch {TASKS_PER_BATCH} --validation-tasks 200 --threads 1 "
+    f"--outer-lr {{rate}} --schedule cosine --tasks-per-batch {TASKS_PER_BATCH} --validation-tasks 200 --threads 1 "
 )
 PROTOCOLS = "transductive", "inductive"
 
 
 def omniglot(arguments: argparse.Namespace) -> Results:
-    """A row a method, length and seed: the method's own settings, one outer rate, annealed by a cosine."""
+    """A row a method, length, outer rate and seed, each annealed by a cosine. Rates are chosen at the first seed."""
 
     def measured(key: Results, _: list[Results]) -> Results:
         steps = key["tasks"] // TASKS_PER_BATCH
         options = f"{RECIPE.format(**key)} --steps {steps} --validate-every {steps // 10}"
-        return found_by(trained_run("imaml/{method}-{tasks}-{seed}".format(**key), options, arguments.data))
+        try:
+            folder = trained_run("imaml/{method}-{tasks}-{rate:g}-{seed}".format(**key), options, arguments.data)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != DIVERGED or key["rate"] == RATES[0]:
+                raise
+            return {"curve": []}
+        return found_by(folder)
 
-    wanted = [{"method": method, "tasks": SHORT, "seed": seed} for seed in range(arguments.seeds) for method in NAMES]
-    wanted += [{"method": method, "tasks": LONG, "seed": 0} for method in LONGER if arguments.seeds]
-    return collect(arguments.out / "omniglot5.json", wanted, measured)
+    def collected(method: str, rate: float, seed: int = 0, tasks: int = SHORT) -> Results:
+        key = {"method": method, "tasks": tasks, "rate": rate, "seed": seed}
+        return collect(arguments.out / "omniglot5.json", [key], measured)
+
+    for method in NAMES if arguments.seeds else ():
+        for rate in RATES:
+            if rate_of(method, collected(method, rate)["rows"]) < rate:
+                break
+    for seed in range(1, arguments.seeds):
+        for method in NAMES:
+            collected(method, rate_of(method, collect(arguments.out / "omniglot5.json", [], measured)["rows"]), seed)
+    for method in LONGER if arguments.seeds else ():
+        collected(method, RATES[0], tasks=LONG)
+    return collect(arguments.out / "omniglot5.json", [], measured)
+
+
+def rate_of(method: str, rows: list[Results]) -> float:
+    """The outer rate whose highest validation accuracy is highest, of the short trainings of the first seed."""
+    known = [row for row in rows if row["method"] == method and (row["tasks"], row["seed"]) == (SHORT, 0)]
+    return max(known, key=lambda row: max((accuracy for _, accuracy, _ in row["curve"]), default=0.0))["rate"]
 
 
 def quick_omniglot(arguments: argparse.Namespace) -> Results:
-    """MAML and two forms of iMAML learn glyphs."""
-    least = {"maml": 0.2, "imaml-head": 0.2, "imaml": 0.06}
+    """MAML and three forms of iMAML learn glyphs."""
+    least = {"maml": 0.2, "imaml-head": 0.2, "imaml": 0.06, "imaml-damped": 0.05}
     small = "--dataset glyphs --filters 16 --outer-lr 3e-3 --schedule constant --steps 24 --validate-every 6 "
     small += "--validation-tasks 48 --test-tasks 8"
     rows = []
     for method in least:
         run = arguments.out / method
         innerloop("train", "--out", str(run), "--method", method, *small.split())
-        rows.append({"method": method, "tasks": 96, "seed": 0} | found_by(run))
+        rows.append({"method": method, "tasks": 96, "rate": 3e-3, "seed": 0} | found_by(run))
     check_learning({row["method"]: row for row in rows}, least)
     return {"rows": rows}
 
 
 def by_length(results: Results) -> dict[tuple[str, int], list[Results]]:
-    """The rows of each method and length, by seed."""
-    known = dict.fromkeys((row["method"], row["tasks"]) for row in results["rows"])
-    return {key: [row for row in results["rows"] if (row["method"], row["tasks"]) == key] for key in known}
+    """The rows of each method and length, by seed; of the short trainings those at the chosen rate."""
+    found: dict[tuple[str, int], list[Results]] = {}
+    for row in results["rows"]:
+        if row["tasks"] != SHORT or row["rate"] == rate_of(row["method"], results["rows"]):
+            found.setdefault((row["method"], row["tasks"]), []).append(row)
+    return found
 
 
 def draw_omniglot(results: Results) -> Figure:
@@ -257,11 +287,12 @@ def draw_omniglot(results: Results) -> Figure:
 HEADER = """# iMAML: implicit meta-gradients (arXiv 1909.04630)
 
 **What differs from the paper.** Of its text only an abstract could be read: settings are those of its released code,
-and published numbers those that other works repeat. The authors ask for 20,000 steps of 32 tasks with 64 filters; ours
-have 4 tasks a step, 32 filters with strides, and the tasks named below. All have the outer rate of their presets,
-0.001, annealed. One thing was tuned: `imaml-head` has AdamW's decay of 0.3 since it diverged here with Adam. Its other
-settings are ours. Vinyals' split of an area-averaged Omniglot with quarter rotations as further
-training classes."""
+and published numbers those that other works repeat. What is called recalled was not read anywhere. The authors ask for
+20,000 steps of 32 tasks with 64 filters; ours have 4 tasks a step, 32 filters with strides, and the tasks named below.
+Outer rates are annealed. In short trainings each method has its own: from the presets' 0.001 upwards by about three,
+until the first seed's validation falls. The long trainings have 0.001, untuned. `imaml-head` is ours: it has AdamW's
+decay of 0.3 since it diverged here with Adam. ANIL beside it tells what adapting the head alone brings. Vinyals' split
+of an area-averaged Omniglot with quarter rotations as further training classes."""
 NEGATIVE = (
     "The last column is the share of the training tasks in which the solve met negative curvature and stopped: the "
     "inner steps do not end near a minimum, which the implicit gradient takes for granted."
@@ -281,9 +312,10 @@ def error_section(results: Results) -> Section:
     floor = ends["iMAML-GD, CG 2"][1][1]
     scale, falls, stays = f"{results['tasks']} linear regressions", last < 1e-6 * first, floor > 1e3 * last
     claims = [
-        ["the error falls with the inner steps", "falls", f"{first:.1e} to {last:.1e} (CG 20)", scale,
+        ["the error falls with the inner steps", "falls (recalled)", f"{first:.1e} to {last:.1e} (CG 20)", scale,
          judged(falls, small=False)],
-        ["few conjugate gradients leave a floor", "a floor", f"{floor:.1e} (CG 2)", scale, judged(stays, small=False)],
+        ["few conjugate gradients leave a floor", "a floor (recalled)", f"{floor:.1e} (CG 2)", scale,
+         judged(stays, small=False)],
     ]  # fmt: skip
     rows = [[name, *(f"{error:.1e} ({steps})" for steps, error in pair)] for name, pair in ends.items()]
     return claims, (
@@ -323,7 +355,7 @@ def omniglot_section(results: Results) -> Section:
         }
         shares = [row["negative curvature"] for row in mine]
         rows.append(
-            [NAMES[method], PUBLISHED.get(method, "–"), f"{tasks:,}", str(len(mine)),
+            [NAMES[method], PUBLISHED.get(method, "–"), f"{tasks:,}", f"{mine[0]['rate']:g}", str(len(mine)),
              *(percent(pooled[key], unit="") for key in PROTOCOLS),
              f"{100 * statistics.mean(row['nearest class mean'][0] for row in mine):.1f}",
              f"{100 * statistics.mean(shares):.0f} %" if any(shares) else ""]
@@ -343,7 +375,7 @@ def omniglot_section(results: Results) -> Section:
                  f"{tasks:,} tasks, 32 filters, {len(apart)} seed{'s' * (len(apart) > 1)}",
                  as_accurate({"accuracies": ours}, {"accuracies": theirs})]
             )  # fmt: skip
-    head = ["method", "published (transductive)", "tasks", "seeds", *PROTOCOLS, "nearest class mean"]
+    head = ["method", "published (transductive)", "tasks", "outer rate", "seeds", *PROTOCOLS, "nearest class mean"]
     short = [
         f"{name} ({min(row['seconds'] for row in found[method, SHORT]) * LONG / SHORT / 60:.0f})"
         for method, name in NAMES.items()

@@ -54,6 +54,7 @@ CANDIDATES: dict[str, Callable[[str], dict[str, Any]]] = {
     "ten plain steps": lambda dataset: {**PLAIN, "inner_steps": 10},
     "implicit": lambda dataset: {**PLAIN, "inner_steps": 16, "meta_gradient": "implicit:iterations=5", "proximal": 0.5},
     "protonet": lambda dataset: method_settings("protonet", dataset) | OUTER,
+    "protonet, shifted": lambda dataset: method_settings("protonet", dataset) | OUTER | {"augment": "flip,crop"},
     "proto-anil": lambda dataset: method_settings("proto-anil", dataset) | OUTER,
     "proto-anil, learned rates": lambda dataset: {"start": "prototypes", "inner_lr": 0.1, "inner_steps": 3},
     "ridge": lambda dataset: method_settings("ridge", dataset) | OUTER,
