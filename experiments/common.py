@@ -224,7 +224,7 @@ def judged(found: bool | str, small: bool = True) -> str:
         small: whether it was measured below the paper's scale.
     """
     word = found if isinstance(found, str) else "shown" if found else "contradicted"
-    return "shown in small" if word == "shown" and small else word
+    return word if word == "open" or not small else f"{word} in small"
 
 
 def as_accurate(ours: Results, theirs: Results) -> str:

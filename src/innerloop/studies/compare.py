@@ -32,6 +32,7 @@ from innerloop.studies.comparison_report import write_report
 from innerloop.studies.costs import Cost, cost, save_tasks
 from innerloop.studies.trainings import Training, train_all
 from innerloop.tasks import SOURCES
+from innerloop.training.baselines import PIXELS
 from innerloop.training.build import build_tasks
 from innerloop.training.checkpoints import load_weights
 from innerloop.training.evaluation import Baseline, Estimate, verdict
@@ -447,7 +448,7 @@ def _collect(
         budget=_budget(plan, first.steps),
         test_tasks=first.test_tasks,
         target=target,
-        nearest_neighbour=Estimate(*tests[0]["nearest_neighbour"]),
+        nearest_neighbour=entries[0].baselines[PIXELS].accuracy,
         entries=entries,
         failed=failed,
         notes=notes,

@@ -170,8 +170,8 @@ OF_METHOD = (
 def unasked(dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the default recipe where nothing of a method was typed: `pretrained` for colour pictures.
 
-    On those it was ahead of all that adapt, by four to ten points, and gains by mirrored and shifted pictures and by a
-    few small steps of the head. For characters and all else the settings' own defaults hold. See experiments/recipe.
+    On those it leads in validation, and gains by mirrored and shifted pictures and by a few small steps of the head.
+    For characters and all else the settings' own defaults hold. See experiments/recipe.
     """
     if dataset in COLOUR and given.get("channels") in (None, 3, "3") and not given.keys() & set(OF_METHOD):
         return method_settings("pretrained", dataset) | COLOURED
