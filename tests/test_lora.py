@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal
 
 import innerloop as il
 from innerloop.choices import choice, text
@@ -98,6 +100,53 @@ def test_what_is_handed_out_is_a_plain_model() -> None:
     again.load_state_dict(adapted.state_dict())
     torch.testing.assert_close(again(batch.query[0][0]), expected)
     assert learner.adapted, "the learner keeps its factors"
+
+
+def test_adapting_leaves_the_learner_its_copies_and_the_users_model_as_they_were() -> None:
+    users = model()
+    users[0] = orthogonal(users[0])
+    parametrize.register_parametrization(users[2], "bias", nn.Identity())
+    learner = il.MetaLearner(users, il.LoRA(2), il.SGD(lr=0.3, steps=2))
+    batch, before = tasks(1), users(tasks().query[0][0])
+    other, expected = copy.deepcopy(learner), learner.evaluate(batch).outputs
+    for _ in range(2):
+        other.adapt(batch.support[0][0], batch.support[1][0])
+    for each in (learner, other):
+        assert torch.equal(each.evaluate(batch).outputs, expected)
+    assert torch.equal(users(tasks().query[0][0]), before)
+
+
+class Tied(nn.Module):
+    """Its head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.head(self.middle(self.embedding(inputs).mean(1)).tanh())
+        return found
+
+
+def test_the_factors_of_a_tied_layer_are_its_own() -> None:
+    torch.manual_seed(0)
+    learner = il.MetaLearner(Tied().double(), il.LoRA(2), il.SGD(lr=0.5, steps=3))
+    inputs, labels = torch.randint(7, (1, 8, 4)), torch.randint(7, (1, 8))
+    adapted = learner.adapt(inputs[0], labels[0])
+    expected = learner.evaluate(il.Task((inputs, labels), (inputs, labels))).outputs[0]
+    torch.testing.assert_close(adapted(inputs[0]), expected)
+    name = "embedding.weight"
+    assert torch.equal(adapted.get_parameter(name), learner.model.get_parameter(name))
+
+
+def test_a_model_with_factors_keeps_those_or_is_refused() -> None:
+    held = il.MetaLearner(model(), il.LoRA(2), il.SGD(lr=0.3, steps=2)).model
+    assert len(il.MetaLearner(held, il.LoRA(2)).adapted) == 4
+    for other in (il.LoRA(3), il.LoRA(2, scale=0.5), il.LoRA(2, "head")):
+        with pytest.raises(ValueError, match=r"body has factors of rank 2 and scale 1\.0 already"):
+            il.MetaLearner(held, other)
 
 
 def test_a_frozen_model_learns_the_starts_of_its_factors_alone() -> None:

@@ -70,7 +70,7 @@ class LoRA(Adapts):
         """Give the linear layers their factors.
 
         Raises:
-            ValueError: a glob matches no linear layer, or there is none.
+            ValueError: a glob matches no linear layer, or there is none; a layer has other factors already.
         """
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for glob in self.layers or ("*",):
@@ -79,7 +79,16 @@ class LoRA(Adapts):
                     f"{self!r}: {glob!r} matches none of the linear layers {', '.join(linear) or '(there are none)'}"
                 )
         for name, layer in linear.items():
-            if any(fnmatchcase(name, glob) for glob in self.layers or ("*",)) and not _factors(layer):
+            wanted = any(fnmatchcase(name, glob) for glob in self.layers or ("*",))
+            held = [(len(each.down), each.scale) for each in _factors(layer)]
+            if held and (not wanted or held != [(self.rank, self.scale)]):
+                raise ValueError(
+                    f"{name} has factors of rank {held[0][0]} and scale {held[0][1]} already, which are not those of "
+                    f"{self!r}: give a model without factors, such as adapt() returns"
+                )
+            if wanted and not held:
+                if parametrize.is_parametrized(layer):
+                    _class_of_its_own(layer)
                 parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, self.rank, self.scale))
 
     def select(self, model: nn.Module) -> list[str]:
@@ -90,11 +99,21 @@ class LoRA(Adapts):
     def finish(self, model: nn.Module) -> None:
         """Add the factors to the weights."""
         for layer in [module for module in model.modules() if _factors(module)]:
+            weight = nn.Parameter(layer.weight.detach(), requires_grad=False)  # type: ignore[operator]
+            _class_of_its_own(layer)
+            # in place of the original, which another layer may share, and torch would overwrite
+            alone = parametrize.ParametrizationList([nn.Identity()], weight)
+            layer.parametrizations.weight = alone  # type: ignore[union-attr]
             parametrize.remove_parametrizations(layer, "weight")
 
 
-def _factors(layer: nn.Module) -> bool:
-    return parametrize.is_parametrized(layer, "weight") and any(
-        isinstance(each, LowRank)
-        for each in layer.parametrizations.weight  # type: ignore[union-attr]
-    )
+def _class_of_its_own(layer: nn.Module) -> None:
+    """Torch keeps a parametrised property on the layer's class, which copies of the layer share."""
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+
+
+def _factors(layer: nn.Module) -> list[LowRank]:
+    if not parametrize.is_parametrized(layer, "weight"):
+        return []
+    return [each for each in layer.parametrizations.weight if isinstance(each, LowRank)]  # type: ignore[union-attr]
