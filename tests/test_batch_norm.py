@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 import innerloop as il
 from innerloop.batch_norm import TaskBatchNorm
@@ -160,6 +161,108 @@ def test_inductive_predictions_do_not_depend_on_the_other_queries():
         together = learner.evaluate(batch, inductive=inductive).outputs[:, :1]
         alone = learner.evaluate(batch._replace(query=first), inductive=inductive).outputs
         assert torch.allclose(together, alone) == independent
+
+
+class Activated(nn.BatchNorm1d):
+    """Batch norm and its activation in one layer, as timm has them."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs).relu()
+
+
+def patched() -> nn.Module:
+    norm = nn.BatchNorm1d(5)
+    vars(norm)["forward"] = lambda inputs: F.batch_norm(inputs, norm.running_mean, norm.running_var).relu()
+    return norm
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: Activated(5),
+        patched,
+        lambda: parametrize.register_parametrization(nn.BatchNorm1d(5), "weight", nn.Tanh()),
+    ],
+)
+def test_a_batch_norm_that_does_more_is_left_alone_or_refused(norm):
+    model, batch = nn.Sequential(nn.Linear(6, 5), norm(), nn.Linear(5, 3)).double(), model_and_batch("mlp")[1]
+    for mode in ("batch", "task", "step"):
+        with pytest.raises(ValueError, match=r"1 is a batch norm with a forward pass or weights of its own"):
+            il.MetaLearner(model, batch_norm=mode)
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=1), batch_norm="frozen")
+    expected = model.eval()(batch.query[0][0])
+    torch.testing.assert_close(learner.evaluate(batch, steps=0).outputs[0], expected)
+
+
+def test_hooks_of_a_batch_norm_are_kept():
+    model, batch = (
+        nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double(),
+        model_and_batch("mlp")[1],
+    )
+    model[1].register_forward_hook(lambda module, inputs, output: output.relu())
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=1))
+    torch.testing.assert_close(learner.evaluate(batch, steps=0).outputs[0], model(batch.query[0][0]))
+    adapted = learner.adapt(batch.support[0][0], batch.support[1][0])
+    torch.testing.assert_close(learner.evaluate(batch).outputs[0], adapted(batch.query[0][0]))
+
+
+class Listed(nn.Module):
+    """Its forward pass takes its layers from a plain list."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.name = name
+        setattr(self, name, [self.first, self.norm, nn.Tanh(), self.head])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for layer in getattr(self, self.name):
+            inputs = layer(inputs)
+        return inputs
+
+
+@pytest.mark.parametrize("name", ["layers", "blocks"])
+@pytest.mark.parametrize("mode", ["batch", "frozen", "step", "task"])
+def test_layers_in_a_plain_list_are_those_of_the_model(name, mode):
+    model, batch = Listed(name).double(), model_and_batch("mlp")[1]
+    plain = nn.Sequential(*getattr(model, name))
+    found = []
+    for each in (model, plain):
+        learner = il.MetaLearner(each, il.Head(), il.SGD(lr=0.1, steps=2), batch_norm=mode)
+        loss = learner.meta_step(batch).loss
+        found.append([loss, *(p.grad for p in learner.parameters())])
+        adapted = learner.adapt(batch.support[0][0], batch.support[1][0])
+        torch.testing.assert_close(learner.evaluate(batch).outputs[0], adapted(batch.query[0][0]))
+    torch.testing.assert_close(*found)
+
+
+class Twice(nn.Module):
+    """Uses one batch norm in two places, by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.head = (
+            nn.Linear(6, 5),
+            nn.BatchNorm1d(5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 3),
+        )
+        self.again = self.norm
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.again(self.second(self.norm(self.first(inputs)))))
+
+
+@pytest.mark.parametrize("mode", ["batch", "step"])
+def test_a_layer_with_two_names_stays_one(mode):
+    model, batch = Twice().double(), model_and_batch("mlp")[1]
+    learner = il.MetaLearner(model, inner=il.SGD(lr=0.1, steps=2), batch_norm=mode)
+    assert learner.model.norm is learner.model.again
+    assert dict(learner.model.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    support = batch.support[0][0], batch.support[1][0]
+    torch.testing.assert_close(learner.adapt(*support)(batch.query[0][0]), learner.evaluate(batch).outputs[0])
+    with pytest.raises(ValueError, match=r"norm is used 2 times in a forward pass, and can keep"):
+        learner.adapt(*support, inductive=True)
 
 
 def test_frozen_statistics_must_exist():

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 BatchNormMode = Literal["batch", "frozen", "step", "task"]
 
@@ -33,32 +34,29 @@ BatchNormMode = Literal["batch", "frozen", "step", "task"]
 class TaskBatchNorm(nn.Module):
     """Batch norm without running statistics, which can take its statistics from the first rows of the batch only.
 
-    It shares the weight and bias of the layer it stands in for; for so many ``steps`` it has a copy for each.
+    A layer of torch's becomes one in place, and torch's again: whatever else holds it, a plain list too, follows.
     """
 
-    def __init__(self, norm: _BatchNorm, steps: int | None = None) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps, self.affine = norm.weight, norm.bias, norm.eps, norm.affine
-        self.kind = type(norm)
-        if steps is not None and self.affine:
-            self.weight, self.bias = (
-                nn.Parameter(each.detach().repeat(steps, 1), each.requires_grad) for each in (norm.weight, norm.bias)
-            )
-        self.rows: int | None = None
-        self.step = 0
-        self.seen: tuple[Tensor, Tensor] | None = None
+    kind: type[_BatchNorm]  # what it was
+    weight: nn.Parameter
+    bias: nn.Parameter
+    affine: bool
+    eps: float
+    rows: int | None = None
+    step: int = 0
+    seen: list[tuple[Tensor, Tensor]] | None = None  # mean and variance of every pass, where they are recorded
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``[batch, channels, ...]`` over the batch, or by its first ``rows``."""
         if inputs.dtype in (torch.bfloat16, torch.float16):  # torch's rules for mixed precisions fail under vmap
-            return self(inputs.float()).to(inputs.dtype)
+            return self.forward(inputs.float()).to(inputs.dtype)
         weight, bias = self.scales(self.step)
         if self.rows is None:
             return F.batch_norm(inputs, None, None, weight, bias, True, 0.0, self.eps)
         over = [axis for axis in range(inputs.ndim) if axis != 1]
         variance, mean = torch.var_mean(inputs[: self.rows], over, correction=0, keepdim=True)
         if self.seen is not None:
-            self.seen = (mean.flatten(), variance.flatten())
+            self.seen.append((mean.flatten(), variance.flatten()))
         normal = (inputs - mean) * torch.rsqrt(variance + self.eps)
         if not self.affine:
             return normal
@@ -82,11 +80,12 @@ def convert(model: nn.Module, mode: BatchNormMode, steps: int) -> None:
         steps: inner steps, for ``step``.
 
     Raises:
-        ValueError: an unknown mode; ``frozen`` without stored statistics; instance norm that tracks statistics.
+        ValueError: an unknown mode; ``frozen`` without stored statistics; instance norm that tracks statistics; another
+            mode with a batch norm whose forward pass is its own.
     """
     if mode not in get_args(BatchNormMode):
         raise ValueError(f"batch_norm={mode!r}: choose 'batch', 'frozen', 'step' or 'task'")
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
                 f"{name} tracks running statistics, which tasks cannot share: build it with track_running_stats=False"
@@ -94,12 +93,28 @@ def convert(model: nn.Module, mode: BatchNormMode, steps: int) -> None:
         if not isinstance(module, _BatchNorm):
             continue
         if mode != "frozen":
-            _replace(model, name, TaskBatchNorm(module, steps if mode == "step" else None))
+            _convert(name, module, steps if mode == "step" else None)
         elif module.running_mean is None:
             raise ValueError(
                 f"batch_norm='frozen' needs stored statistics but {name} keeps none: train it with "
                 "track_running_stats=True first, or use batch_norm='batch'"
             )
+
+
+def _convert(name: str, norm: _BatchNorm, steps: int | None) -> None:
+    kind = type(norm)
+    own = kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in vars(norm)
+    if own or parametrize.is_parametrized(norm):
+        raise ValueError(
+            f"{name} is a batch norm with a forward pass or weights of its own ({kind.__name__}), which would be left "
+            "out: use a plain batch norm with a layer for the rest after it, or batch_norm='frozen'"
+        )
+    norm.__class__, norm.kind = TaskBatchNorm, kind  # type: ignore[assignment]
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    if steps is not None and norm.affine:
+        norm.weight, norm.bias = (
+            nn.Parameter(each.detach().repeat(steps, 1), each.requires_grad) for each in (norm.weight, norm.bias)
+        )
 
 
 def affine_names(model: nn.Module) -> set[str]:
@@ -144,42 +159,28 @@ def to_torch(model: nn.Module, run: Callable[[], object] | None = None, rows: in
             follows; None leaves the layers without stored statistics, so that each batch is normalised by its own.
         rows: how many inputs those are.
         step: the inner step whose scale and shift they keep, where each has its own.
+
+    Raises:
+        ValueError: a layer that shall keep statistics is used more than once.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TaskBatchNorm)
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TaskBatchNorm)}
     if run is not None and layers:
         for layer in layers.values():
-            layer.seen = (torch.zeros(()), torch.zeros(()))  # anything but None asks the layer to record
+            layer.seen = []
         with torch.no_grad(), statistics_from_first(model, rows, step):
             run()
     for name, layer in layers.items():
-        norm = _torch_layer(layer, step)
-        if layer.seen is not None:
-            norm.track_running_stats = True
-            norm.register_buffer("running_mean", layer.seen[0].clone())
-            norm.register_buffer("running_var", layer.seen[1].clone())
-            norm.register_buffer("num_batches_tracked", torch.tensor(1, device=layer.seen[0].device))
-        norm.eval()
-        _replace(model, name, norm)
-
-
-def _torch_layer(layer: TaskBatchNorm, step: int) -> _BatchNorm:
-    kind = nn.BatchNorm2d if issubclass(layer.kind, nn.SyncBatchNorm) else layer.kind
-    weight, bias = layer.scales(step)
-    channels = 1 if weight is None else len(weight)
-    norm = kind(channels, eps=layer.eps, affine=weight is not None, track_running_stats=False)
-    if weight is not None:
-        norm.weight, norm.bias = (
-            each if isinstance(each, nn.Parameter) else nn.Parameter(each, requires_grad=False)
-            for each in (weight, bias)
-        )
-    return norm
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    if not name:
-        raise ValueError("a lone batch-norm layer is no model: wrap it in an nn.Sequential")
-    model.set_submodule(name, new)
+        if layer.affine and layer.weight.ndim > 1:
+            layer.weight, layer.bias = (nn.Parameter(each, requires_grad=False) for each in layer.scales(step))
+        if seen := layer.seen:
+            if len(seen) > 1:
+                raise ValueError(
+                    f"{name} is used {len(seen)} times in a forward pass, and can keep the statistics of one use: give "
+                    "each a layer of its own, or adapt with batch_norm='batch' and without inductive"
+                )
+            layer.running_mean, layer.running_var = seen[0]
+            layer.num_batches_tracked = torch.tensor(1, device=seen[0][0].device)
+        layer.track_running_stats, layer.seen = bool(seen), None  # type: ignore[assignment]
+        kind = nn.BatchNorm2d if issubclass(layer.kind, nn.SyncBatchNorm) else layer.kind
+        layer.__class__ = kind  # type: ignore[assignment]
+        layer.eval()
