@@ -113,6 +113,18 @@ def test_a_start_takes_any_number_of_ways_and_adapts_without_a_step(start):
     assert found.loss_curve.shape == (1, 1)
 
 
+def test_rates_of_single_entries_need_as_many_classes_as_the_head_has():
+    learner = il.MetaLearner(model(), il.Head(), il.LearnedRates(lr=0.1, steps=2), start=il.Prototypes())
+    learner.meta_step(tasks())
+    labels, inputs = torch.arange(4).repeat(2), torch.randn(8, 4).double()
+    for call in (
+        lambda: learner.adapt(inputs, labels),
+        lambda: learner.evaluate([Task((inputs, labels), (inputs, labels))]),
+    ):
+        with pytest.raises(ValueError, match=r"\(3, 6\) rates for head.weight.* as \(4, 6\): use per='layer-step'"):
+            call()
+
+
 def test_cosine_means_rank_as_the_cosine_does():
     f, y, queries = torch.randn(6, WIDTH), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(9, WIDTH)
     weight, bias = il.Prototypes(cosine=True).head(f, y, 3)

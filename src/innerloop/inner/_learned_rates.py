@@ -57,4 +57,9 @@ class LearnedRates(InnerSolver):
         rates = learned
         if self.per == "layer-step":
             rates = {name: rate[min(step, self.steps - 1)] for name, rate in learned.items()}
+        elif odd := [name for name, p in params.items() if p.shape != rates[name].shape]:
+            raise ValueError(
+                f"LearnedRates has {tuple(rates[odd[0]].shape)} rates for {odd[0]}, which this task has as "
+                f"{tuple(params[odd[0]].shape)}: use per='layer-step', or tasks of as many classes as the model"
+            )
         return {name: p - rates[name] * grad[name] for name, p in params.items()}, state
