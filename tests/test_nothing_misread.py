@@ -2,10 +2,12 @@
 
 import copy
 import json
+import random
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,26 @@ def _fields(problem: il.Problem) -> dict:
     return {"start": problem.start, "inner_loss": problem.inner_loss, "outer_loss": problem.outer_loss}
 
 
+class Drops(nn.Module):
+    """Drops a layer by a number that torch did not draw."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.draw = draw
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, WAYS)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(inputs if self.training and self.draw() < 0.5 else self.layer(inputs).tanh())
+
+
+@pytest.mark.parametrize("draw", [lambda: random.random(), lambda: np.random.rand()])  # noqa: NPY002
+def test_what_is_not_drawn_by_torch_is_refused(draw):
+    learner, batch = il.MetaLearner(Drops(draw).double(), inner=il.SGD(lr=0.1, steps=2)), batch_of(4)
+    with pytest.raises(ValueError, match=r"draws from Python's random or numpy.*: draw with torch"):
+        learner.meta_step(batch)
+    assert learner.eval().meta_step(batch).loss.isfinite()
+
+
 def test_a_random_prefix_is_not_reused_in_training_and_is_in_evaluation():
     model = nn.Sequential(nn.Linear(4, 8), Noisy("dropout"), nn.Linear(8, WAYS)).double()
     learner, batch = il.MetaLearner(model, il.Head(), il.SGD(lr=0.1, steps=2)), batch_of(4)
@@ -293,6 +315,14 @@ def test_a_users_own_table_of_moves_is_followed():
     assert relative_error(found, grads(together, batch)) > 1e-3
     with pytest.raises(ValueError, match=r"cannot follow a table"):
         il.MetaLearner(model, Halves(), il.SGD(lr=0.2, steps=2), il.Window(2))
+
+
+@pytest.mark.parametrize("method", ["select", "moves"])
+def test_a_users_choice_of_names_that_do_not_exist_is_refused(method, monkeypatch):
+    names = {"select": ["0.weight", "0.biass"], "moves": [{"0.weight", "0.biass"}]}
+    monkeypatch.setattr(Halves, method, lambda self, model: names[method])
+    with pytest.raises(ValueError, match=r"(selects|moves) 0\.biass, which"):
+        il.MetaLearner(nn.Sequential(nn.Linear(4, WAYS)), Halves(), il.SGD(lr=0.2, steps=2))
 
 
 class Velocity(NamedTuple):
@@ -949,6 +979,10 @@ def test_names_of_meta_parameters_are_kept():
         (
             lambda: il.MetaLearner(nn.Sequential(nn.EmbeddingBag(5, 4, max_norm=2.0), nn.Linear(4, 3))),
             r"0 has max_norm=2\.0, .*leave max_norm out",
+        ),
+        (
+            lambda: il.MetaLearner(nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))),
+            r"0 has sparse gradients.*build it with sparse=False",
         ),
     ],
 )

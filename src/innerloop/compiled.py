@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from innerloop.curvature import python_states
 from innerloop.problem import Steps
 
 SHAPES = 16  # graphs that a learner compiles at most
@@ -203,9 +202,9 @@ def _refuse_draws(graph: torch.fx.GraphModule) -> None:
 @contextlib.contextmanager
 def _no_draws() -> Iterator[None]:
     """Refuse what draws within the block from a generator that leaves nothing in the graph."""
-    before = random.getstate(), str(np.random.get_state(legacy=False))  # noqa: NPY002
+    before = python_states()
     yield
-    if before != (random.getstate(), str(np.random.get_state(legacy=False))):  # noqa: NPY002
+    if before != python_states():
         raise Refused("it draws random numbers in Python, which would be the same ones in every step")
 
 

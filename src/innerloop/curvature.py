@@ -14,11 +14,13 @@ are used nowhere.
 from __future__ import annotations
 
 import contextlib
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -295,6 +297,11 @@ def random_states(like: Any) -> list[tuple[torch.Generator, Tensor]]:
         place = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[place])
     return [(generator, generator.get_state()) for generator in generators]
+
+
+def python_states() -> tuple[Any, ...]:
+    """Where the generators of Python and numpy stand, which no step replays."""
+    return random.getstate(), str(np.random.get_state(legacy=False))  # noqa: NPY002
 
 
 @contextlib.contextmanager

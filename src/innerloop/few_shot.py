@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from innerloop.adapts import Adapts
 from innerloop.batch_norm import BatchNormMode, affine_names, statistics_from_first
 from innerloop.blocks import Chain, blocks_of, call, recomputation
-from innerloop.curvature import pullback, random_states, replayed
+from innerloop.curvature import pullback, python_states, random_states, replayed
 from innerloop.data_checks import passed as taken
 from innerloop.problem import Batch, Problem, Stage, Steps, Task, Tree
 from innerloop.start import Start
@@ -73,19 +73,23 @@ class FewShot:
         self.regulariser = regulariser
         self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        selected = set(adapts.select(model))
+        self._names = {name for name, _ in model.named_parameters()}
+        selected, rows = set(adapts.select(model)), adapts.moves(model)
+        if odd := selected - self._names:
+            raise ValueError(f"{adapts!r} selects {min(odd)}, which is no name in model.named_parameters(): give those")
+        if odd := set().union(*rows) - selected:
+            raise ValueError(f"{adapts!r} moves {min(odd)}, which it does not select: let select() name all that moves")
         if batch_norm == "step":  # a step's own scale and shift are not what steps move
             selected -= affine_names(model)
         self.adapted = tuple(name for name in trainable if name in selected)
         if not self.adapted:
             raise ValueError(f"{adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
         self.whole = len(self.adapted) == len(trainable)
-        moves = tuple(frozenset(row).intersection(self.adapted) for row in adapts.moves(model))
+        moves = tuple(frozenset(row).intersection(self.adapted) for row in rows)
         if not all(moves):
             raise ValueError(f"{adapts!r} has a row of frozen parameters alone: unfreeze some, or leave it out")
         self.moves = moves
         self.layer = start.layer(model, self.adapted) if start else None
-        self._names = {name for name, _ in model.named_parameters()}
         self._moving_buffers: tuple[str, ...] = ()
         self._seen: dict[tuple[bool, ...], bool] = {}
         self._recomputes = False
@@ -147,7 +151,7 @@ class FewShot:
         before = dict(self.model.named_buffers())
         buffers = {name: buffer.clone() for name, buffer in before.items()}
         versions = {name: buffer._version for name, buffer in buffers.items()}
-        passed = dict(buffers)
+        passed, drawn = dict(buffers), python_states()
         with torch.no_grad(), replayed(0, 0, inputs):
             with _order_of_use(self.model) as order, recomputation() as again:
                 outputs = taken(lambda: call(self.model, passed, inputs), inputs, type(self.model).__name__)
@@ -166,6 +170,11 @@ class FewShot:
                 raise ValueError(
                     f"{type(self.start).__name__}() takes {self.layer} for the head of {type(self.model).__name__}, "
                     "but its forward pass does not end there: let the model end in its linear layer, or leave start out"
+                )
+            if python_states() != drawn:
+                raise ValueError(
+                    f"the forward pass of {type(self.model).__name__} draws from Python's random or numpy, which steps "
+                    "that are computed again would draw otherwise: draw with torch, such as torch.rand(())"
                 )
             if self.blocks:
                 self._compare(inputs)
@@ -471,6 +480,8 @@ def refuse_misread(model: nn.Module, loss: Any) -> None:
     if isinstance(loss, nn.Module) and any(id(parameter) in own for parameter in loss.parameters()):
         raise ValueError("the loss holds parameters of the model, and a learner copies both: pass them by the output")
     for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(f"{name} has sparse gradients, which inner steps cannot take: build it with sparse=False")
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
             raise ValueError(
                 f"{name} has max_norm={module.max_norm}, by which a forward pass overwrites the weights: leave "
