@@ -21,7 +21,7 @@ from innerloop.errors import Diverged
 from innerloop.problem import Tree
 from innerloop.training import processes
 from innerloop.training.checkpoints import load_checkpoint
-from innerloop.training.evaluation import evaluate
+from innerloop.training.evaluation import evaluate, shape_of
 from innerloop.training.fit import fit
 from innerloop.training.store import Record, read_records
 
@@ -337,3 +337,36 @@ def test_a_solver_whose_state_is_a_named_tuple_is_resumed(tmp_path: Path) -> Non
             fit(learners[name], Lines("list"), folder=tmp_path / name, resume=True, **options)
     for name, value in learners["whole"].state_dict().items():
         assert torch.equal(value, learners["parts"].state_dict()[name]), name
+
+
+class TrainingAlone:
+    """A source without any other split, whose support is a dict; one column of it masks by minus infinity."""
+
+    def batch(self, split: str, start: int, count: int) -> list[il.Task]:
+        assert split == "train"
+        mask = torch.tensor([0.0, -math.inf])
+        return [il.Task({"x": torch.ones(2) + start, "mask": mask}, torch.ones(2))] * count
+
+
+def test_any_tree_of_training_tasks_alone_is_trained_on(tmp_path: Path) -> None:
+    def masked(params: Tree, meta: Tree, batch: Any) -> Tensor:
+        return (params["w"] * batch["x"] * batch["mask"].softmax(0) - meta["b"]).square().sum()
+
+    problem = il.Problem(
+        lambda meta: {"w": torch.ones(())}, masked, lambda params, meta, query: (params["w"] * query).sum()
+    )
+    learner = il.Bilevel(problem, {"b": torch.ones(())}, il.SGD(lr=0.1, steps=2))
+    options = OPTIONS | dict(steps=2, tasks_per_batch=2, validation_tasks=0, folder=tmp_path)
+    assert fit(learner, TrainingAlone(), **options).step == 2
+    assert load_checkpoint(tmp_path / "last.safetensors")["best_notes"]["ways"] is None
+
+
+@pytest.mark.parametrize(
+    "support", [{"x": torch.ones(3, 2), "y": torch.ones(3)}, (torch.ones(3), torch.ones(3, 0).long())]
+)
+def test_what_is_no_few_shot_task_has_no_shape(support: Any) -> None:
+    class One:
+        def batch(self, split: str, start: int, count: int) -> list[il.Task]:
+            return [il.Task(support, support)]
+
+    assert set(shape_of(One()).values()) == {None}

@@ -21,7 +21,7 @@ from innerloop.tasks import TaskSource
 from innerloop.training import baselines, processes
 from innerloop.training.logs import tracked
 from innerloop.training.store import resumable
-from innerloop.trees import tensors, tree_leaves
+from innerloop.trees import tensors
 
 
 class Source(Protocol):
@@ -64,15 +64,15 @@ def shape_of(tasks: Source) -> dict[str, Any]:
     names = "input_shape", "output_size", "ways"
     if all(hasattr(tasks, name) for name in names):
         return {name: getattr(tasks, name) for name in names}
-    found = tasks.batch("validation", 0, 1)
+    found = tasks.batch("train", 0, 1)
     stacked = isinstance(found, Task)
     support = found.support if isinstance(found, Task) else found[0].support
     try:
-        inputs, targets = (tree_leaves(part)[0] for part in support)
+        inputs, targets = (tensors(part)[0] for part in support)
         example, target = (part[0, 0] if stacked else part[0] for part in (inputs, targets))
-    except (IndexError, TypeError, ValueError):  # no few-shot task
+        classes = None if targets.is_floating_point() else int(targets.max()) + 1
+    except (IndexError, RuntimeError, TypeError, ValueError):  # no few-shot task
         return dict.fromkeys(names)
-    classes = None if targets.is_floating_point() else int(targets.max()) + 1
     return dict(zip(names, (tuple(example.shape), classes or target.numel(), classes), strict=True))
 
 

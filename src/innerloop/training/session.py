@@ -20,6 +20,7 @@ from innerloop.bilevel import Bilevel
 from innerloop.blocks import leading
 from innerloop.data_checks import check_finite
 from innerloop.errors import Diverged
+from innerloop.learner import MetaLearner
 from innerloop.meta_gradient import FirstOrder
 from innerloop.meta_gradient._failures import cure
 from innerloop.problem import Task
@@ -134,7 +135,7 @@ class Session:
         first = step * self.tasks_per_batch + self.mine.start
         torch.manual_seed(int(np.random.SeedSequence((self.seed, step, rank)).generate_state(1)[0]))
         batch = draw(self.tasks, self.learner, "train", first, len(self.mine))
-        if not self.looked and not self.skips:
+        if not self.looked and not self.skips and isinstance(self.learner, MetaLearner):
             self._look(batch, first)
         place = step + self.progress.ahead
         self.learner.meta_gradient = FirstOrder() if place < (self.first_order or 0) else self.own
@@ -142,7 +143,10 @@ class Session:
         return batch, {"step_weights": weights, "task_ids": self._ids() if self.learner.carry == "task" else None}
 
     def _look(self, batch: Task | Sequence[Task], first: int) -> None:
-        """Check the first batch: a source that gives no numbers is not a matter of rates."""
+        """Check the first batch: a source that gives no numbers is not a matter of rates.
+
+        Other problems than few-shot learning may have infinities in their data, as in masks, and are not checked.
+        """
         self.looked = True
         stacked = isinstance(batch, Task)
         for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
