@@ -32,8 +32,9 @@ _SHARED = """
         clip: largest norm of the inner loss's gradient over all parameters together; a longer one is shortened to it,
             as ``torch.nn.utils.clip_grad_norm_`` does, before the two terms are added. None clips nothing.
         minibatch: how many support examples a step sees, drawn by a seed of its own; every example is seen once before
-            any is seen again. None shows all of them in every step. Every tensor of the support set has the examples
-            in its first dimension.
+            any is seen again. None, or no fewer than there are, shows all of them in every step, in order. Every tensor
+            of the support set has the examples in its first dimension. Meta-parameters of single examples are read by
+            an index in the batch: ``meta["belief"][batch["index"]]``.
         moves: where not all parameters move in all steps, the names of those that do in step 0, 1, ...; the last
             holds for all further steps. The others stand still, and their part of the solver's state too.
 

@@ -193,7 +193,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
     """Which support examples each step of each task sees, ``[tasks, steps, minibatch]``, on the CPU.
 
     Examples come in random order, all of them before any comes again (Reptile's authors' sampling, arXiv 1803.02999).
-    A support set that is smaller than a minibatch is seen whole in each step, as theirs is in tests.
+    A support set of no more examples than a minibatch is seen whole and in order in each step, as it is without.
 
     Args:
         solver: the inner solver.
@@ -215,6 +215,8 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
         )
     (examples,) = sizes
     size = min(solver.minibatch or 0, examples)
+    if size == examples:
+        return torch.arange(examples).expand(len(seeds), steps, examples)
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed + first)
