@@ -645,3 +645,25 @@ def test_minibatches_of_what_holds_more_than_examples_are_refused(support):
 def test_minibatches_of_streams_are_refused():
     with pytest.raises(ValueError, match=r"minibatch= draws from one support set"):
         il.MetaLearner(model(), inner=il.SGD(lr=0.1, steps=STEPS, minibatch=2)).meta_step(stream())
+
+
+def test_leaves_of_steps_that_are_no_tensors_stay_whole():
+    def loss(params, meta, batch):
+        assert batch[1:] == ("mean", None, 3)
+        return (params["w"] - meta["w"] * batch[0].mean()).square()
+
+    problem = il.Problem(lambda meta: {"w": torch.zeros(())}, loss, lambda params, meta, _: params["w"])
+    task = il.Task(il.Steps((torch.ones(2, 5), "mean", None, 3)), ())
+    found = il.hypergradient(problem, {"w": torch.ones(())}, task, il.SGD(lr=0.25, steps=2))
+    assert found.grad["w"].item() == pytest.approx(0.75)
+
+
+def test_a_step_without_a_batch_is_named():
+    def loss(params, meta, batch):
+        return (params["w"] - meta["w"] * batch).square()
+
+    problem = il.Problem(lambda meta: {"w": torch.zeros(())}, loss, lambda params, meta, _: params["w"])
+    rows = iter(torch.ones(2))
+    for batches in (torch.ones(2).__getitem__, lambda step: next(rows)):
+        with pytest.raises(ValueError, match=r"no batch for step 2"):
+            il.hypergradient(problem, {"w": torch.ones(())}, il.Task(il.Steps(batches), ()), il.SGD(lr=0.1, steps=3))

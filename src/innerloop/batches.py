@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop.problem import End, Task
-from innerloop.trees import tree_map
+from innerloop.trees import map_tensors, tree_map
 
 Out = TypeVar("Out")
 
@@ -155,5 +155,5 @@ def in_order(found: list[tuple[list[int], Any, Any]], count: int) -> Any:
 
 def one_of(tasks: Any, place: int) -> Task:
     """One task of a batch."""
-    found: Task = tasks[place] if isinstance(tasks, list) else tree_map(lambda value: value[place], tasks)
+    found: Task = tasks[place] if isinstance(tasks, list) else map_tensors(lambda value: value[place], tasks)
     return found

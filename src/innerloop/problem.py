@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from innerloop.trees import map_tensors, tensors
+
 Tree = dict[str, Tensor]
 """Parameters by name. Estimators and solvers map trees to trees and never look at the names."""
 
@@ -119,23 +121,36 @@ class Steps:
         Raises:
             ValueError: so; no tensor at all; or tensors of unequal lengths.
         """
-        leaves = [leaf for leaf in pytree.tree_leaves(self.rows) if isinstance(leaf, Tensor)]
         if callable(self.rows):
             return
+        leaves = tensors(self.rows)
         if not leaves or min(leaf.ndim for leaf in leaves) == 0:
             raise ValueError(f"Steps as {part} needs tensors with a leading dimension for the inner step")
         rows = sorted({len(leaf) for leaf in leaves})
+        cure = ""
+        if isinstance(self.rows, list):
+            cure = "; of a list of batches stack the tensors, or give il.Steps(lambda step: batches[step])"
         if len(rows) > 1:
-            raise ValueError(f"Steps as {part} holds tensors of {rows} rows: all have one row for every inner step")
+            raise ValueError(
+                f"Steps as {part} holds tensors of {rows} rows: all have one row for every inner step{cure}"
+            )
         if rows[0] < steps or (exact and rows[0] > steps):
             raise ValueError(
                 f"Steps as {part} holds {rows[0]} rows for {steps} inner steps: give a row for every step"
                 + (" and no more; in a batch of tasks the task's dimension comes first" if rows[0] > steps else "")
+                + cure
             )
 
     def row(self, place: int, step: int) -> Batch:
         """The batch of the ``place``-th step of this call, which is the task's own step ``step``."""
-        return self.rows(step) if callable(self.rows) else pytree.tree_map(lambda leaf: leaf[place], self.rows)
+        if not callable(self.rows):
+            return map_tensors(lambda leaf: leaf[place], self.rows)
+        try:
+            return self.rows(step)
+        except (StopIteration, IndexError) as error:
+            raise ValueError(
+                f"Steps found no batch for step {step}: let its function give one for every step, whenever it is asked"
+            ) from error
 
 
 # A function is no tree of tensors: it travels in the structure.
