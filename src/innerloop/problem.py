@@ -288,14 +288,14 @@ class Problem:
         """Where the inner solver begins."""
         return self.start(meta, support) if self.reads_support else self.start(meta)
 
-    def holding(self, fixed: Tree) -> Problem:
-        """The problem in which some parameters stand still: its inner loss is a function of the others."""
+    def holding(self, params: Tree) -> Problem:
+        """The problem in which some parameters stand still: its inner loss takes the others, and puts them in place."""
 
         def inner_loss(moving: Tree, meta: Tree, support: Batch) -> Tensor:
-            return self.inner_loss({**fixed, **moving}, meta, support)
+            return self.inner_loss({**params, **moving}, meta, support)
 
         def held(stage: Stage) -> Stage:
-            own = {name: fixed[name] for name in stage.reads if name in fixed}
+            own = {name: params[name] for name in stage.reads if name in params}
             return Stage(stage.reads, lambda moving, meta, value: stage.run({**own, **moving}, meta, value))
 
         def chain(meta: Tree, support: Batch) -> Sequence[Stage]:

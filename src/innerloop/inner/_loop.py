@@ -69,7 +69,7 @@ class InnerLoop:
         moving = {name: value for name, value in params.items() if self.moves(name, step)}
         problem, batch = self.problem, self.batch(step)
         if len(moving) < len(params):
-            problem = problem.holding({name: value for name, value in params.items() if name not in moving})
+            problem = problem.holding(params)
         grad, loss = gradient(problem, moving, self.meta, batch, step, self.record)
         return {name: grad[name] if name in grad else torch.zeros_like(p) for name, p in params.items()}, loss
 
