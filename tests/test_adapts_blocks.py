@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 import innerloop as il
 from innerloop.inner import bind
 from innerloop.meta_gradient import MetaGradient
-from innerloop.problem import Tree
+from innerloop.problem import Stage, Tree
 from innerloop.training.settings import Settings
 from problems import SOLVERS, model_and_batch, relative_error
 from reference import rule
@@ -182,6 +182,39 @@ def test_hypergradient_takes_moves_as_well() -> None:
         torch.testing.assert_close(tuple(found.grad.values()), expected, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="moves names c, which is no parameter of the inner problem"):
         il.hypergradient(problem, meta, task, replace(solver, moves=["c"]))
+
+
+def test_the_losses_see_the_parameters_in_their_order_whichever_move() -> None:
+    def fit(params: Tree, meta: Tree, _: Any) -> Tensor:
+        first, second = params.values()
+        return (first * meta["t"] - second).square()
+
+    def chain(meta: Tree, _: Any) -> list[Stage]:
+        return [Stage(("w", "c", "t"), fit)]
+
+    def start(meta: Tree) -> Tree:
+        return {"w": meta["t"].new_tensor(3.0), "c": meta["t"].new_tensor(1.0)}
+
+    problem = il.Problem(start, fit, fit, inner_chain=chain, outer_chain=chain)
+    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    w = 3 - 0.2 * t * (3 * t - 1)
+    w = w - 0.2 * t * (w * t - 1)
+    (expected,) = torch.autograd.grad((w * t - 1).square(), t)
+    inner = il.SGD(lr=0.1, steps=2, moves=[["w"]])
+    for products in ("autograd", "blocks"):
+        for memory in (0, None):
+            learner = il.Bilevel(problem, {"t": t.detach()}, inner, products=products, memory=memory)
+            found = learner.estimate(il.Task((), ()))
+            assert found.params["c"] == 1
+            assert found.grad["t"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_repr_of_a_table_is_the_same_in_every_process() -> None:
+    rows = [["weight", "bias"], ["bias", "scale", "weight"]]
+    shown = repr(il.SGD(lr=0.1, steps=2, moves=rows))
+    assert eval(shown, vars(il)) == il.SGD(lr=0.1, steps=2, moves=rows)
+    places = [shown.index(repr(name)) for name in ("bias", "weight")], [shown.rindex(repr(n)) for n in rows[1]]
+    assert all(row == sorted(row) for row in places)
 
 
 @pytest.mark.parametrize(

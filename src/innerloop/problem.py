@@ -34,6 +34,8 @@ def short_repr(choice: Any) -> str:
         value = getattr(choice, each.name)
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if value != default:
+            if isinstance(value, tuple) and all(isinstance(part, frozenset) for part in value):
+                value = list(map(sorted, value))  # the order of a set is another in every process
             shown.append(f"{each.name}={value!r}")
     return f"{type(choice).__name__}({', '.join(shown)})"
 
