@@ -921,10 +921,54 @@ def test_names_of_meta_parameters_are_kept():
     learner.meta_step(il.Task((), ()))
     assert set(learner.meta_tree()) == {"a/b", "a.b", "c%2F"}
     assert learner.meta[list(learner.meta)[1]].grad.tolist() == pytest.approx([0.72, 0.72])
-    with pytest.raises(ValueError, match=r"'keys' is no floating tensor, or a name that torch keeps"):
+    with pytest.raises(ValueError, match=r"'keys' is a name that torch keeps"):
         il.Bilevel(problem, {"keys": torch.ones(2)})
     with pytest.raises(ValueError, match=r"holds no parameter that learns"):
         il.Bilevel(problem, nn.Identity())
+
+
+def test_meta_parameters_keep_their_order():
+    def fit(params, meta, _):
+        target, scale = meta.values()
+        return scale * (params["w"] - target).square()
+
+    problem = il.Problem(lambda meta: {"w": torch.zeros(())}, fit, lambda params, *_: params["w"])
+    meta, inner = {"target": torch.tensor(2.0), "scale": torch.tensor(0.5)}, il.SGD(lr=0.1, steps=3)
+    found = il.Bilevel(problem, meta, inner).estimate(il.Task((), ()))
+    assert found.grad == il.hypergradient(problem, meta, il.Task((), ()), inner).grad
+
+
+@pytest.mark.parametrize(
+    ("meta", "start", "name"),
+    [
+        ({"w": {"x": torch.ones(2)}}, lambda meta: {"p": torch.zeros(2)}, "meta: 'w'"),
+        ({"w": torch.ones(2), "seen": torch.tensor(3)}, lambda meta: {"p": torch.zeros(2)}, "meta: 'seen'"),
+        ([torch.ones(2)], lambda meta: {"p": torch.zeros(2)}, "meta"),
+        ({"w": torch.ones(2)}, lambda meta: {"p": {"q": torch.zeros(2)}}, "start.*'p'"),
+        ({"w": torch.ones(2)}, lambda meta: {"p": torch.zeros(2), "seen": torch.tensor(3)}, "start.*'seen'"),
+        ({"w": torch.ones(2)}, lambda meta: torch.zeros(2), "start"),
+    ],
+)
+def test_parameters_are_flat_dicts_of_floating_tensors(meta, start, name):
+    def fit(params, meta, _):
+        return (params["p"] - meta["w"]).square().sum()
+
+    problem, task, inner = il.Problem(start, fit, fit), il.Task((), ()), il.SGD(lr=0.1, steps=1)
+    with pytest.raises(ValueError, match=rf"{name}.*flat dict of floating tensors"):
+        il.hypergradient(problem, meta, task, inner)
+    with pytest.raises(ValueError, match=rf"{name}.*flat dict of floating tensors"):
+        il.Bilevel(problem, meta, inner).meta_step(task)
+
+
+def test_meta_parameters_made_in_inference_mode_are_taken():
+    def fit(params, meta, _):
+        return (params["p"] - meta["w"]).square().sum()
+
+    problem = il.Problem(lambda meta: {"p": torch.zeros(2)}, fit, fit)
+    with torch.inference_mode():
+        meta = {"w": torch.ones(2)}
+    found = il.hypergradient(problem, meta, il.Task((), ()), il.SGD(lr=0.25, steps=1))
+    assert found.grad["w"].tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

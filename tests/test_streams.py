@@ -667,3 +667,21 @@ def test_a_step_without_a_batch_is_named():
     for batches in (torch.ones(2).__getitem__, lambda step: next(rows)):
         with pytest.raises(ValueError, match=r"no batch for step 2"):
             il.hypergradient(problem, {"w": torch.ones(())}, il.Task(il.Steps(batches), ()), il.SGD(lr=0.1, steps=3))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_where_a_task_was_left_is_a_copy(steps):
+    problem = il.Problem(
+        dict,
+        lambda params, meta, _: (params["w"] - params["still"]).square().sum(),
+        lambda params, meta, _: params["w"].sum() + params["still"].sum(),
+    )
+    meta, task = {"w": torch.zeros(2), "still": torch.ones(2)}, il.Task((), ())
+    learner = il.Bilevel(problem, meta, il.SGD(lr=0.1, steps=steps, moves=[["w"]]))
+    ends = [learner.estimate(task).end]
+    with torch.inference_mode():
+        ends += [learner.meta_step(task).end, il.hypergradient(problem, learner.meta_tree(), task, learner.inner).end]
+    with torch.no_grad():
+        learner.meta["still"].zero_()
+    assert [end.params["still"].tolist() for end in ends] == [[1, 1]] * 3
+    assert not any(value.is_inference() for end in ends for value in end.params.values())

@@ -21,8 +21,8 @@ from innerloop.engine import Products, Way, choose, engine_of
 from innerloop.few_shot import Stated
 from innerloop.inner import SGD, InnerLoop, InnerSolver, bind, minibatches
 from innerloop.meta_gradient import MetaGradient, Result, Unrolled, fault
-from innerloop.problem import Batch, End, Engine, Problem, Steps, Task, Tree
-from innerloop.trees import tensors, tree_map
+from innerloop.problem import Batch, End, Engine, Problem, Steps, Task, Tree, refuse_other
+from innerloop.trees import map_tensors, tensors, tree_map
 
 Out = TypeVar("Out")
 Carry = Literal["none", "slot", "task"]
@@ -76,12 +76,15 @@ def hypergradient(
         )
     with torch.inference_mode(False), torch.no_grad(), second_order_kernels(engine=problem.engine):
         task = task.to()
+        refuse_other(meta, "meta")
+        meta = {name: value.clone() if value.is_inference() else value for name, value in meta.items()}
         if learned is None:
             learned = solver.learned(begin.params if begin else started(problem, meta, task.support))
         estimator.check(solver, learns=bool(learned))
-        result = estimator.estimate(bind(problem, meta, task.support, solver, learned, begin), task.query, step_weights)
+        loop = bind(problem, meta, task.support, solver, learned, begin)
+        result = _own(estimator.estimate(loop, task.query, step_weights))
     _warn_of_zeros(problem, estimator, result.grad, stacklevel=3)
-    return result._replace(grad=dense(result.grad), learned_grad=dense(result.learned_grad))
+    return result
 
 
 class Metrics(NamedTuple):
@@ -235,7 +238,7 @@ class Bilevel(nn.Module):
         if type(self.inner).learned is not InnerSolver.learned:
             learned = self.inner.learned(self._first_params())
         self.meta_gradient.check(self.inner, learns=bool(learned), whole=whole)
-        self.rates = _parameters(learned)
+        self.rates = _parameters(dict(sorted(learned.items())))  # in the order in which optimizers' states are kept
         self.carry, self.stacked, self.chunk_size, self.memory = carry, stacked, chunk_size, memory
         if compile and self.engine is not None:
             raise ValueError(
@@ -377,9 +380,10 @@ class Bilevel(nn.Module):
         tasks, _ = self._checked([task])
         ways = self._ways(tasks)
         with torch.no_grad(), second_order_kernels(self.recurrent, self.engine):
-            return self._estimate(
+            result = self._estimate(
                 tasks[0], self.meta_tree(), self.learned(), begin, step_weights, fresh_seed(), None, ways, own
             )
+            return _own(result)
 
     def loop(self, task: Task, begin: End | None = None) -> tuple[InnerLoop, Batch]:
         """The inner loop of one task and what its outer loss reads, for those who look inside; under ``no_grad``."""
@@ -681,7 +685,8 @@ class Bilevel(nn.Module):
         ends: list[End] = [None] * count  # type: ignore[list-item]
         for places, _, left in found:
             for row, place in enumerate(places):
-                params, state, taken, solution = tree_map(lambda value, row=row: value[row], left)
+                with torch.inference_mode(False):
+                    params, state, taken, solution = tree_map(lambda value, row=row: value[row].clone(), left)
                 start = starts[place]
                 ends[place] = End(params, state, int(taken) + (0 if start is None else start.step), solution)
         return ends
@@ -725,6 +730,12 @@ class Bilevel(nn.Module):
         if steps is not None and steps < 0:
             raise ValueError(f"steps={steps}: give 0 or more inner steps")
         return self.inner.adaptation_steps if steps is None else steps
+
+
+def _own(result: Result) -> Result:
+    """A result in memory of its own; parameters that never moved are where the start has them, in meta perhaps."""
+    end = map_tensors(Tensor.clone, result.end)
+    return result._replace(grad=dense(result.grad), learned_grad=dense(result.learned_grad), end=end)
 
 
 def _refuse_moved(module: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -773,17 +784,11 @@ def _key(name: str) -> str:
 
 
 def _parameters(tree: Mapping[str, Tensor]) -> nn.ParameterDict:
-    odd = [
-        n
-        for n, v in tree.items()
-        if not (isinstance(v, Tensor) and v.is_floating_point()) or n in dir(nn.ParameterDict)
-    ]
-    if odd:
-        raise ValueError(
-            f"meta: {', '.join(map(repr, odd))} is no floating tensor, or a name that torch keeps for itself: give a "
-            "flat dict of floating tensors by names of your own"
-        )
-    return nn.ParameterDict({_key(name): nn.Parameter(value.detach().clone()) for name, value in tree.items()})
+    refuse_other(tree, "meta")
+    if odd := [name for name in tree if name in dir(nn.ParameterDict)]:
+        raise ValueError(f"meta: {', '.join(map(repr, odd))} is a name that torch keeps for itself: choose another")
+    # pairs, since a ParameterDict sorts what it takes from a dict, and a loss may read by place
+    return nn.ParameterDict((_key(name), nn.Parameter(value.detach().clone())) for name, value in tree.items())
 
 
 def _tree(parameters: nn.ParameterDict) -> Tree:

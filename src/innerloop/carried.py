@@ -40,7 +40,7 @@ class Carried:
         """Keep where tasks were left; one in which something is not finite stays where it was."""
         for key, end in zip(keys, ends, strict=True):
             if finite((end.params, end.state, end.solution)):
-                self._left[key] = map_tensors(Tensor.clone, end)
+                self._left[key] = end
 
     def change(self, function: Callable[[Tree], Tree], besides: Collection[Hashable]) -> None:
         """Replace the parameters of all tasks but those of some keys."""

@@ -9,7 +9,7 @@ What the inner solver lowers is ``inner_loss`` and the two terms that it names i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, wraps
 from typing import Any, ClassVar, NamedTuple
@@ -56,6 +56,20 @@ def refuse_kinds(choice: type) -> None:
             ) from error
 
     choice.__post_init__ = checked  # type: ignore[attr-defined]
+
+
+def refuse_other(tree: Any, what: str) -> None:
+    """Refuse what is no flat dict of floating tensors.
+
+    Raises:
+        ValueError: so, by name.
+    """
+    leaves = tree if isinstance(tree, Mapping) else {type(tree).__name__: None}
+    if odd := [name for name, leaf in leaves.items() if not (isinstance(leaf, Tensor) and leaf.is_floating_point())]:
+        raise ValueError(
+            f"{what}: {', '.join(map(repr, odd))} is no floating tensor: give a flat dict of floating tensors by "
+            "names of your own, and let the losses read all else from outside"
+        )
 
 
 class Task(NamedTuple):

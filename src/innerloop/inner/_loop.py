@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from innerloop.curvature import curvature, fresh_seed, gradient, in_transform, linearised, replayed, started
 from innerloop.inner._base import InnerSolver, Probe, State
-from innerloop.problem import Batch, End, Problem, Steps, Tree
+from innerloop.problem import Batch, End, Problem, Steps, Tree, refuse_other
 from innerloop.trees import tree_leaves, tree_map
 
 
@@ -178,6 +178,7 @@ def bind(
         problem = replace(problem, seed=seed)
     if begin is None:
         start = started(problem, meta, support)
+        refuse_other(start, "start(meta)")
         at = End(start, solver.init(start), 0)
     else:
         # Without a proximal term nothing reads the start.
