@@ -188,6 +188,17 @@ def test_nothing_is_said_of_a_sound_batch(name: str) -> None:
     assert learner.diagnose(Sums().batch("train", 0, TASKS)) is None
 
 
+def test_data_may_hold_infinities_and_words_where_the_losses_take_them() -> None:
+    def inner_loss(params: il.Tree, meta: il.Tree, batch: Any) -> Tensor:
+        return ((params["w"] + batch["mask"]).softmax(0) * batch["x"]).sum() + params["w"].square().sum()
+
+    problem = il.Problem(lambda meta: {"w": meta["w"]}, inner_loss, inner_loss)
+    learner = il.Bilevel(problem, {"w": torch.zeros(3)}, il.SGD(lr=0.1, steps=2))
+    batch = {"mask": torch.tensor([0.0, 0.0, -math.inf]), "x": torch.arange(3.0), "name": "one"}
+    assert learner.diagnose([il.Task(batch, batch)]) is None
+    assert "support set" in str(learner.diagnose([il.Task(batch | {"x": torch.full((3,), math.nan)}, batch)]))
+
+
 def test_a_task_with_a_name_is_called_by_it_and_stays_where_it_was() -> None:
     learner = make_learner(MemoryReduced(CG(4)), terms={"weight_decay": 0.1}, carry="task")
     names = ["a", "b", "c", "d"]

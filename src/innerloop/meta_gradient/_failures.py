@@ -11,7 +11,7 @@ from torch import Tensor
 from innerloop.curvature import observed
 from innerloop.meta_gradient._base import Result
 from innerloop.problem import Task, Tree
-from innerloop.trees import tree_leaves
+from innerloop.trees import tensors, tree_leaves
 
 
 class _Product(NamedTuple):
@@ -23,8 +23,8 @@ class _Product(NamedTuple):
 
 
 def finite(tree: Any) -> Tensor:
-    """Whether all numbers in a tree are finite, a scalar."""
-    flags = [value.isfinite().all() for value in tree_leaves(tree)]
+    """Whether all numbers in a tree are finite, a scalar; what is no tensor counts as such."""
+    flags = [value.isfinite().all() for value in tensors(tree)]
     return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
@@ -39,9 +39,6 @@ def fault(estimate: Callable[[], Result], task: Task, steps: int) -> str | None:
     Returns:
         A clause such as ``"the support loss is inf before inner step 4 of 5"``; None where all is finite.
     """
-    for part, batch in task._asdict().items():
-        if not finite(batch):
-            return f"the {part} set holds numbers that are not finite"
     products: list[_Product] = []
 
     def observe(step: int, direction: Tree, found: tuple[Tree, Tree]) -> None:
@@ -53,6 +50,9 @@ def fault(estimate: Callable[[], Result], task: Task, steps: int) -> str | None:
         result = estimate()
     if finite((result.grad, result.learned_grad, result.loss)):
         return None
+    for part, batch in task._asdict().items():  # after the estimate, which may take infinities, as in masks
+        if not finite(batch):
+            return f"the {part} set holds numbers that are not finite"
     return (
         _in_the_inner_loop(result, steps)
         or (None if finite(result.loss) else f"the query loss is {result.loss.item():.4g} after finite inner steps")
