@@ -305,6 +305,16 @@ def test_bfloat16_autocast_is_close_to_float32():
     assert torch.cosine_similarity(a, b, dim=0) > 0.98
 
 
+def test_a_whole_model_in_bfloat16_is_close_to_float32():
+    model, batch = model_and_batch("conv4")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = il.MetaLearner(copy.deepcopy(model).to(dtype))
+        learner.meta_step(batch.to(dtype=dtype))
+        found.append(torch.cat([value.flatten().float() for value in grads(learner).values()]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.95
+
+
 def test_different_steps_in_training_and_testing():
     model, batch = model_and_batch("mlp")
     learner = il.MetaLearner(model, inner=il.LearnedRates(lr=0.1, steps=1, test_steps=4, per="layer-step"))
