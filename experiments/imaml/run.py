@@ -226,22 +226,22 @@ def omniglot(arguments: argparse.Namespace) -> Results:
             return {"curve": []}
         return found_by(folder)
 
-    def collected(method: str, rate: float, seed: int = 0, tasks: int = SHORT) -> Results:
+    def rows_with(method: str, rate: float, seed: int = 0, tasks: int = SHORT) -> list[Results]:
         key = {"method": method, "tasks": tasks, "rate": rate, "seed": seed}
-        return collect(arguments.out / "omniglot5.json", [key], measured)
+        rows: list[Results] = collect(arguments.out / "omniglot5.json", [key], measured)["rows"]
+        return rows
 
     for method in NAMES if arguments.seeds else ():
         for rate in RATES:
-            if rate_of(method, SHORT, collected(method, rate)["rows"]) < rate:
+            best = rate_of(method, SHORT, rows_with(method, rate))
+            if best < rate:
                 break
-        if rate_of(method, SHORT, collected(method, RATES[0])["rows"]) == RATES[0]:
-            collected(method, LOWER)
-    for seed in range(1, arguments.seeds):
-        for method in NAMES:
-            known = collect(arguments.out / "omniglot5.json", [], measured)["rows"]
-            collected(method, rate_of(method, SHORT, known), seed)
-    for method, rate in ((method, rate) for method, rates in LONGER.items() for rate in rates if arguments.seeds):
-        collected(method, rate, tasks=LONG)
+        if best == RATES[0]:
+            best = rate_of(method, SHORT, rows_with(method, LOWER))
+        for seed in range(1, arguments.seeds):
+            rows_with(method, best, seed)
+        for rate in LONGER.get(method, ()):
+            rows_with(method, rate, tasks=LONG)
     return collect(arguments.out / "omniglot5.json", [], measured)
 
 

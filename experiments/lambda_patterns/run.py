@@ -62,8 +62,9 @@ WHOLE = SHARED + (
 
 def patterns(arguments: argparse.Namespace, shots: int) -> Results:
     """Train, unless that is done, and study all patterns with the command."""
-    of = {"shots": shots, "filters": FILTERS[shots], "steps": 500 * FILTERS[shots]}
-    trained_run(f"lambda/pretrained-{FILTERS[shots]}", FEATURES.format(**of), arguments.data)
+    filters = FILTERS[shots]
+    of = {"shots": shots, "filters": filters, "steps": 500 * filters}
+    trained_run(f"lambda/pretrained-{filters}", FEATURES.format(**of), arguments.data)
     trained_run(f"lambda/anil-{shots}-shot", HEAD.format(**of), arguments.data)
     folder = trained_run(f"lambda/maml-{shots}-shot", WHOLE.format(**of), arguments.data)
     run_folder = str(folder.relative_to(ROOT))

@@ -50,7 +50,9 @@ class TaskBatchNorm(nn.Module):
         """Normalise ``[batch, channels, ...]`` over the batch, or by its first ``rows``."""
         if inputs.dtype in (torch.bfloat16, torch.float16):  # torch's rules for mixed precisions fail under vmap
             return self.forward(inputs.float()).to(inputs.dtype)
-        weight, bias = (each if each is None else each.to(inputs.dtype) for each in self.scales(self.step))
+        weight, bias = self.scales(self.step)
+        if self.affine and weight.dtype != inputs.dtype:
+            weight, bias = weight.to(inputs.dtype), bias.to(inputs.dtype)
         if self.rows is None:
             return F.batch_norm(inputs, None, None, weight, bias, True, 0.0, self.eps)
         over = [axis for axis in range(inputs.ndim) if axis != 1]
