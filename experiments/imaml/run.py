@@ -192,7 +192,14 @@ def draw_memory(results: Results) -> Figure:
 
 TASKS_PER_BATCH = 4
 SHORT, LONG = 5_000, 80_000  # tasks: of all methods, and of one seed of these
-LONGER = {"imaml-head": (1e-3, 1e-2), "maml": (1e-3, 1e-2), "fomaml": (1e-3,), "imaml-damped": (1e-3,), "anil": (1e-3,)}
+LONGER = {
+    "imaml-head": (1e-3, 1e-2),
+    "maml": (1e-3, 1e-2),
+    "fomaml": (1e-3,),
+    "imaml-damped": (1e-3,),
+    "imaml": (1e-3,),
+    "anil": (1e-3,),
+}
 DIVERGED = 1  # exit status of `innerloop train`
 RATES, LOWER = (1e-3, 3e-3, 1e-2, 3e-2), 3e-4  # outer; the first is every preset's
 # transductive, 5-way 1-shot: the iMAML paper's table
