@@ -139,6 +139,27 @@ def test_one_process_at_a_time_has_a_folder_and_signals_save(tmp_path: Path, sta
     assert "Traceback" not in output.read_text()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_while_an_error_is_told_changes_nothing(
+    times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped_meanwhile() -> bool:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr("innerloop.cli._speaks", stopped_meanwhile)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the test survives where it fails
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "--steps=-1"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("innerloop: ") if times == 1 else told == ""  # who asks twice wants no more
+
+
 @pytest.mark.parametrize("place", ["validation", "test"])
 def test_a_signal_in_the_midst_of_validation_or_test_loses_nothing(
     whole: Path, tmp_path: Path, start: Start, place: str

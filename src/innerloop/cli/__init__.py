@@ -6,6 +6,7 @@ import ast
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -29,17 +30,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     lasting_output()
     end_with_parent()
+    with heeded(at_once=True) as signals:
+        ended = _ended(argv)
+        signals.at_once = False  # as torchrun stops the others too, and what is wrong is still to be said
+        if ended:
+            _exit(*ended)
+
+
+def _ended(argv: Sequence[str] | None) -> tuple[int, object] | None:
+    """Run a command line; the exit code and what to say where it did not succeed."""
     try:
-        with heeded(at_once=True):
-            _run(argv)
+        _run(argv)
     except UsageError as error:
-        _exit(2, error)
+        return 2, error
     except (Diverged, Failed) as error:
-        _exit(1, error)
+        return 1, error
     except Stopped as error:
-        _exit(128 + error.number, error)
+        return 128 + error.number, error
     except KeyboardInterrupt:
-        _exit(130, "stopped")
+        return 130, "stopped"
+    return None
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -69,8 +79,9 @@ def _docstring(name: str) -> str:
 
 def _exit(code: int, message: object) -> None:
     sys.stdout.flush()  # into a file what was printed before comes before
-    if _speaks():
-        print(f"innerloop: {shown(str(message))}", file=sys.stderr)
+    with suppress(Stopped):  # who asks twice need not be told
+        if _speaks():
+            print(f"innerloop: {shown(str(message))}", file=sys.stderr)
     raise SystemExit(code)
 
 
