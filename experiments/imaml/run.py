@@ -197,7 +197,7 @@ LONGER = {
     "maml": (1e-3, 1e-2),
     "fomaml": (1e-3,),
     "imaml-damped": (1e-3,),
-    "imaml": (1e-3,),
+    "imaml": (3e-4,),
     "anil": (1e-3,),
 }
 DIVERGED = 1  # exit status of `innerloop train`
