@@ -11,19 +11,17 @@ the median of the rounds. Growth is the slope of a line through the logarithms.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peers import EXACT, PLAIN, absent, by_autograd, ordinary
-from speed import clocked, images, plain_gradient, squared
+from speed import Step, clocked, images, meta_step, plain_gradient, squared
 from torch import nn
 from transformer import Block, Pool, peak
 
@@ -75,18 +73,12 @@ def models(quick: bool) -> Iterator[tuple[str, Case]]:
     yield f"transformer, {depth} blocks of width {width}, 4 x 128 tokens", Case(former, il.Task(*parts), 0.01)
 
 
-def runners(case: Case, ours: dict[str, Any], others: dict[str, Any]) -> dict[str, Callable[[], None]]:
+def runners(case: Case, ours: dict[str, Any], others: dict[str, Any]) -> dict[str, Step]:
     """What is measured, by name; all but the first-order one give the same numbers, which speed.py asserts."""
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Step] = {}
     for name, settings in ours.items():
         inner = il.SGD(lr=case.lr, steps=case.steps)
-        learner = il.MetaLearner(case.model, inner=inner, loss=case.loss, **settings)
-
-        def own(learner: il.MetaLearner = learner) -> None:
-            learner.zero_grad()
-            learner.meta_step(case.batch)
-
-        found[name] = own
+        found[name] = meta_step(il.MetaLearner(case.model, inner=inner, loss=case.loss, **settings), case.batch)
     for name, run in others.items():
         model = ordinary(case.model)
 
@@ -99,7 +91,7 @@ def runners(case: Case, ours: dict[str, Any], others: dict[str, Any]) -> dict[st
     return found
 
 
-def measured(case: Case, steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+def measured(case: Case, steps: dict[str, Step], rounds: int) -> dict[str, dict[str, float]]:
     """Seconds and peak MiB, by name; the plain gradient's under "unit"."""
     unit = plain_gradient(ordinary(case.model), il.Task(*(part[:1] for part in case.batch.query)), case.loss)  # type: ignore[arg-type]
     everyone = {"unit": unit, **steps}
@@ -134,7 +126,7 @@ def growth(quick: bool, rounds: int) -> dict[str, Any]:
             case = Case(model, batch, 0.1, steps=at["steps"])
             ours = {name: settings for name, settings in OURS.items() if "first" not in name}
             size = sum(p.numel() for p in model.parameters()) if what == "filters" else value
-            rows[size] = measured(case, runners(case, ours, {PLAIN: by_autograd}), rounds)
+            rows[str(size)] = measured(case, runners(case, ours, {PLAIN: by_autograd}), rounds)
         found[title] = rows
     return found
 
@@ -190,11 +182,11 @@ def main() -> None:
     others = {name: run for name, run in EXACT.items() if name not in gone}
     found = {}
     for title, case in models(args.quick):
-        found[title] = measured(case, runners(case, OURS, deepcopy(others)), rounds)
+        found[title] = measured(case, runners(case, OURS, others), rounds)
         print(title, {name: each.get("seconds") for name, each in found[title].items()}, flush=True)
     record = {"models": found, "growth": growth(args.quick, rounds), "absent": gone, **reporting.provenance()}
     reporting.write_json(args.out / "costs.json", record, indent=1)
-    reporting.write(args.out / "costs.md", page(json.loads(json.dumps(record))))
+    reporting.write(args.out / "costs.md", page(record))
 
 
 if __name__ == "__main__":

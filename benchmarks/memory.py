@@ -64,22 +64,15 @@ class Cell(NamedTuple):
     window: int = WINDOW
 
 
-class Asked(NamedTuple):
-    """A table: a row a method, a column a value of what varies."""
-
-    title: str
-    cells: dict[str, dict[int, Cell]]
-
-
-def tables(args: argparse.Namespace) -> list[Asked]:
-    """What is to be measured."""
+def tables(args: argparse.Namespace) -> dict[str, dict[str, dict[int, Cell]]]:
+    """What is to be measured: of each table, a row a method, a column a value of what varies."""
     iterations = {row: {n: Cell(row, args.fixed_steps, cg=n) for n in args.iterations} for row in SOLVING}
     windows = {row: {n: Cell(row, args.fixed_steps, window=n) for n in args.windows} for row in WINDOWED}
-    return [
-        Asked("Inner steps", {row: {n: Cell(row, n) for n in args.steps} for row in args.methods}),
-        Asked("Iterations of conjugate gradient", iterations),
-        Asked("Steps in a window", windows),
-    ]
+    return {
+        "Inner steps": {row: {n: Cell(row, n) for n in args.steps} for row in args.methods},
+        "Iterations of conjugate gradient": iterations,
+        "Steps in a window": windows,
+    }
 
 
 def batch(tasks: int, shots: int, device: str) -> il.Task:
@@ -232,15 +225,15 @@ def main() -> None:
     """Measure every row and write the result files."""
     args = parse()
     asked = tables(args)
-    cells = list(dict.fromkeys(cell for table in asked for row in table.cells.values() for cell in row.values()))
+    cells = list(dict.fromkeys(cell for rows in asked.values() for row in rows.values() for cell in row.values()))
     found: dict[Cell, dict[str, Any]] = {}
     for group in [cells] if args.quick else [[cell] for cell in cells]:
         found.update(zip(group, measured_apart(group, args), strict=True))
         for cell in group:
             print(*cell, found[cell], flush=True)
     results: dict[str, Results] = {
-        table.title: {row: {str(n): found[cell] for n, cell in cells.items()} for row, cells in table.cells.items()}
-        for table in asked
+        title: {row: {str(n): found[cell] for n, cell in cells.items()} for row, cells in rows.items()}
+        for title, rows in asked.items()
     }
     record = {
         **reporting.provenance(),

@@ -9,6 +9,7 @@ github.com/prolearner/hypertorch, and ``metalearn`` of parallel-metalearn 0.5.6,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -69,16 +70,18 @@ def by_torchopt(model: nn.Module, loss: Loss, batch: il.Task, lr: float, steps: 
         torchopt.recover_state_dict(model, start)
 
 
-def by_torch_maml(model: nn.Module, loss: Loss, batch: il.Task, lr: float, steps: int) -> None:
-    """``torch_maml.GradientCheckpointMAML``, a checkpoint every second step."""
+def by_torch_maml(
+    model: nn.Module, loss: Loss, batch: il.Task, lr: float, steps: int, checkpoints: bool = True
+) -> None:
+    """``torch_maml.GradientCheckpointMAML``, a checkpoint every second step, or ``NaiveMAML``, without any."""
     torch_maml = import_module("torch_maml")
+    kind = partial(torch_maml.GradientCheckpointMAML, checkpoint_steps=2) if checkpoints else torch_maml.NaiveMAML
     (x, y), (a, b) = batch
     for task in range(len(y)):
-        maml = torch_maml.GradientCheckpointMAML(
+        maml = kind(
             model,
             lambda model, batch: loss(model(batch[0]), batch[1]),
             optimizer=torch_maml.IngraphGradientDescent(lr),
-            checkpoint_steps=2,
         )
         adapted = maml([(x[task], y[task])] * steps).model
         (loss(adapted(a[task]), b[task]) / len(y)).backward()

@@ -36,10 +36,9 @@ def main(tasks_per_batch: int = 8) -> None:
         waits.append(time.perf_counter() - began)
 
     dist.all_reduce, processes.average = counted, timed
-    options = dict(validation_tasks=0, validate_every=10**6, progress=False)
     il.fit(
-        learner, tasks, steps=STEPS, tasks_per_batch=tasks_per_batch,
-        log=lambda record: marks.append(time.perf_counter()), **options,
+        learner, tasks, steps=STEPS, tasks_per_batch=tasks_per_batch, validation_tasks=0, validate_every=10**6,
+        progress=False, log=lambda record: marks.append(time.perf_counter()),
     )  # fmt: skip
     if processes.rank() == 0:
         steps = [after - before for before, after in zip(marks[WARM - 1 :], marks[WARM:], strict=False)]

@@ -34,6 +34,7 @@ from innerloop.training.allocator import keep_freed_memory
 
 Step = Callable[[], None]
 OURS = "innerloop"
+COMPILED = f"{OURS}, compiled"
 SLOW = {"torch_maml", "hypertorch"}  # which compute every step again, for memory's sake: see costs.py
 
 
@@ -58,6 +59,16 @@ class Work(NamedTuple):
 def gradients(model: nn.Module) -> Callable[[], list[Tensor]]:
     """Reads a model's gradients."""
     return lambda: [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def meta_step(learner: il.MetaLearner, batch: il.Task) -> Step:
+    """Our meta-gradient, alone in ``.grad``."""
+
+    def step() -> None:
+        learner.zero_grad()
+        learner.meta_step(batch)
+
+    return step
 
 
 def maml(
@@ -88,12 +99,7 @@ def maml(
         learner = il.MetaLearner(
             model, inner=il.SGD(lr=lr, steps=steps), meta_gradient=estimator, loss=loss, **settings
         )
-
-        def own(learner: il.MetaLearner = learner) -> None:
-            learner.zero_grad()
-            learner.meta_step(batch)
-
-        runners[name] = own, gradients(learner.model)
+        runners[name] = meta_step(learner, batch), gradients(learner.model)
     return runners, plain_gradient(deepcopy(shared), batch.query, loss)
 
 
@@ -115,8 +121,7 @@ def plain_gradient(model: nn.Module, examples: tuple[Tensor, Tensor], loss: Any)
 def sinusoid() -> Any:
     torch.manual_seed(0)
     batch = il.Task(*((torch.rand(25, 10, 1) * 10 - 5, torch.randn(25, 10, 1)) for _ in range(2)))
-    compiled = {f"{OURS}, compiled": {"compile": True}} if COMPILED else {}
-    return maml(il.models.MLP([1, 40, 40, 1]), batch, 0.01, 5, loss=squared, **compiled)
+    return maml(il.models.MLP([1, 40, 40, 1]), batch, 0.01, 5, loss=squared, **{COMPILED: {"compile": True}})
 
 
 def squared(output: Tensor, target: Tensor) -> Tensor:
@@ -171,12 +176,7 @@ def anil(steps: int) -> Callable[[], Any]:
             net = deepcopy(shared)
             runners[name] = by_hand(net, cached), gradients(net)
         learner = il.MetaLearner(model, il.Head(), il.SGD(lr=lr, steps=steps))
-
-        def own() -> None:
-            learner.zero_grad()
-            learner.meta_step(batch)
-
-        runners[OURS] = own, gradients(learner.model)
+        runners[OURS] = meta_step(learner, batch), gradients(learner.model)
         return runners, plain_gradient(deepcopy(shared), batch.query, F.cross_entropy)
 
     return build
@@ -229,12 +229,7 @@ def implicit() -> Any:
     learner = il.MetaLearner(
         model, inner=il.SGD(lr=lr, steps=16, proximal=proximal), meta_gradient=il.Implicit(il.CG(5))
     )
-
-    def own() -> None:
-        learner.zero_grad()
-        learner.meta_step(batch)
-
-    runners = {PLAIN: (by_hand, gradients(net)), OURS: (own, gradients(learner.model))}
+    runners = {PLAIN: (by_hand, gradients(net)), OURS: (meta_step(learner, batch), gradients(learner.model))}
     return runners, plain_gradient(deepcopy(shared), batch.query, F.cross_entropy)
 
 
@@ -269,15 +264,6 @@ def adaptation(model: nn.Module, task: tuple[Tensor, Tensor], head: bool, loss: 
     return build
 
 
-def compiles() -> bool:
-    try:
-        il.MetaLearner(il.models.MLP([1, 2, 1]), compile=True)  # type: ignore[call-arg]
-    except TypeError:
-        return False
-    return True
-
-
-COMPILED = compiles()
 FIRST_TASK = tuple(part[0] for part in images(1, 1, 28, 1).support)
 LINE = torch.linspace(-5, 5, 10).unsqueeze(1), torch.linspace(-5, 5, 10).unsqueeze(1).sin()
 EVERYONE = (PLAIN, *(name for name in PEERS if name not in SLOW))
@@ -285,7 +271,7 @@ ONE_BY_ONE = tuple(name for name in EVERYONE if name != "parallel-metalearn")
 WORKS = {
     "mlp": Work("sinusoid MLP, 25 tasks, K = 5, exact", ONE_BY_ONE, 1 / 5, sinusoid),
     "mlp-all": Work("the same, beside those that take all tasks at once", ("parallel-metalearn",), 1.0, sinusoid),
-    "mlp-compiled": Work("the same, compiled", ("learn2learn",), 1 / 40, sinusoid, f"{OURS}, compiled"),
+    "mlp-compiled": Work("the same, compiled", ("learn2learn",), 1 / 40, sinusoid, COMPILED),
     "conv": Work("Conv4-64, 28x28, 16 tasks, K = 5, exact", EVERYONE, 1.0, conv(16, 5, True)),
     "conv-first": Work("Conv4-64, 28x28, 16 tasks, K = 5, first order", EVERYONE, 1.0, conv(16, 5, False)),
     "conv-1": Work("Conv4-64, 28x28, 16 tasks, K = 1, exact", EVERYONE, 1.0, conv(16, 1, True)),

@@ -230,7 +230,6 @@ def page(record: dict[str, Any]) -> str:
     ]
     for steps, rows in record["meta_gradients"].items():
         parts += [reporting.Heading(f"{steps} inner step{'s' * (steps != '1')}"), shown(rows, "meta-gradient", unit)]
-    parts.append(f"Made by {reporting.made(record)}.")
     return reporting.markdown(
         "A transformer: gradients, products, meta-gradients", [*parts, f"Made by {reporting.made(record)}."]
     )
