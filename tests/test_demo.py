@@ -193,6 +193,16 @@ def test_without_photographs_letters_are_drawn(tmp_path: Path, capsys: pytest.Ca
     assert "15 were held out" in (tmp_path / "out" / "demo.html").read_text("utf-8")
 
 
+@pytest.mark.usefixtures("no_export")
+def test_a_run_whose_tasks_were_made_in_python_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = il.tasks.arrays(torch.rand(60, 3, 16, 16), torch.arange(60) % 12, ways=2, shots=1, queries=2)
+    learner = il.MetaLearner(il.models.Conv4(ways=2, filters=4, size=16), "head", il.SGD(lr=0.1, steps=2))
+    il.fit(learner, tasks, steps=1, validation_tasks=2, folder=tmp_path / "run", progress=False)
+    things = str(photograph(tmp_path / "things", 2))
+    main(["demo", things, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert f"started from {tmp_path / 'run'}, as told" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,7 +163,7 @@ def choice(value: Any, what: str) -> Any:
 
     Args:
         value: what was given.
-        what: ``"adapts"``, ``"inner"`` or ``"meta_gradient"``.
+        what: ``"adapts"``, ``"inner"``, ``"meta_gradient"`` or ``"start"``.
 
     Raises:
         ValueError: something else, or a string that says too little.

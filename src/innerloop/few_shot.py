@@ -68,10 +68,10 @@ class FewShot:
         batch_norm: BatchNormMode,
         start: Start | None,
         reuse_prefix: bool,
-        regulariser: Callable[[Tree], Tensor] | None = None,
+        regulariser: Callable[[Tree], Tensor] | None,
     ) -> None:
-        self.regulariser = regulariser
         self.model, self.adapts, self.loss, self.batch_norm, self.start = model, adapts, loss, batch_norm, start
+        self.regulariser = regulariser
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names = {name for name, _ in model.named_parameters()}
         selected, rows = set(adapts.select(model)), adapts.moves(model)
@@ -85,10 +85,9 @@ class FewShot:
         if not self.adapted:
             raise ValueError(f"{adapts!r} selects only frozen parameters: unfreeze some, or adapt others")
         self.whole = len(self.adapted) == len(trainable)
-        moves = tuple(frozenset(row).intersection(self.adapted) for row in rows)
-        if not all(moves):
+        self.moves = tuple(frozenset(row).intersection(self.adapted) for row in rows)
+        if not all(self.moves):
             raise ValueError(f"{adapts!r} has a row of frozen parameters alone: unfreeze some, or leave it out")
-        self.moves = moves
         self.layer = start.layer(model, self.adapted) if start else None
         self._moving_buffers: tuple[str, ...] = ()
         self._seen: dict[tuple[bool, ...], bool] = {}
@@ -139,16 +138,13 @@ class FewShot:
             inputs: of one task.
 
         Returns:
-            What the model gives for them; None the second time.
+            What the model gives for them.
 
         Raises:
             ValueError: the choice of what adapts turns out wrong.
             BadData: the model cannot take these inputs.
         """
-        mode = self._mode
-        if mode in self._seen:
-            return None
-        before = dict(self.model.named_buffers())
+        mode, before = self._mode, dict(self.model.named_buffers())
         buffers = {name: buffer.clone() for name, buffer in before.items()}
         versions = {name: buffer._version for name, buffer in buffers.items()}
         passed, drawn = dict(buffers), python_states()
@@ -369,9 +365,8 @@ class FewShot:
             task = task._replace(query=(query, task.query[1]))
             chain = problem.outer_chain and partial(self._stages, QUERY, rows=rows)
             problem = replace(problem, outer_loss=partial(self._outer_loss, rows=rows), outer_chain=chain)
-        mode = self._mode
         unknown = any(stream and callable(part.rows) for stream, part in zip(streams, task, strict=True))
-        if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(mode, True):
+        if not reuse or unknown or self.prefix is None or self.suffix is None or self._seen.get(self._mode, True):
             if self.batch_norm == "step":
                 task = Task(*(Steps(lambda step, part=part: (*part, step)) for part in task))
             return Stated(problem, meta, task, None)

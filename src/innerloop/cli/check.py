@@ -23,6 +23,7 @@ from innerloop.errors import Failed, UsageError
 from innerloop.files import check_writable
 from innerloop.studies.check import ESTIMATORS, NO_STEP, Check, check, table
 from innerloop.studies.costs import peak, save_tasks
+from innerloop.tasks._episodes import SPLITS
 from innerloop.training.build import arithmetic, build_learner, build_tasks, with_inner_rate
 from innerloop.training.report import task_words
 from innerloop.training.runs import load_learner, read_run, save_results
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check, write and print the results."""
     console = Console(highlight=False)
     with usage_errors():
-        check_name("split", arguments.split, ("train", "validation", "test"))
+        check_name("split", arguments.split, SPLITS)
         if arguments.tasks < 1:
             raise UsageError(f"--tasks is {arguments.tasks}; a check needs 1 or more")
         if not arguments.what.exists():

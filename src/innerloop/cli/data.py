@@ -9,6 +9,7 @@ from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors
 from innerloop.tasks import SOURCES, Episodes, TaskSource
 from innerloop.tasks._cache import cache_folder
+from innerloop.tasks._episodes import SPLITS
 from innerloop.training.build import INK, SOURCE_OPTIONS, build_tasks
 from innerloop.training.report import plot_tasks
 from innerloop.training.settings import Settings
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with usage_errors():
         check_name("dataset", arguments.dataset, SOURCES)
-        check_name("split", arguments.split, ("train", "validation", "test"))
+        check_name("split", arguments.split, SPLITS)
         settings = Settings(**given_settings(arguments) | {"dataset": arguments.dataset})
         tasks = build_tasks(settings, [arguments.split])
         picture = arguments.out or Path(f"{arguments.dataset}-tasks.png")

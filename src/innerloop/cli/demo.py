@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             drawings = are_drawings(photographs.files)
             start = arguments.run or ("shipped:glyphs" if drawings else "shipped:photos")
             why = "as told" if arguments.run else f"for {'drawings' if drawings else 'pictures'}, as these seem to be"
-            settings = replace(read_run(run_folder(start)), **given_settings(arguments))
+            settings = read_run(run_folder(start), given_settings(arguments), tasks=False)
             learner, trained = load_learner(run_folder(start), settings, len(photographs.classes))
             shape, invert = trained["input_shape"], inverts(settings, "auto")
             if trained["ways"] is None or len(shape) != 3:

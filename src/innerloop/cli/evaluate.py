@@ -14,6 +14,7 @@ from innerloop.choices import check_name
 from innerloop.cli.arguments import add_settings, given_settings, usage_errors, writing_results
 from innerloop.errors import UsageError
 from innerloop.files import check_writable
+from innerloop.tasks._episodes import SPLITS
 from innerloop.training.build import SOURCE_OPTIONS, arithmetic, build_tasks
 from innerloop.training.code import is_code
 from innerloop.training.confusion import confusion
@@ -22,19 +23,8 @@ from innerloop.training.report import describe, plot_adaptation, slug, summary
 from innerloop.training.runs import load_learner, read_run, save_results
 from innerloop.training.settings import SETTINGS, read_config
 
-FIELDS = (
-    "model",
-    "dataset",
-    *SOURCE_OPTIONS,
-    "ways",
-    "shots",
-    "queries",
-    "test_steps",
-    "seed",
-    "device",
-    "threads",
-    "chunk_size",
-)
+SIZES = ("ways", "shots", "queries")
+FIELDS = ("model", "dataset", *SOURCE_OPTIONS, *SIZES, "test_steps", "seed", "device", "threads", "chunk_size")
 
 USAGE = "RUN [options]"
 
@@ -50,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and write the results."""
     with usage_errors():
-        check_name("split", arguments.split, ("train", "validation", "test"))
+        check_name("split", arguments.split, SPLITS)
         given = given_settings(arguments)
         settings = read_run(arguments.run, given)
         if settings.dataset != read_config(arguments.run / SETTINGS)["dataset"]:
-            sizes = ("ways", "shots", "queries") if is_code(settings.dataset) else ()
+            sizes = SIZES if is_code(settings.dataset) else ()
             settings = replace(settings, **dict.fromkeys((*SOURCE_OPTIONS, *sizes)) | given)
         tasks = build_tasks(settings, [arguments.split])
         learner, trained = load_learner(arguments.run, settings, tasks.output_size)

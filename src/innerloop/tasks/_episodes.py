@@ -29,6 +29,7 @@ from innerloop.problem import Task
 from innerloop.tasks._augment import DRAWS, augmentations, augmented
 
 Bits = NDArray[np.uint64]
+SPLITS = ("train", "validation", "test")
 
 
 class TaskSource(ABC):

@@ -9,9 +9,9 @@ from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 
-from innerloop.tasks._episodes import Episodes, recorded
+from innerloop.tasks._episodes import SPLITS, Episodes, recorded
 from innerloop.tasks._files import Files, read_table
-from innerloop.tasks._images import SPLITS, image_set, split_folders
+from innerloop.tasks._images import image_set, split_folders
 from innerloop.tasks._pictures import is_image, size_of
 
 FRACTIONS = (0.6, 0.2, 0.2)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from innerloop.tasks._cache import atomic_write, cache_folder
-from innerloop.tasks._episodes import ImageSet
+from innerloop.tasks._episodes import SPLITS, ImageSet
 from innerloop.tasks._files import Files
 from innerloop.tasks._pictures import DECODING, Pixels, decode
 
 Layout = dict[str, dict[str, list[str]]]
 """The image files of each class of each split."""
 
-SPLITS = ("train", "validation", "test")
 SPLIT_FOLDERS = {
     "train": "train",
     "validation": "validation",

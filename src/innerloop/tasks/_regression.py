@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from innerloop.problem import Task
-from innerloop.tasks._episodes import Bits, TaskSource, check_seed, check_split, random_bits, recorded, uniform
+from innerloop.tasks._episodes import SPLITS, Bits, TaskSource, check_seed, check_split, random_bits, recorded, uniform
 
 Floats = NDArray[np.float64]
-SPLITS = ("train", "validation", "test")
 
 
 class Regression(TaskSource):

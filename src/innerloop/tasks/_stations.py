@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from innerloop.tasks._episodes import Bits, recorded
+from innerloop.tasks._episodes import SPLITS, Bits, recorded
 from innerloop.tasks._files import read_npz
-from innerloop.tasks._regression import SPLITS, Floats, Regression
+from innerloop.tasks._regression import Floats, Regression
 
 FILE = "temperature_normals.npz"
 LAYOUT = (
