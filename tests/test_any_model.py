@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import innerloop as il
+from commands import refused
 from innerloop.cli import main
 from innerloop.training.adaptation import load_adapted
 from innerloop.training.runs import load_learner, read_run
@@ -80,18 +81,6 @@ def place(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("INNERLOOP_CACHE", str(trained / "cache"))
     monkeypatch.chdir(trained)
     return trained
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    out, error = capsys.readouterr()
-    assert error.startswith("innerloop: ")
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in out + error
-    return error
 
 
 def test_the_command_trains_a_model_of_the_users_own(place: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from commands import refused
 from innerloop.cli import main
 from innerloop.training.adaptation import load_adapted, predict, read_images
 from innerloop.training.build import build_tasks
@@ -50,6 +51,11 @@ def draw_classes(folder: Path, classes: int, images: int, seed: int) -> None:
             Image.fromarray(grey.clip(0, 255).astype(np.uint8)).save(folder / f"class{label}" / f"{number}.png")
 
 
+def images_of(place: Path) -> list[str]:
+    """Tasks of the images of `place`."""
+    return ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with images, a trained run and new classes to adapt to; the cache lies in it as well."""
@@ -59,29 +65,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     draw_classes(place / "more", 4, 5, seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INNERLOOP_CACHE", str(place / "cache"))
-        data = [
-            "--dataset=folder",
-            f"--data={place / 'images'}",
-            "--size=16",
-            "--channels=1",
-            "--ways=3",
-            "--queries=4",
-        ]
-        main(["train", f"--out={place / 'run'}", *data, *CONV, *LONG])
+        main(["train", f"--out={place / 'run'}", *images_of(place), *CONV, *LONG])
         yield place
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
-    """Run a command that must fail; returns its one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == code
-    out, error = capsys.readouterr()
-    assert error.startswith("innerloop: ")
-    assert error.count("\n") == 1, error
-    assert "Traceback" not in out + error
-    return error
 
 
 def names_of_test_tasks(run: Path) -> list[list[str]]:
@@ -200,9 +185,9 @@ def test_adapt_to_single_images_without_classes(place: Path, capsys: pytest.Capt
     assert [(row["file"], row["class"]) for row in rows] == [(str(image), "") for image in images]
 
 
-def write_choice(path: Path, pattern: str, steps: int = 5) -> Path:
+def write_choice(path: Path, pattern: str) -> Path:
     """A file such as ``innerloop patterns`` writes."""
-    path.write_text(json.dumps({"pattern": pattern, "steps": steps, "parts": []}))
+    path.write_text(json.dumps({"pattern": pattern, "steps": 5, "parts": []}))
     return path
 
 
@@ -265,8 +250,7 @@ def test_a_command_given_again_goes_on_and_another_is_refused_by_name(
 
 
 def test_a_head_that_is_not_adapted_is_for_the_classes_of_training(place: Path, tmp_path: Path) -> None:
-    data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
-    main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *data, *TINY, *SHORT])
+    main(["train", f"--out={tmp_path / 'run'}", "--adapts=body", *images_of(place), *TINY, *SHORT])
     settings = read_run(tmp_path / "run")
     for classes in (2, 4):
         with pytest.raises(ValueError, match=f"does not adapt its head: give 3 classes, not {classes}"):
@@ -486,7 +470,7 @@ def test_divergence_is_said_in_one_line(place: Path, tmp_path: Path, capsys: pyt
 def test_pretraining_and_then_another_method_is_two_lines(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = ["--dataset=folder", f"--data={place / 'images'}", "--size=16", "--channels=1", "--ways=3", "--queries=4"]
+    data = images_of(place)
     size = ["--filters=8", "--downsample=stride", "--device=cpu", *SHORT, "--tasks-per-batch=2"]
     first, second = tmp_path / "first", tmp_path / "second"
     main(["train", f"--out={first}", "--method=pretrained", *data, *size])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import innerloop as il
+from commands import refused
 from innerloop.cli import demo as command
 from innerloop.cli import main
 from innerloop.studies.demo import (
@@ -46,16 +47,6 @@ def photograph(folder: Path, images: int = 6) -> Path:
             noise = np.random.default_rng((number, *colour)).integers(-30, 30, (24, 36, 3))
             Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(place / f"{number}.png")
     return folder
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 2) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == code
-    error = capsys.readouterr().err
-    assert error.startswith("innerloop: ")
-    assert error.count("\n") == 1
-    return error
 
 
 def test_classes_and_images_are_those_that_training_would_find(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from innerloop.tasks._episodes import Episodes, ImageSet, TaskSource, random_bit
 COUNTS = (6, 9, 5, 7, 8, 5, 6, 10, 5, 6, 7, 5)
 
 
-def labelled(rotations: bool = False, counts: tuple[int, ...] = COUNTS) -> ImageSet:
+def labelled(rotations: bool = False) -> ImageSet:
     """Images that say what they are: the pixels are the class, the number in the class, 200 and 0."""
-    rows = [[index, number, 200, 0] for index, count in enumerate(counts) for number in range(count)]
+    rows = [[index, number, 200, 0] for index, count in enumerate(COUNTS) for number in range(count)]
     return ImageSet(
         name="labelled",
         images=torch.tensor(rows, dtype=torch.uint8).view(-1, 1, 2, 2),
-        counts=counts,
-        classes=tuple(f"class {index}" for index in range(len(counts))),
+        counts=COUNTS,
+        classes=tuple(f"class {index}" for index in range(len(COUNTS))),
         splits={"train": (0, 2, 3, 4, 6, 7), "validation": (1, 5, 9), "test": (8, 10, 11)},
         rotations=rotations,
     )

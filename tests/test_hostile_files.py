@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from innerloop.cli import main
+from commands import refused
 from innerloop.cli.adapt import _write_csv
 from innerloop.files import shown, write
 from innerloop.reporting.figures import Line, Panel, panels, save
@@ -131,10 +131,7 @@ def test_names_reach_neither_terminal_nor_spreadsheet_as_they_are(
     (place / odd).mkdir()
     (place / odd / "broken.png").write_bytes(b"\x89PNG")
     options = ["--dataset=folder", f"--data={place}", "--ways=2", "--queries=1", "--size=8", f"--out={tmp_path / 'r'}"]
-    with pytest.raises(SystemExit) as ended:
-        main(["train", *options])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
+    error = refused(capsys, "train", *options)
     assert "cannot read the image" in error
     assert "\\x1b]0;gotcha\\x07\\udcff" in error
     assert error[:-1].isprintable()
