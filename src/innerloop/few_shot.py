@@ -132,7 +132,7 @@ class FewShot:
         return tuple(module.training for module in self.model.modules())
 
     def look(self, inputs: Any) -> Any:
-        """Run the model on real inputs, once a training mode, and see what it is.
+        """Run the model on real inputs and see what it is, where that is not ``seen`` yet.
 
         Args:
             inputs: of one task.
