@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds")
     parser.add_argument("--only", nargs="+", choices=list(WORKS), metavar="ROW", help="these rows alone")
     parser.add_argument("--seconds", type=float, default=None, help="of racing a row")
-    parser.add_argument("--out", type=Path, help="folder of speed.json and speed.md [this file's; --quick: none]")
+    parser.add_argument("--out", type=Path, help="folder of speed.json and speed.md [this file's; of some rows: none]")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the peers' own
@@ -392,7 +392,7 @@ def main() -> None:
         results[key] = race(WORKS[key], args.seconds or (4 if args.quick else 25), 3)
         print(" | ".join(next(rows({key: results[key]}))), flush=True)
     record = {"results": results, "absent": absent(), **provenance()}
-    if args.out or not args.quick:
+    if args.out or not (args.quick or args.only):
         folder = args.out or Path(__file__).parent
         write_json(folder / "speed.json", record, indent=1)
         write(folder / "speed.md", page(record))
