@@ -13,11 +13,10 @@ from torch import Tensor
 from innerloop.learner import MetaLearner
 from innerloop.problem import Task
 from innerloop.reporting import Bars, Box, Code, Facts, Gallery, Heading, Part, Picture, html
-from innerloop.tasks import nearest_neighbour
 from innerloop.tasks._glyphs import specimens
 from innerloop.tasks._pictures import upright
 from innerloop.training.adaptation import labelled_images, predict, read_images
-from innerloop.training.baselines import PIXELS, RECIPES, features
+from innerloop.training.baselines import accuracies
 
 LETTERS = "აბგⴳⴷ"  # of scripts that no shipped run was trained on
 SPLITS = 20  # choices of what to hold out that the bars are means over, as long as there are few photographs
@@ -123,20 +122,12 @@ def try_out(learner: MetaLearner, images: Tensor, labels: Tensor) -> Trial:
         held = hold_out(labels, seed)
         support, query = (images[~held], labels[~held]), (images[held], labels[held])
         guesses = predict(learner.adapt(*support, inductive=True), query[0]).argmax(-1)
-        shares = {ADAPTED: _share(guesses, query[1])}
         task = Task(*(tuple(part[None] for part in pair) for pair in (support, query)))
-        known, asked = features(learner, task, inductive=True)
-        for name, recipe in RECIPES.items():
-            scores = recipe(known, support[1][None].to(known.device), asked, int(labels.max()) + 1)
-            shares[name] = _share(scores[0].argmax(-1).cpu(), query[1])
-        shares[PIXELS] = nearest_neighbour(Task(support, query)).item()
-        totals = {name: totals.get(name, 0.0) + share / splits for name, share in shares.items()}
+        shares = {ADAPTED: (guesses == query[1]).float().mean()}
+        shares |= accuracies(learner, task, int(labels.max()) + 1, inductive=True)
+        totals = {name: totals.get(name, 0.0) + share.item() / splits for name, share in shares.items()}
         trials.append((held, guesses))
     return Trial(*trials[0], totals, splits)
-
-
-def _share(guesses: Tensor, labels: Tensor) -> float:
-    return (guesses == labels).float().mean().item()
 
 
 def verdict(photographs: Photographs, trial: Trial) -> Box:
