@@ -24,7 +24,6 @@ from innerloop.inner import InnerLoop
 from innerloop.meta_gradient import MetaGradient, Seen, Unrolled, finite
 from innerloop.problem import Task, Tree
 from innerloop.training.evaluation import Source, evaluation_mode, key_of
-from innerloop.training.evaluation import draw as draw_tasks
 from innerloop.training.health import eigenvalues, single
 from innerloop.training.store import resumable
 
@@ -183,7 +182,7 @@ def check(
         for index in range(count):
             if index in done and done[index].keys() >= set(left):
                 continue
-            task = single(learner, draw_tasks(tasks, learner, split, index, 1))
+            task = single(learner, tasks, split, index)
             torch.default_generator.manual_seed(index)  # the CPU's, from which every seed is drawn
             with torch.no_grad():
                 loop, _ = learner.loop(task)

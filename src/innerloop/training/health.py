@@ -23,8 +23,9 @@ PATIENCE = 3  # validations in a row without hope, after which training stops
 LOWER = "Lower the inner rate (--inner-lr; auto measures one), or hold the inner loop back (--proximal 2)"
 
 
-def single(learner: Bilevel, batch: Task | Sequence[Task]) -> Task:
-    """The only task of a batch, without a task dimension."""
+def single(learner: Bilevel, tasks: Source, split: str, index: int) -> Task:
+    """One task of a split, without a task dimension."""
+    batch = draw(tasks, learner, split, index, 1)
     if not isinstance(batch, Task):
         return batch[0]
     task: Task = tree_map(lambda value: value[0], batch) if learner.stacked else batch
@@ -35,7 +36,7 @@ def _loops(learner: Bilevel, tasks: Source, split: str, count: int = TASKS) -> I
     """The inner loops of the first tasks of a split."""
     with evaluation_mode(learner), torch.no_grad(), second_order_kernels(learner.recurrent, learner.engine):
         for index in range(min(count, TASKS)):
-            yield learner.loop(single(learner, draw(tasks, learner, split, index, 1)))[0]
+            yield learner.loop(single(learner, tasks, split, index))[0]
 
 
 def inner_losses(learner: Bilevel, tasks: Source, split: str = "train", count: int = TASKS) -> list[float]:
@@ -146,17 +147,14 @@ def ailment(scores: Scores, ways: int | None, losses: Sequence[float]) -> str:
 
 def eigenvalues(loop: InnerLoop, params: Tree) -> Tensor:
     """Ritz values, at a point, of the Hessian of what the inner loop lowers."""
-    shapes = {name: value.shape for name, value in params.items()}
     sizes = [value.numel() for value in params.values()]
     like = next(iter(params.values()))
-
     hessian = loop.hessian(loop.begin.step, params)
 
     def product(vector: Tensor) -> Tensor:
-        parts = zip(shapes.items(), vector.split(sizes), strict=True)
-        direction = {name: part.view(shape) for (name, shape), part in parts}
-        bent = hessian(direction)
-        return torch.cat([bent[name].reshape(-1) for name in shapes])
+        parts = zip(params.items(), vector.split(sizes), strict=True)
+        bent = hessian({name: part.view_as(value) for (name, value), part in parts})
+        return torch.cat([bent[name].reshape(-1) for name in params])
 
     first = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shift = (0.0 if loop.solver.decoupled else loop.solver.weight_decay) + loop.solver.proximal
