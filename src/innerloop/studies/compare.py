@@ -215,7 +215,7 @@ def carry_out(plan: Plan, folder: Path, jobs: int = 1, progress: bool = True) ->
 
 
 @contextmanager
-def begun(plan: Plan, folder: Path, progress: bool) -> Iterator[Console]:
+def begun(plan: Plan, folder: Path, progress: bool = True) -> Iterator[Console]:
     """Within the block the folder is that of the plan's study and no other process's; gives where to tell of it."""
     _check(folder, plan)
     console = Console(highlight=False, soft_wrap=True, quiet=not progress)

@@ -22,13 +22,12 @@ from innerloop.training.store import METRICS, last_step
 COMMANDS = "commands.txt"
 
 
-def write_plan(plan: Plan, folder: Path, progress: bool = True) -> list[str]:
+def write_plan(plan: Plan, folder: Path) -> list[str]:
     """Measure the methods and tune their outer rates, here and now, and write a command a training to ``commands.txt``.
 
     Args:
         plan: what is compared.
         folder: of the study, which all machines reach by this path.
-        progress: as in `innerloop.studies.compare.compare`.
 
     Returns:
         The commands.
@@ -37,7 +36,7 @@ def write_plan(plan: Plan, folder: Path, progress: bool = True) -> list[str]:
         ValueError: the folder holds another study.
         Failed: no method could be measured.
     """
-    with begun(plan, folder, progress) as console:
+    with begun(plan, folder) as console:
         measure(plan, folder, console)
     commands = [shlex.join(command(each)) for each in trainings_of(plan, folder).values()]
     write(folder / COMMANDS, "".join(f"{each}\n" for each in commands))

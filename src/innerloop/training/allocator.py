@@ -14,15 +14,12 @@ SWITCH = "INNERLOOP_KEEP_MEMORY"
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Ask glibc to keep what is freed; the environment variable INNERLOOP_KEEP_MEMORY=0 leaves it as it is.
 
     Library users get the same by the environment: ``MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_MAX_=0``.
-
-    Returns:
-        Whether it was done.
     """
-    if os.environ.get(SWITCH) == "0" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_MMAP_MAX, 0))
+    if os.environ.get(SWITCH) != "0" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_MMAP_MAX, 0)

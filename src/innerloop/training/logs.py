@@ -56,11 +56,10 @@ class ProgressDisplay:
         steps: outer steps of the whole run.
         start: the step that this session starts from.
         seconds: time that this session may take; infinite where only the steps bound it.
-        console: where to write; standard output by default.
     """
 
-    def __init__(self, steps: int, start: int, seconds: float = math.inf, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, steps: int, start: int, seconds: float = math.inf) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
         self._steps, self._start, self._step, self._seconds = steps, start, start, seconds
         self._began = self._spoke = time.monotonic()
         self._told: dict[str, str] = {}

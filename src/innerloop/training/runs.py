@@ -174,8 +174,6 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
     return learner.eval(), trained
 
 
-def save_results(path: Path, results: dict[str, Any]) -> dict[str, Any]:
-    """Write results as JSON, with their provenance, whole or not at all; returns what was written."""
-    results = {**results, **provenance()}
-    write_json(path, results)
-    return results
+def save_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, with their provenance, whole or not at all."""
+    write_json(path, results | provenance())
