@@ -47,7 +47,8 @@ def head_learner(lr: float, **inner: float) -> il.MetaLearner:
 
 
 def scores(accuracy: float, interval: float, loss: float) -> Scores:
-    return Scores(100, 5, False, Estimate(loss, 0.1), Estimate(accuracy, interval), None, None, None)
+    losses = torch.full((100,), loss)
+    return Scores(100, 5, False, Estimate(loss, 0.1), Estimate(accuracy, interval), None, None, None, losses)
 
 
 def test_a_diverging_head_stops_with_a_sentence(tasks: Episodes, caplog: pytest.LogCaptureFixture) -> None:

@@ -119,9 +119,9 @@ class Scores(NamedTuple):
     loss_curve: list[Estimate] | None
     accuracy_curve: list[Estimate] | None
     accuracies: Tensor | None
+    losses: Tensor
     answers: Tensor | None = None
     baselines: dict[str, Baseline] = {}  # noqa: RUF012  # never changed
-    losses: Tensor | None = None
 
     @property
     def protocol(self) -> str:
@@ -200,8 +200,8 @@ def evaluate(
         loss_curve=_curve(values.get("loss_curve")),
         accuracy_curve=_curve(values.get("accuracy_curve")),
         accuracies=accuracies,
-        answers=values.get("answers"),
         losses=values["loss"],
+        answers=values.get("answers"),
         baselines={
             name: Baseline(Estimate.of(each), Estimate.of(values["accuracy"] - each)) for name, each in others.items()
         },
@@ -289,7 +289,6 @@ def assess(
     split: str = "test",
     count: int = 1000,
     *,
-    steps: int | None = None,
     curve: bool = False,
     label: str = "",
     kept: Path | None = None,
@@ -304,6 +303,6 @@ def assess(
     if beside:
         with evaluation_mode(learner):
             reason = baselines.no_features(learner, first)
-    asked: dict[str, Any] = dict(steps=steps, curve=curve, beside=beside, label=label, kept=kept)
+    asked: dict[str, Any] = dict(curve=curve, beside=beside, label=label, kept=kept)
     transductive = evaluate(learner, tasks, split, count, **asked) if mixes else None
     return Assessment(transductive, evaluate(learner, tasks, split, count, inductive=True, **asked), reason)

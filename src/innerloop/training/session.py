@@ -148,9 +148,8 @@ class Session:
         Other problems than few-shot learning may have infinities in their data, as in masks, and are not checked.
         """
         self.looked = True
-        stacked = isinstance(batch, Task)
-        for place, task in enumerate([batch] if isinstance(batch, Task) else batch):
-            where = f" of the batch from task {first} on" if stacked else f" of task {first + place}"
+        for number, task in enumerate([batch] if isinstance(batch, Task) else batch, first):
+            where = f" of the batch from task {first} on" if task is batch else f" of task {number}"
             for part, examples in task._asdict().items():
                 check_finite(part, examples, f"{where} of the training stream")
 
@@ -236,7 +235,6 @@ class Session:
         Raises:
             Diverged: the loss of a task is not finite.
         """
-        assert scores.losses is not None
         bad = (~scores.losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise Diverged(
