@@ -260,13 +260,9 @@ def choose(rows: Sequence[Row], tolerance: float) -> Row:
         ValueError: a tolerance that is no number of 0 or more.
     """
     _check_tolerance(tolerance)
-    within = [row for row in rows if "1" in row.pattern and 100 * worst(row) >= -tolerance]
+    moving = [row for row in rows if "1" in row.pattern]
+    within = [row for row in moving if 100 * (row.difference.mean - row.difference.interval) >= -tolerance]
     return min(within, key=lambda row: (row.time_reusing.median, -row.accuracy.mean, row.weights, row.pattern))
-
-
-def worst(row: Row) -> float:
-    """The lower end of the interval of a row's accuracy minus that of full adaptation."""
-    return row.difference.mean - row.difference.interval
 
 
 def _check_tolerance(tolerance: float) -> None:

@@ -219,17 +219,19 @@ def choose_threads(trial: Callable[[], object], most: int) -> int:
         most: how many torch would take, by the cores that this process may use.
     """
     free = most - round(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)
-    seconds = {1: 0.0}
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        trial()  # the first call of each sets up its own
+        began = time.perf_counter()
+        trial()
+        return time.perf_counter() - began
+
+    chosen = 1
     if "OMP_NUM_THREADS" in os.environ:
-        seconds = {most: 0.0}
-    elif free > 1:
-        for threads in (1, free):
-            torch.set_num_threads(threads)
-            trial()  # the first call of each sets up its own
-            began = time.perf_counter()
-            trial()
-            seconds[threads] = (time.perf_counter() - began) * (2 if threads > 1 else 1)
-    chosen = min(seconds, key=lambda threads: seconds[threads])
+        chosen = most
+    elif free > 1 and seconds(1) > 2 * seconds(free):
+        chosen = free
     torch.set_num_threads(chosen)
     return chosen
 

@@ -226,6 +226,9 @@ def fit(
             board = stack.enter_context(closing(TensorBoard(run.folder / TENSORBOARD, at.step - 1)))
             _tell([run.records, board], list(at.records))
             logs += [run.records, board]
+            if isinstance(learner, MetaLearner) and not (run.folder / SETTINGS).exists():
+                made = settings_of(learner, tasks, shape_of(tasks), steps=steps, tasks_per_batch=tasks_per_batch)
+                made.save(run.folder / SETTINGS)  # for the commands to make it again
         if writes and progress:
             logs.append(stack.enter_context(closing(ProgressDisplay(steps, at.step, limit - at.seconds))))
         untold: list[Record] = []
@@ -237,9 +240,6 @@ def fit(
 
         for what in changes:
             note("changed", {"what": what})
-        if run.folder and writes and isinstance(learner, MetaLearner) and not (run.folder / SETTINGS).exists():
-            made = settings_of(learner, tasks, shape_of(tasks), steps=steps, tasks_per_batch=tasks_per_batch)
-            made.save(run.folder / SETTINGS)  # for the commands to make it again
         stop, save = 0, not run.saved  # a run begins with a checkpoint: one that has none has lost it
         while True:
             ends = at.step > 0 and (at.step % validate_every == 0 or at.step >= steps or late)

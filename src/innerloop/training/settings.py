@@ -283,15 +283,12 @@ class Settings:
         interval(self.checkpoint_every)
         if self.carry == "task" and self.recurring is None and self.dataset in SOURCES:
             raise ValueError("carry 'task' needs tasks that come again: give --recurring 100, or --carry slot")
+        source = inspect.signature(SOURCES[self.dataset]).parameters if self.dataset in SOURCES else {}
         if self.start == AUTO:
             plain = (self.adapts, self.inner, self.meta_gradient, self.carry) == ("head", "sgd", "unrolled", "none")
-            images = self.dataset in SOURCES and "ways" in inspect.signature(SOURCES[self.dataset]).parameters
-            object.__setattr__(self, "start", "prototypes" if plain and images else None)
+            object.__setattr__(self, "start", "prototypes" if plain and "ways" in source else None)
         if self.start is not None:
             make("start", START, self.start)
-        if self.dataset not in SOURCES:
-            return
-        source = inspect.signature(SOURCES[self.dataset]).parameters
         for name in {"ways", "shots", "queries"} & source.keys():
             if getattr(self, name) is None:
                 few = name == "queries" and "ways" in source
