@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 import innerloop as il
 from innerloop import Binomial, Mixed
+from innerloop.curvature import seed_of
 from innerloop.inner import InnerLoop, InnerSolver, bind
 from innerloop.meta_gradient import MetaGradient
 from problems import SOLVERS, every_pair, model_and_batch, network, relative_error, subset
@@ -50,7 +51,7 @@ def terms(
         update, params, total = rule(solver, rates, start), start, torch.zeros((), dtype=torch.float64)
         for step in range(solver.steps):
             if problem.seed is not None:
-                torch.manual_seed(problem.seed + step)
+                torch.manual_seed(seed_of(problem.seed, step))
             loss = problem.inner_loss(params, leaves, task.support)
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
             if step not in through:

@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch.nn.utils.parametrizations import _WeightNorm, spectral_norm, weight_n
 
 import innerloop as il
 from innerloop.curvature import OUTER, replayed
+from innerloop.inner import bind
+from innerloop.meta_gradient._forward import draw
 from problems import network, relative_error
 from reference import meta_gradient
 
@@ -148,6 +150,41 @@ def test_randomness_replays_whatever_draws_it(kind, place):
         outer = F.cross_entropy(functional_call(learner.model, params, (task.query[0],)), task.query[1])
     expected = dict(zip(leaves, torch.autograd.grad(outer, list(leaves.values())), strict=True))
     assert relative_error(found, expected) < 1e-12
+
+
+def test_whatever_draws_has_numbers_of_its_own():
+    """The CPU's generator knows a seed by its lower 32 bits."""
+    seeds: dict[Any, set[int]] = {}
+
+    def noted(what: Any, value: Any) -> Any:
+        seeds.setdefault(what, set()).add(torch.initial_seed() % 2**32)
+        return value
+
+    step = iter(range(100))
+    problem = il.Problem(
+        lambda meta: noted("start", meta),
+        lambda params, meta, support: noted(("inner", next(step)), (params["w"] ** 2).sum()),
+        lambda params, meta, query: noted("outer", params["w"].sum()),
+        seed=5,
+    )
+    meta, rule = {"w": torch.ones(2)}, il.SGD(lr=0.1, steps=4)
+    il.hypergradient(problem, meta, il.Task((), ()), rule, il.FirstOrder())
+    loop = bind(problem, meta, (), rule, {})
+    for index in (0, 1, 4096):
+        later = replace(loop, begin=loop.begin._replace(step=index))
+        for number in (0, 1):
+            draw(later, number, meta, lambda like, at=(index, number): noted(at, like))
+    assert len(seeds) == 12
+    assert len(set().union(*seeds.values())) == 12
+
+
+def test_the_outer_loss_does_not_repeat_the_noise_of_a_step():
+    torch.manual_seed(0)
+    noise = lambda params, meta, batch: (params["w"] * torch.randn(10)).sum()  # noqa: E731
+    problem, rule = il.Problem(lambda meta: {"w": meta["w"]}, noise, noise), il.SGD(lr=0.1, steps=1)
+    found = [il.hypergradient(problem, {"w": torch.zeros(10)}, il.Task((), ()), rule).loss for _ in range(400)]
+    mean, sigma = torch.stack(found).mean(), torch.stack(found).std() / 400**0.5
+    assert abs(mean) < 4 * sigma
 
 
 def _fields(problem: il.Problem) -> dict:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 import innerloop as il
 from innerloop import Binomial, Mixed, NewtonCG, Window
+from innerloop.curvature import seed_of
 from innerloop.inner import InnerSolver, _loop
 from innerloop.meta_gradient import MetaGradient
 from innerloop.meta_gradient._window import windows
@@ -32,7 +33,7 @@ def surrogate(
 
     def gradients(step: int, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if problem.seed is not None:
-            torch.manual_seed(problem.seed + step)
+            torch.manual_seed(seed_of(problem.seed, step))
         loss = problem.inner_loss(params, meta, task.support)
         return dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
 

@@ -30,8 +30,8 @@ from innerloop.trees import map_tensors, tensors, tree_leaves, tree_map, unflatt
 
 Products = tuple[Tree, Tree]
 
-# Which numbers a start and an outer loss draw, beside those of the steps.
-START, OUTER = 2**40, 2**41
+# Which numbers are drawn beside those of the steps: by a start, an outer loss, minibatches and estimators.
+START, OUTER, ROWS, OWN = 2**40, 2**41, 2**42, 2**43
 
 _observer: ContextVar[Callable[[int, Tree, Products], None] | None] = ContextVar("observer", default=None)
 
@@ -264,6 +264,11 @@ def fresh_seed() -> int:
     return int(torch.randint(2**31, ()))
 
 
+def seed_of(seed: int, step: int) -> int:
+    """The seed of one of many steps, in 32 bits: the CPU's generator takes no notice of more."""
+    return zlib.crc32(f"{seed} {step}".encode())
+
+
 @contextlib.contextmanager
 def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
     """Draw the random numbers of ``step`` from their own seed, so that a step recomputed is the same step.
@@ -273,7 +278,7 @@ def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
 
     Args:
         seed: with None nothing is touched.
-        step: added to it.
+        step: every step, and whatever else draws, has numbers of its own.
         like: a tree of tensors; the device is theirs.
     """
     if seed is None:
@@ -281,7 +286,7 @@ def replayed(seed: int | None, step: int, like: Any) -> Iterator[None]:
         return
     states = random_states(like)
     for generator, _ in states:
-        generator.manual_seed(seed + step)
+        generator.manual_seed(seed_of(seed, step))
     try:
         yield
     finally:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from innerloop.curvature import curvature, fresh_seed, gradient, in_transform, linearised, replayed, started
+from innerloop.curvature import (
+    ROWS,
+    curvature,
+    fresh_seed,
+    gradient,
+    in_transform,
+    linearised,
+    replayed,
+    seed_of,
+    started,
+)
 from innerloop.inner._base import InnerSolver, Probe, State
 from innerloop.problem import Batch, End, Problem, Steps, Tree, refuse_other
 from innerloop.trees import tree_leaves, tree_map
@@ -220,7 +230,7 @@ def minibatches(solver: InnerSolver, support: Batch, seeds: list[int], steps: in
         return torch.arange(examples).expand(len(seeds), steps, examples)
     drawn = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed + first)
+        generator = torch.Generator().manual_seed(seed_of(seed, ROWS + first))
         rounds = [torch.randperm(examples, generator=generator) for _ in range(1 + steps * size // examples)]
         drawn.append(torch.cat(rounds)[: steps * size].view(steps, size))
     return torch.stack(drawn)

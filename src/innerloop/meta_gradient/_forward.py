@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop.curvature import dense, replayed
+from innerloop.curvature import OWN, dense, replayed
 from innerloop.inner import InnerLoop
 from innerloop.meta_gradient._adjoint import add
 from innerloop.meta_gradient._base import MetaGradient, Result, Seen, without_products
 from innerloop.meta_gradient._unrolled import unroll
 from innerloop.problem import Batch, End
 from innerloop.trees import tree_leaves, tree_map
-
-DRAWN = 2**42  # which numbers an estimator draws, beside those of the losses
 
 
 @dataclass(frozen=True)
@@ -93,5 +91,5 @@ def refuse_many(estimator: MetaGradient, given: Any, most: int, why: str) -> Non
 
 def draw(loop: InnerLoop, number: int, given: Any, one: Callable[[Tensor], Tensor]) -> Any:
     """Random numbers like a tree, the ``number``-th of a task; under vmap every task has its own."""
-    with replayed(loop.seed, DRAWN + loop.begin.step * 2**20 + number, given):
+    with replayed(loop.seed, OWN + loop.begin.step * 2**20 + number, given):
         return tree_map(lambda value: one(value).to(value.dtype), given)
