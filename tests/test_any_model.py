@@ -242,6 +242,26 @@ def test_of_a_model_or_tasks_without_a_text_the_command_says_which_option_suppli
     }  # fmt: skip
 
 
+class Mine(il.Prototypes):
+    """A start without a text."""
+
+
+def mine(ways: int = 3) -> il.MetaLearner:
+    return il.MetaLearner(Odd(ways), "head", il.SGD(lr=0.1, steps=2), start=Mine())
+
+
+def test_results_of_other_ways_have_names_of_their_own_and_a_start_of_the_users_own_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Path(__file__)
+    fit(mine(), own_tasks(), run := tmp_path / "run")
+    for more in ([], ["--ways=2"]):
+        main(["evaluate", str(run), f"--model={here}:mine", f"--dataset={here}:own_tasks", "--tasks=4", *more])
+        assert "the head begins at what the support set gives: start Mine" in capsys.readouterr().out
+    sizes = {file.name.split("own_tasks")[1] for file in run.glob("evaluate-*.json")}
+    assert sizes == {"-test.json", "-2way-test.json"}
+
+
 def test_of_a_loss_without_a_text_it_asks_for_the_whole_learner(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

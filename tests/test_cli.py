@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,11 @@ from innerloop.cli import main
 from innerloop.training.adaptation import load_adapted, predict, read_images
 from innerloop.training.build import build_tasks
 from innerloop.training.checkpoints import load_checkpoint
+from innerloop.training.fit import Fitted
+from innerloop.training.report import ending, slug
 from innerloop.training.runs import load_learner, read_run
 from innerloop.training.session import Session
+from innerloop.training.settings import Settings
 from innerloop.training.store import read_records
 
 SGD = ["--inner=sgd", "--outer-lr=1e-3", "--clip=none"]
@@ -132,6 +136,14 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(
     assert [
         record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"
     ] == [*range(1, 61)]
+
+
+def test_printed_commands_can_be_pasted_and_names_hold_what_there_is() -> None:
+    fitted = Fitted(step=10, stopped="minutes", best_step=10, best=0.5, seconds=60.0)
+    words = ending(Path("my run"), Settings(), fitted)
+    assert shlex.split(words.partition("To go on: ")[2])[:4] == ["innerloop", "train", "--resume", "my run"]
+    assert slug(Settings(dataset="sinusoid", model="mlp")) == "sinusoid-10shot"
+    assert slug(Settings()) == "glyphs-5way-1shot"
 
 
 def test_evaluate_rebuilds_the_learner_from_the_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

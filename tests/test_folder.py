@@ -158,6 +158,14 @@ def test_an_unreadable_image_is_named_and_nothing_kept(birds: Path, cache: Path,
     assert not list(cache.rglob("*.*"))
 
 
+def test_damaged_images_are_told_together(birds: Path) -> None:
+    damaged = sorted([birds / "heron" / "two.JPG", birds / "heron" / "one.png"])
+    for file in damaged:
+        file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(damaged[0]))}.*, and 1 more: heron/{damaged[1].name}$"):
+        il.tasks.folder(birds, ways=2, queries=3)
+
+
 def test_no_class_folders(tmp_path: Path) -> None:
     paint(tmp_path / "flat" / "one.png")
     with pytest.raises(ValueError, match=r"flat has no class folders with images in them; data= \(--data\) takes"):

@@ -420,11 +420,11 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_computed(
     def refuse(*_: Any, **__: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    for name in ("evaluate", "check", "patterns"):
+    for asked in (["evaluate"], ["check"], ["patterns"], ["train", "--resume"]):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", refuse)
             with pytest.raises(SystemExit) as caught:
-                main([name, str(whole)])
+                main([*asked, str(whole)])
         error = capsys.readouterr().err
         assert caught.value.code == 2
         assert "cannot be written (Read-only file system), and the results go there" in error

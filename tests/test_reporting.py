@@ -209,6 +209,11 @@ def test_a_name_looks_the_same_in_all_panels() -> None:
     assert figures.png(figure).startswith(b"\x89PNG")
 
 
+def test_letters_that_the_font_lacks_are_boxes_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    assert figures.png(figures.confusion(["\u65e5\u672c", "dog"], [[3, 1], [0, 4]]))
+    assert not recwarn
+
+
 def test_confusion_shows_counts_by_class() -> None:
     figure = figures.confusion(["cat", "dog"], [[3, 1], [0, 4]])
     assert [(text.get_text(), text.get_position()) for text in figure.axes[0].texts] == [

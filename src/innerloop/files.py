@@ -60,18 +60,23 @@ def clean(folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path) -> None:
-    """Try to write to a folder, before what should go there is computed.
+def check_writable(folder: Path, cure: str = "copy it") -> None:
+    """Try to write to a folder, which is made if need be, before what should go there is computed.
+
+    Args:
+        folder: where.
+        cure: what to do beside making it writable.
 
     Raises:
         OSError: it cannot be written; the message names the cure.
     """
     trial = folder / f"trial.{os.getpid()}{PARTIAL}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"0")
     except OSError as error:
         raise OSError(
-            f"{folder} cannot be written ({error.strerror}), and the results go there: make it writable, or copy it"
+            f"{folder} cannot be written ({error.strerror}), and the results go there: make it writable, or {cure}"
         ) from error
     finally:
         with contextlib.suppress(OSError):

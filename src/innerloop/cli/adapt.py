@@ -100,8 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         out = arguments.out or (Path() if is_shipped(arguments.run) else arguments.run) / "adapted"
         if out.is_symlink() and arguments.out is None:
             raise UsageError(f"{out} is a link to another place; remove it, or name a folder with --out")
-        out.mkdir(parents=True, exist_ok=True)
-        check_writable(out)
+        check_writable(out, "name another with --out")
         with arithmetic(settings):
             model = learner.adapt(inputs, support.labels, inductive=not arguments.transductive)
 

@@ -13,6 +13,7 @@ import re
 import signal
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 
 from innerloop.cli.arguments import add_settings, default_folder, given_settings, names, usage_errors, whole_numbers
 from innerloop.errors import Stopped, UsageError
@@ -96,13 +97,14 @@ def run(arguments: argparse.Namespace) -> None:
             folder = arguments.out or default_folder(f"compare-{dataset}")
         if arguments.plan:
             commands = write_plan(found, folder)
-            print(f"{len(commands)} trainings: {folder / COMMANDS}; then: innerloop compare --collect {folder}")
+            print(f"{len(commands)} trainings: {folder / COMMANDS}; then:")
+            print(f"innerloop compare --collect {quote(str(folder))}")
             return
         try:
             comparison = carry_out(found, folder, arguments.jobs)
         except KeyboardInterrupt as stopped:
             number = getattr(stopped, "number", signal.SIGINT)
-            raise Stopped(number, f"stopped; go on with: innerloop compare --resume {folder}") from None
+            raise Stopped(number, f"stopped; go on with: innerloop compare --resume {quote(str(folder))}") from None
     _tell(comparison, folder)
 
 

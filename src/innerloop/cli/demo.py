@@ -60,8 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             if trained["ways"] is None or len(shape) != 3:
                 raise UsageError(f"--run {start} was not trained on images; name a run that was")
             images = read_images(photographs.files, shape, invert)
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            check_writable(arguments.out)
+            check_writable(arguments.out, "name another with --out")
         with arithmetic(settings), usage_errors():
             trial = try_out(learner, images, photographs.labels)
             model = learner.adapt(images, photographs.labels, inductive=True)

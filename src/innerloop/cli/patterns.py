@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -64,9 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
                 raise
             plain = learner.meta_gradient.joint or not learner.inner.steps
             still = " --inner-steps 5 --meta-gradient unrolled --batch-norm batch" if plain else ""
-            again = (
-                f"innerloop train --config {arguments.run / SETTINGS} --adapts everything --start none{still} --out NEW"
-            )
+            given = quote(str(arguments.run / SETTINGS))
+            again = f"innerloop train --config {given} --adapts everything --start none{still} --out NEW"
             raise UsageError(f"{error}; write {again}") from error
         kept = arguments.run / "patterns.partial.jsonl"
         asked = {name: getattr(arguments, name) for name in ("tolerance", "count", "repetitions", "inductive")}

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(words)
             if warning:
                 print(f"warning: {warning}")
-        command = f"innerloop train --resume {shlex.quote(str(folder))}"
+        command = f"innerloop train --resume {quote(str(folder))}"
         try:
             _train(settings, learner, tasks, outer, folder, warning)
         except KeyboardInterrupt as stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,9 @@ def confusion(names: Sequence[str], counts: ArrayLike) -> Figure:
 def png(figure: Figure) -> bytes:
     """A figure as a file's content."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for each
+        figure.savefig(content, format="png", dpi=STYLE["savefig.dpi"])
     return content.getvalue()
 
 

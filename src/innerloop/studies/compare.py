@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -228,7 +229,8 @@ def begun(plan: Plan, folder: Path, progress: bool = True) -> Iterator[Console]:
         if not (folder / STUDY).exists():
             save_results(folder / STUDY, {"plan": asdict(plan)})
         console.print(
-            f"study: {folder}; an interrupted one goes on with innerloop compare --resume {folder}", markup=False
+            f"study: {folder}; an interrupted one goes on with innerloop compare --resume {quote(str(folder))}",
+            markup=False,
         )
         yield console
 

@@ -37,9 +37,9 @@ def folder(
     """Few-shot tasks of the user's own images, ``[channels, size, size]``.
 
     Every image file below a class folder is an image of that class; formats that Pillow reads only with another program
-    (EPS) do not count, and what cannot be read is left out with a warning. It is turned upright as its EXIF
-    data says, the largest centred square is cut out and resized, and the result is kept in the cache folder for as
-    long as no file changes. Classes may have different numbers of images.
+    (EPS) do not count, and dead links and files without permission are left out with a warning. An image is turned
+    upright as its EXIF data says, the largest centred square is cut out and resized, and the result is kept in the
+    cache folder for as long as no file changes. Classes may have different numbers of images.
 
     Args:
         data: a folder, zip or tar of class folders.
@@ -63,7 +63,7 @@ def folder(
 
     Raises:
         FileNotFoundError: no ``data``, or nothing at that place.
-        ValueError: another layout, fewer than two classes, a split or groups that do not fit, an unreadable image, or
+        ValueError: another layout, fewer than two classes, a split or groups that do not fit, damaged images, or
             tasks too large for the images.
 
     Example:

@@ -105,18 +105,27 @@ def _decode_all(
     from rich.console import Console
     from rich.progress import track
 
-    def decode_one(item: tuple[str, bytes]) -> tuple[str, Pixels]:
+    damaged: dict[str, Exception] = {}
+
+    def decode_one(item: tuple[str, bytes]) -> tuple[str, Pixels] | None:
         name, content = item
         try:
             return name, decode(content, size, channels, crop)
         except Exception as error:  # see `decode`
-            raise ValueError(f"cannot read the image {files.root / name} ({error}); repair or remove it") from error
+            damaged[name] = error
+            return None
 
     def blocks() -> Iterator[tuple[str, Pixels]]:
         contents = files.read(names)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             while block := list(islice(contents, 64)):
-                yield from pool.map(decode_one, block)
+                yield from filter(None, pool.map(decode_one, block))
+        if damaged:
+            first, *others = sorted(damaged)
+            more = f", and {len(others)} more: {', '.join(others[:9])}" if others else ""
+            raise ValueError(
+                f"cannot read the image {files.root / first} ({damaged[first]}); repair or remove it{more}"
+            ) from damaged[first]
 
     console = Console(stderr=True)
     title = f"reading {files.root.name}"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def task_words(settings: Settings) -> str:
 
 def slug(settings: Settings) -> str:
     """The same for names of files."""
-    sizes = (f"{settings.ways}way", f"{settings.shots}shot") if settings.shots else ()
+    sizes = [f"{count}{unit}" for count, unit in ((settings.ways, "way"), (settings.shots, "shot")) if count]
     return "-".join([re.sub(r"[^\w.]+", "-", short(settings.dataset)), *sizes])
 
 
@@ -160,7 +161,7 @@ def ending(folder: Path, settings: Settings, fitted: Fitted) -> str:
         why, more = "the time was up", f"--minutes {math.ceil(fitted.seconds / 60 / share)}"
     return (
         f"{done} That is {100 * share:.2g} % of the {settings.steps:,} steps planned: {why}. "
-        f"To go on: innerloop train --resume {folder} {more}"
+        f"To go on: innerloop train --resume {quote(str(folder))} {more}"
     )
 
 

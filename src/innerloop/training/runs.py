@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from innerloop.files import PARTIAL
@@ -136,7 +137,7 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
         ValueError: the weights are damaged or of another model, or the head cannot be fitted to so many outputs.
     """
     if not (folder / BEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {BEST} yet; go on with innerloop train --resume {folder}")
+        raise FileNotFoundError(f"{folder} has no {BEST} yet; go on with innerloop train --resume {quote(str(folder))}")
     try:
         weights, trained = load_weights(folder / BEST)
     except ValueError as error:
@@ -168,8 +169,9 @@ def load_learner(folder: Path, settings: Settings, outputs: int | None = None) -
             )
         else:
             raise ValueError(f"{folder} does not adapt its head: give {ways} classes, not {outputs}")
-    if settings.start is not None:
-        trained["head"] = f"the head begins at what the support set gives: start {settings.start}"
+    if (start := learner.few_shot.start) is not None:
+        named = settings.start or type(start).__name__
+        trained["head"] = f"the head begins at what the support set gives: start {named}"
     learner.load_state_dict(weights)
     return learner.eval(), trained
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from innerloop.files import clean
+from innerloop.files import check_writable, clean
 from innerloop.training.checkpoints import load_checkpoint, save_checkpoint
 
 BEST, LAST, METRICS, TENSORBOARD = "best.safetensors", "last.safetensors", "metrics.jsonl", "tensorboard"
@@ -49,11 +49,13 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
     Raises:
         ValueError: another process has it; the message says which.
+        OSError: the folder cannot be written.
     """
     where = folder.resolve()
     if _held.get(where) == threading.get_ident():
         yield
         return
+    check_writable(folder)
     until = time.monotonic() + patience
     with (folder / LOCK).open("a+b") as file:
         while not _lock(file):
