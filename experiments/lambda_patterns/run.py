@@ -47,7 +47,7 @@ SIZES = [
     (shots, filters, *how) for how in (("stride", 5), ("pool", 10)) for shots in (1, 5) for filters in (32, 64)
 ]  # shots, filters, downsampling, inner steps
 BLOCKS, ROUNDS = 6, 10  # medians, and what each is of
-STUDY = {1: "--tasks 600", 5: "--tasks 300 --repetitions 30"}
+STUDY = {1: "--tasks 600", 5: "--tasks 600 --repetitions 30"}
 SHARED = "--dataset cifar_fs --filters {filters} --downsample stride --augment flip,crop --threads 1 "
 FEATURES = SHARED + "--method pretrained --outer-lr 3e-3 --steps {steps} --validate-every 4000"
 HEAD = SHARED + (
