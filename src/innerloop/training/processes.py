@@ -46,6 +46,7 @@ def join(device: torch.device) -> None:
                 world_size=started(),
                 timeout=TIMEOUT,
             )
+        wait()  # one that ends at once, in error, would break the joining of the others
 
 
 @cache
