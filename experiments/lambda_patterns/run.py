@@ -278,13 +278,12 @@ def patterns_section(found: Results) -> Section:
     if own:
         here = f"{percent(own)}; raw pixels: {percent(found['trained']['test']['nearest_neighbour'])}"
         claims.append([f"{name}: MAML itself", f"{MAML[found['shots']]} % (other work)", here, scale, "open"])
-    timed = f" Times in the picture are of `{found['timed by']}`." if "timed by" in found else ""
     head = ["", "chosen", "faster", "with reuse", "full, test %", "chosen, test %", "difference, points",
             *(f"within {each:g}" for each in TOLERANCES)]  # fmt: skip
     return claims, (
         f"**Patterns, {name}** (conv1 to conv4, linear; 1 adapts): the fastest within a tolerance of full adaptation on"
         " validation tasks, then tested on as many test tasks. Faster: by multiply-adds. Last columns: the choice at "
-        f"tolerances in points.{timed}\n\n" + table(head, rows)
+        "tolerances in points.\n\n" + table(head, rows)
     )
 
 
