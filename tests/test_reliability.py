@@ -140,7 +140,7 @@ def test_one_process_at_a_time_has_a_folder_and_signals_save(tmp_path: Path, sta
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_while_an_error_is_told_changes_nothing(
+def test_one_signal_does_not_silence_an_error_and_two_do(
     times: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped_meanwhile() -> bool:

@@ -509,14 +509,14 @@ def accuracy_section(name: str, results: Results) -> Section:
     target, seconds = reached({each: learned(rows) for each, rows in found.items()})
     claims, base = [], found.get("ANIL", [])
     scale = f"{STEPS_OF_ALL:,} steps of {TASKS_PER_BATCH} tasks, {FILTERS} filters, strides"
-    theirs = f"{float(published['Algorithm 1']) - float(published['ANIL']):+.2f} points"
+    gap = f"{float(published['Algorithm 1']) - float(published['ANIL']):+.2f} points"
     for each, words in ((PRINTED, "as printed"), ("Algorithm 1", "as released, without the L2 term")):
         if both := {row["seed"] for row in found.get(each, [])} & {row["seed"] for row in base}:
             seeds = f"{len(both)} seed{'s' * (len(both) > 1)}"
-            for key, tested, known in (("head only", "as published", theirs), ("accuracies", "as each adapts", "–")):
+            for key, tested, theirs in (("head only", "as published", gap), ("accuracies", "as each adapts", "–")):
                 apart, half = seen(found[each], key, base)
                 claims.append([
-                    f"{title}: accuracy kept, against ANIL; {words}, tested {tested}", known,
+                    f"{title}: accuracy kept, against ANIL; {words}, tested {tested}", theirs,
                     f"{apart:+.2f} ± {half:.2f} points", f"{scale}, {seeds}",
                     judged(verdict_of(apart, half)) if len(both) > 1 else "open",
                 ])  # fmt: skip

@@ -266,10 +266,10 @@ class Problem:
         inner_loss: ``inner_loss(params, meta, support) -> scalar``, what the inner solver lowers.
         outer_loss: ``outer_loss(params, meta, query) -> scalar``, what the meta-parameters are judged by. It may return
             ``(scalar, extra)`` instead; ``extra``, any tree of tensors, then comes back in the result.
-        seed: fixes what start and losses draw at random (dropout). Step ``k`` seeds torch by `curvature.seed_of` of
-            this and ``k``, so that a step recomputed is the same step; the outer loss has draws of its own. None takes
-            a seed from torch's global generator for every estimate.
-            Minibatches and random estimators draw from it too in `hypergradient`, and anew in every step of a learner.
+        seed: fixes what start and losses draw at random (dropout). Step ``k`` seeds torch by
+            `innerloop.curvature.seed_of` of this and ``k``, so that a step recomputed is the same step; the outer loss
+            has draws of its own. None takes a seed from torch's global generator for every estimate. Minibatches and
+            random estimators draw from it too in `hypergradient`, and anew in every step of a learner.
         inner_chain: the inner loss as stages, one after the other, where it is a chain: ``inner_chain(meta, support)``
             gives a list of `Stage`. With it products can be computed block by block.
         outer_chain: the same of the outer loss.
